@@ -1,0 +1,76 @@
+// What Python hands over: one array of 64-bit words a call, laid out as these structures.
+//
+// `library.py` and the two `cpu.py` write the words in this order; a change here is a new kAbiVersion.
+#pragma once
+
+#include <stdint.h>
+
+namespace selectra {
+
+constexpr int kAbiVersion = 1;
+
+// Steps between two checkpoints of the scan's state, and the height of every tile. With 32 the backward's tiles leave
+// the first cache and it takes a fifth longer; with 16 the checkpoints are twice as many: n / 16 numbers for each of u.
+constexpr int kChunk = 16;
+
+// What a call answers.
+enum Outcome : int {
+  kDone = 0,
+  kOutOfMemory = 1,
+  // cu_seqlens does not rise from 0 to the length.
+  kBadBorders = 2,
+};
+
+// A tensor: its first element and its strides in elements. Without data it is absent.
+struct Operand {
+  void* data;
+  int64_t stride[4];
+};
+
+struct ScanCall {
+  // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
+  int64_t sequences, length, channels, states, groups, softplus, reverse, threads;
+  // (b, l, d), (b, l, d), (d, n), (b, l, g, n), (b, l, g, n), (d,), (b, l, d), (d,)
+  Operand u, delta, A, B, C, D, z, bias;
+  // (sequences, d, n), (b, l) bytes, (sequences + 1,) 32-bit integers
+  Operand initial, mask, borders;
+  // (sequences, d, n); a flat buffer of one state (lanes, padded to vectors) for every chunk, absent when no backward follows; (b, l, d)
+  Operand final, checkpoints, y;
+};
+
+// The gradient of every tensor of the call; those of absent tensors are absent.
+struct ScanBackwardCall {
+  ScanCall forward;
+  Operand dy, dfinal;
+  Operand du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial;
+};
+
+struct ConvCall {
+  int64_t sequences, length, channels, width, silu, reverse, threads;
+  // (b, l, d), (d, k), (d,)
+  Operand x, weight, bias;
+  // (sequences, d, k), (b, l) bytes, (sequences + 1,) 32-bit integers
+  Operand initial, mask, borders;
+  // (sequences, d, k), (b, l, d)
+  Operand final, y;
+};
+
+struct ConvBackwardCall {
+  ConvCall forward;
+  Operand dy, dfinal;
+  Operand dx, dweight, dbias, dinitial;
+};
+
+// One build's entry points.
+struct Kernels {
+  int lanes;
+  int (*scan_forward)(const ScanCall&);
+  int (*scan_backward)(const ScanBackwardCall&);
+  int (*conv_forward)(const ConvCall&);
+  int (*conv_backward)(const ConvBackwardCall&);
+};
+
+// Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
+void* thread_workspace(uint64_t bytes);
+
+}  // namespace selectra

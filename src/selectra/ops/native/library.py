@@ -1,0 +1,233 @@
+"""The compiled library: where it lies, whether it can be used here, and one call of it.
+
+The library is C++ with a plain C interface on data pointers. It links neither Python nor torch and is called by
+ctypes, which lets other Python threads run meanwhile. `call.h` says what the words of a call mean.
+"""
+
+import ctypes
+import difflib
+import importlib
+import importlib.resources
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+# torch comes first, so that the library shares the OpenMP that torch has loaded.
+import torch
+from torch import Tensor
+
+from selectra.errors import ConfigError
+
+LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
+ISA_VARIABLE = "SELECTRA_CPU_ISA"
+ABI_VERSION = 1
+FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
+NOT_BUILT = (
+    "no compiled library in this installation; a C++ compiler when running pip install, "
+    "or a wheel for this platform, brings it"
+)
+OUT_OF_MEMORY, BAD_BORDERS = 1, 2
+ABSENT = (0, 0, 0, 0, 0)
+PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """What there is of the compiled library, for `selectra doctor` and for refusals."""
+
+    available: bool
+    path: str | None = None
+    """The file that was found, usable or not."""
+    isa: str | None = None
+    """The instruction set that calls use."""
+    isas_built: tuple[str, ...] = ()
+    threads: int = 1
+    """Threads that a large call would use now."""
+    problem: str | None = None
+    """Why it cannot be used, and what would help."""
+
+
+class Library:
+    """A loaded library of the right version.
+
+    Args:
+        handle: The loaded file.
+        path: Where it was found.
+    """
+
+    def __init__(self, handle: ctypes.CDLL, path: str) -> None:
+        self.path = path
+        self.chunk: int = handle.selectra_cpu_chunk()
+        self.has_threads = bool(handle.selectra_cpu_has_threads())
+        name = handle.selectra_cpu_build_name
+        name.restype = ctypes.c_char_p
+        self.isas = tuple(name(build).decode() for build in range(handle.selectra_cpu_build_count()))
+        self.runs = tuple(bool(handle.selectra_cpu_build_runs(build)) for build in range(len(self.isas)))
+        self.build = max(build for build, runs in enumerate(self.runs) if runs)
+        self._lanes = handle.selectra_cpu_lanes
+        self._functions = {}
+        for function in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
+            entry = getattr(handle, f"selectra_cpu_{function}")
+            entry.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int64))
+            self._functions[function] = entry
+
+    def lanes(self, dtype: torch.dtype) -> int:
+        """Channels in a vector of the instruction set in use."""
+        return self._lanes(self.build, int(dtype == torch.float64))
+
+    def call(self, function: str, dtype: torch.dtype, words: list[int]) -> None:
+        """Run one kernel on the words of `call.h`.
+
+        Raises:
+            ConfigError: `cu_seqlens` does not rise from 0 to the length.
+            MemoryError: There is no room for the kernel's scratch memory.
+        """
+        outcome = self._functions[function](
+            self.build, int(dtype == torch.float64), (ctypes.c_int64 * len(words))(*words)
+        )
+        if outcome == BAD_BORDERS:
+            raise ConfigError("cu_seqlens must begin with 0, never fall, and end with the length.")
+        if outcome == OUT_OF_MEMORY:
+            raise MemoryError(f"No memory for the scratch space of {function}.")
+
+
+def operand(tensor: Tensor | None) -> tuple[int, ...]:
+    """The words of one tensor: address and strides, padded to four; zeros for None."""
+    if tensor is None:
+        return ABSENT
+    stride = tensor.stride()
+    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1])
+
+
+def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
+    """How many sequences a call holds: one in each row of the batch, or those that are packed."""
+    return batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def threads() -> int:
+    """Threads that a call may use: torch's setting, or one in a forked child, where OpenMP's threads are gone."""
+    return 1 if _state.forked or not library().has_threads else torch.get_num_threads()
+
+
+def library() -> Library:
+    """The loaded library; only for callers that `status` told it is available."""
+    status()
+    assert _state.library is not None
+    return _state.library
+
+
+def status() -> NativeStatus:
+    """Look for the library at the first call, and say what was found."""
+    if not _state.looked:
+        _state.looked = True
+        _state.path, _state.library, _state.problem = _look()
+    found = _state.library
+    if found is None:
+        return NativeStatus(False, path=_state.path, problem=_state.problem)
+    usable = _state.problem is None
+    return NativeStatus(
+        usable,
+        path=found.path,
+        isa=found.isas[found.build] if usable else None,
+        isas_built=found.isas,
+        threads=1 if _state.forked or not found.has_threads else torch.get_num_threads(),
+        problem=_state.problem,
+    )
+
+
+class _State:
+    """What this process knows of the library."""
+
+    looked = False
+    path: str | None = None
+    library: Library | None = None
+    problem: str | None = None
+    forked = False
+
+
+_state = _State()
+
+
+def _note_fork() -> None:
+    _state.forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def _look() -> tuple[str | None, Library | None, str | None]:
+    """The library's path, the library, and what is wrong."""
+    path = _find()
+    if path is None:
+        return None, None, NOT_BUILT
+    loaded = _load(path)
+    if isinstance(loaded, str):
+        return str(path), None, loaded
+    return str(path), loaded, _choose_isa(loaded, os.environ.get(ISA_VARIABLE))
+
+
+def _find() -> Path | None:
+    asked = os.environ.get(LIBRARY_VARIABLE)
+    if asked:
+        return Path(asked)
+    return next((file for folder in _folders() for name in FILE_NAMES if (file := folder / name).is_file()), None)
+
+
+def _folders() -> Iterator[Path]:
+    """Where the package's files lie: an editable install keeps compiled ones away from the Python files."""
+    package = __spec__.parent if __spec__ is not None else None
+    assert package is not None
+    module = importlib.import_module(package)
+    yield from (Path(entry) for entry in module.__path__)
+    root = importlib.resources.files(package)
+    if isinstance(root, Path):
+        yield root
+
+
+def _load(path: Path) -> Library | str:
+    """The library, or why it cannot be used."""
+    remedy = f"Install selectra again, or point {LIBRARY_VARIABLE} at a whole library of this version."
+    if not path.is_file():
+        return f"there is no file '{path}', which {LIBRARY_VARIABLE} names. Unset it, or give a library's path."
+    if _is_cut_short(path):
+        return f"the file '{path}' is damaged: it ends too early. {remedy}"
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"the file '{path}' cannot be loaded ({error}). {remedy}"
+    try:
+        version = handle.selectra_cpu_abi_version()
+    except AttributeError:
+        return f"the file '{path}' is not Selectra's library. {remedy}"
+    if version != ABI_VERSION:
+        return f"the file '{path}' is of interface version {version}, this package needs {ABI_VERSION}. {remedy}"
+    return Library(handle, str(path))
+
+
+def _is_cut_short(path: Path) -> bool:
+    """Whether an ELF file ends before its last table; the system's loader would crash on it."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+        return False
+    (table,) = struct.unpack_from("<Q", header, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
+    return path.stat().st_size < table + entry_size * entries
+
+
+def _choose_isa(loaded: Library, asked: str | None) -> str | None:
+    """Use the instruction set that was asked for; what is wrong with the wish, if anything."""
+    if not asked:
+        return None
+    can = [isa for isa, runs in zip(loaded.isas, loaded.runs, strict=True) if runs]
+    if asked not in loaded.isas:
+        nearest = difflib.get_close_matches(asked, loaded.isas, n=1)
+        hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
+        return f"{ISA_VARIABLE}='{asked}' is no instruction set of this library; it has {', '.join(can)}.{hint}"
+    if asked not in can:
+        return f"{ISA_VARIABLE}='{asked}' is not supported by this processor; it runs {', '.join(can)}."
+    loaded.build = loaded.isas.index(asked)
+    return None

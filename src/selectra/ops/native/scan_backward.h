@@ -1,0 +1,306 @@
+// The selective scan, backward: every chunk, last first, reruns its steps from the checkpoint before it and then
+// carries the state's gradient back through them.
+//
+// With g_t the gradient of h_t: g_t = C_t dy_t + a_{t+1} g_{t+1}, a_t = exp(dt_t A). The gradient of dt u B is g, that
+// of dt A is g a h_{t-1}. The derivation is in ops/selective_scan/README.md.
+#pragma once
+
+#include <initializer_list>
+
+#include "scan_tiles.h"
+
+namespace selectra {
+namespace {
+
+// Blocks of channels that go through a chunk together, and states of each in registers at once. B and C are shared by
+// channels: a pair of blocks halves the traffic on the sums of their gradients.
+constexpr int kPair = kVectorRegisters >= 32 ? 2 : 1;
+constexpr int kBackwardStates = 4;
+
+// One block's tiles of a chunk, one vector a step.
+struct BlockTiles {
+  // dt; its slope with respect to delta; u; dt u; the output before the gate.
+  Vector *dt, *slope, *u, *input, *y;
+  // The gradient of the output before the gate; the factor of y in the gradient of z.
+  Vector *dy, *gate;
+  // Sums over the states: g B, and g a h A.
+  Vector *dinput, *dexponent;
+
+  explicit BlockTiles(Arena& arena)
+      : dt(arena.take<Vector>(kChunk)),
+        slope(arena.take<Vector>(kChunk)),
+        u(arena.take<Vector>(kChunk)),
+        input(arena.take<Vector>(kChunk)),
+        y(arena.take<Vector>(kChunk)),
+        dy(arena.take<Vector>(kChunk)),
+        gate(arena.take<Vector>(kChunk)),
+        dinput(arena.take<Vector>(kChunk)),
+        dexponent(arena.take<Vector>(kChunk)) {}
+};
+
+struct BackwardWorkspace {
+  // Of every block: A, A log2(e), the gradient of the state, of A; D and the bias and their gradients.
+  Vector *A, *rates, *dstate, *dA, *skip, *bias, *dskip, *dbias;
+  // Of kPair blocks and kBackwardStates states: decay of every step, state before the chunk and after every step.
+  Vector *decay, *trail;
+  // The gradients of B and C by lane, summed over blocks: by register block of states, then [step][state][B or C].
+  Vector* lane_sums;
+  // B and C of a chunk; one row of their gradients by register block.
+  Real *rows, *sums;
+  BlockTiles tiles[2];
+
+  BackwardWorkspace(Arena& arena, int64_t blocks, int64_t states)
+      : A(arena.take<Vector>(blocks * states)),
+        rates(arena.take<Vector>(blocks * states)),
+        dstate(arena.take<Vector>(blocks * states)),
+        dA(arena.take<Vector>(blocks * states)),
+        skip(arena.take<Vector>(blocks)),
+        bias(arena.take<Vector>(blocks)),
+        dskip(arena.take<Vector>(blocks)),
+        dbias(arena.take<Vector>(blocks)),
+        decay(arena.take<Vector>(kPair * kChunk * kBackwardStates)),
+        trail(arena.take<Vector>(kPair * (kChunk + 1) * kBackwardStates)),
+        lane_sums(arena.take<Vector>(kChunk * 2 * states)),
+        rows(arena.take<Real>(kChunk * 2 * states)),
+        sums(arena.take<Real>(kChunk * 2 * kBackwardStates)),
+        tiles{BlockTiles(arena), BlockTiles(arena)} {}
+};
+
+// Runs the states forward again and keeps every decay and state; adds C . h to y where the gate needs it.
+template <int Blocks, int States, bool Gated>
+SELECTRA_INLINE void rerun(int count, const BlockTiles* tiles, const Vector* const* rates,
+                           const Real* const* checkpoint, const Real* rows, int64_t states, Vector* __restrict decay,
+                           Vector* __restrict trail, const Ahead& ahead) {
+  Vector h[Blocks][States];
+#pragma GCC unroll 2
+  for (int p = 0; p < Blocks; ++p) {
+#pragma GCC unroll 8
+    for (int n = 0; n < States; ++n) trail[p * States + n] = h[p][n] = load(checkpoint[p] + n * kLanes);
+  }
+  for (int t = 0; t < count; ++t) {
+    const Real* B = rows + t * 2 * states;
+    const Real* C = B + states;
+    ahead.ask(t);
+    Vector* const decay_now = decay + t * Blocks * States;
+    Vector* const after = trail + (t + 1) * Blocks * States;
+#pragma GCC unroll 2
+    for (int p = 0; p < Blocks; ++p) {
+      const Vector step = tiles[p].dt[t], x = tiles[p].input[t];
+      Vector y = Gated ? tiles[p].y[t] : Vector{};
+#pragma GCC unroll 8
+      for (int n = 0; n < States; ++n) {
+        const Vector a = exp2_of_product(step, rates[p][n]);
+        h[p][n] = a * h[p][n] + x * B[n];
+        decay_now[p * States + n] = a;
+        after[p * States + n] = h[p][n];
+        if (Gated) y += h[p][n] * C[n];
+      }
+      if (Gated) tiles[p].y[t] = y;
+    }
+  }
+}
+
+// Carries the gradient of the states back through a chunk.
+template <int Blocks, int States>
+SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector* const* A, const Real* rows,
+                                int64_t states, const Vector* __restrict decay, const Vector* __restrict trail,
+                                Vector* const* dstate, Vector* const* dA, Vector* __restrict lane_sums) {
+  Vector g[Blocks][States], rate_sum[Blocks][States];
+#pragma GCC unroll 2
+  for (int p = 0; p < Blocks; ++p) {
+#pragma GCC unroll 8
+    for (int n = 0; n < States; ++n) {
+      g[p][n] = dstate[p][n];
+      rate_sum[p][n] = dA[p][n];
+    }
+  }
+  for (int t = count - 1; t >= 0; --t) {
+    const Real* B = rows + t * 2 * states;
+    const Real* C = B + states;
+    const Vector* a = decay + t * Blocks * States;
+    const Vector* before = trail + t * Blocks * States;
+    const Vector* after = before + Blocks * States;
+    Vector* sums = lane_sums + t * 2 * States;
+    Vector dinput[Blocks], dexponent[Blocks];
+#pragma GCC unroll 2
+    for (int p = 0; p < Blocks; ++p) {
+      dinput[p] = tiles[p].dinput[t];
+      dexponent[p] = tiles[p].dexponent[t];
+    }
+#pragma GCC unroll 8
+    for (int n = 0; n < States; ++n) {
+      Vector dB = sums[2 * n], dC = sums[2 * n + 1];
+#pragma GCC unroll 2
+      for (int p = 0; p < Blocks; ++p) {
+        const Vector dy = tiles[p].dy[t];
+        const Vector gradient = g[p][n] + dy * C[n];
+        dC += dy * after[p * States + n];
+        dB += gradient * tiles[p].input[t];
+        dinput[p] += gradient * B[n];
+        g[p][n] = gradient * a[p * States + n];
+        const Vector through_exponent = g[p][n] * before[p * States + n];
+        dexponent[p] += through_exponent * A[p][n];
+        rate_sum[p][n] += through_exponent * tiles[p].dt[t];
+      }
+      sums[2 * n] = dB;
+      sums[2 * n + 1] = dC;
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < Blocks; ++p) {
+      tiles[p].dinput[t] = dinput[p];
+      tiles[p].dexponent[t] = dexponent[p];
+    }
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < Blocks; ++p) {
+#pragma GCC unroll 8
+    for (int n = 0; n < States; ++n) {
+      dstate[p][n] = g[p][n];
+      dA[p][n] = rate_sum[p][n];
+    }
+  }
+}
+
+// Loads a block's tiles and takes the gradient of y back through the gate.
+SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+                                      Block block, Vector bias, Vector skip, const BlockTiles& tiles) {
+  const ScanCall& forward = call.forward;
+  load_tile(strip_of(forward.delta, sequence.batch, block.channel, block.lanes), steps, tiles.dt);
+  load_tile(strip_of(forward.u, sequence.batch, block.channel, block.lanes), steps, tiles.u);
+  load_tile(strip_of(call.dy, sequence.batch, block.channel, block.lanes), steps, tiles.dy);
+  for (int t = 0; t < steps.count; ++t) {
+    const Vector delta = tiles.dt[t] + bias;
+    const Softplus soft = forward.softplus ? softplus(delta) : Softplus{delta, broadcast(1)};
+    tiles.dt[t] = soft.value;
+    tiles.slope[t] = soft.slope;
+    tiles.input[t] = soft.value * tiles.u[t];
+    tiles.dinput[t] = tiles.dexponent[t] = Vector{};
+  }
+  if (!forward.z.data) return;
+  load_tile(strip_of(forward.z, sequence.batch, block.channel, block.lanes), steps, tiles.gate);
+  for (int t = 0; t < steps.count; ++t) {
+    const Vector z = tiles.gate[t], dy = tiles.dy[t], s = sigmoid(z);
+    tiles.gate[t] = dy * (s + z * s * (1 - s));
+    tiles.dy[t] = dy * (z * s);
+    tiles.y[t] = skip * tiles.u[t];
+  }
+}
+
+// From the sums over the states to the gradients of u, delta, z, D and the bias.
+SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+                                     Block block, Vector skip, Vector& dskip, Vector& dbias, const BlockTiles& tiles) {
+  Vector skip_sum = dskip, bias_sum = dbias;
+  for (int t = 0; t < steps.count; ++t) {
+    const Vector dinput = tiles.dinput[t], u = tiles.u[t], dy = tiles.dy[t];
+    const Vector ddelta = (tiles.dexponent[t] + u * dinput) * tiles.slope[t];
+    tiles.dinput[t] = tiles.dt[t] * dinput + skip * dy;
+    tiles.dexponent[t] = ddelta;
+    skip_sum += dy * u;
+    bias_sum += ddelta;
+  }
+  dskip = skip_sum;
+  dbias = bias_sum;
+  store_tile(strip_of(call.du, sequence.batch, block.channel, block.lanes), steps, tiles.dinput);
+  store_tile(strip_of(call.ddelta, sequence.batch, block.channel, block.lanes), steps, tiles.dexponent);
+  if (!call.forward.z.data) return;
+  for (int t = 0; t < steps.count; ++t) tiles.gate[t] *= tiles.y[t];
+  store_tile(strip_of(call.dz, sequence.batch, block.channel, block.lanes), steps, tiles.gate);
+}
+
+// What the next kPair blocks, from `index` on, will read and write.
+SELECTRA_INLINE Ahead tensors_of(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
+                                 const Steps& steps, const BlockRange& range, int index) {
+  Ahead ahead(steps);
+  for (int64_t next = range.first + index; next < smaller(range.last, range.first + index + kPair); ++next) {
+    const Block block = layout.block(range.group, next);
+    for (const Operand* tensor : {&call.forward.delta, &call.forward.u, &call.forward.z, &call.dy, &call.du,
+                                  &call.ddelta, &call.dz}) {
+      if (tensor->data) ahead.add(strip_of(*tensor, sequence.batch, block.channel, block.lanes));
+    }
+  }
+  return ahead;
+}
+
+// `Blocks` neighbouring blocks of the range, from `index` on, through one chunk.
+template <int Blocks>
+static void blocks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
+                            const Steps& steps, int64_t chunk, const BlockRange& range, int index,
+                            const BackwardWorkspace& work, const Ahead& ahead) {
+  const ScanCall& forward = call.forward;
+  const int states = (int)forward.states;
+  for (int p = 0; p < Blocks; ++p) {
+    prepare_backward(call, sequence, steps, layout.block(range.group, range.first + index + p), work.bias[index + p],
+                     work.skip[index + p], work.tiles[p]);
+  }
+  const Ahead nothing(steps);
+  for_state_blocks<kBackwardStates>(states, [&](auto size, int n) {
+    constexpr int kStates = decltype(size)::value;
+    const Real* checkpoint[Blocks];
+    const Vector *rates[Blocks], *A[Blocks];
+    Vector *dstate[Blocks], *dA[Blocks];
+    for (int p = 0; p < Blocks; ++p) {
+      const int64_t offset = (int64_t)(index + p) * states + n;
+      checkpoint[p] = checkpoint_of(forward, layout, chunk, range.group, range.first + index + p) + n * kLanes;
+      rates[p] = work.rates + offset;
+      A[p] = work.A + offset;
+      dstate[p] = work.dstate + offset;
+      dA[p] = work.dA + offset;
+    }
+    const Real* rows = work.rows + n;
+    const Ahead& now = n ? nothing : ahead;
+    if (forward.z.data) {
+      rerun<Blocks, kStates, true>(steps.count, work.tiles, rates, checkpoint, rows, states, work.decay, work.trail,
+                                   now);
+    } else {
+      rerun<Blocks, kStates, false>(steps.count, work.tiles, rates, checkpoint, rows, states, work.decay, work.trail,
+                                    now);
+    }
+    carry_back<Blocks, kStates>(steps.count, work.tiles, A, rows, states, work.decay, work.trail, dstate, dA,
+                                work.lane_sums + (int64_t)n * 2 * kChunk);
+  });
+  for (int p = 0; p < Blocks; ++p) {
+    finish_backward(call, sequence, steps, layout.block(range.group, range.first + index + p), work.skip[index + p],
+                    work.dskip[index + p], work.dbias[index + p], work.tiles[p]);
+  }
+}
+
+// Sums the gradients of B and C over the lanes and writes them to the slot's (b, l, g, n) tensors.
+SELECTRA_INLINE void write_row_gradients(const ScanCall& forward, const Operand& dB, const Operand& dC,
+                                         const Sequence& sequence, const Steps& steps, int64_t group,
+                                         const BackwardWorkspace& work) {
+  Real* const to_B = (Real*)dB.data + sequence.batch * dB.stride[0] + group * dB.stride[2];
+  Real* const to_C = (Real*)dC.data + sequence.batch * dC.stride[0] + group * dC.stride[2];
+  for_state_blocks<kBackwardStates>((int)forward.states, [&](auto size, int n) {
+    constexpr int kStates = decltype(size)::value;
+    const Vector* lanes = work.lane_sums + (int64_t)n * 2 * kChunk;
+    for (int i = 0; i < steps.count * 2 * kStates; i += kLanes) store(work.sums + i, sum_lanes(lanes + i));
+    for (int t = 0; t < steps.count; ++t) {
+      for (int m = 0; m < kStates; ++m) {
+        to_B[steps.position[t] * dB.stride[1] + n + m] = work.sums[(t * kStates + m) * 2];
+        to_C[steps.position[t] * dC.stride[1] + n + m] = work.sums[(t * kStates + m) * 2 + 1];
+      }
+    }
+  });
+}
+
+SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
+                                       const BlockRange& range, const Operand& dB, const Operand& dC,
+                                       const BackwardWorkspace& work) {
+  Steps steps;
+  for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
+    const int64_t chunk = sequence.chunk_offset + c;
+    sequence.chunk(c, steps);
+    pack_input_output_rows(call.forward, sequence, range.group, steps, work.rows);
+    memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * call.forward.states);
+    int index = 0;
+    for (; index + kPair <= range.count(); index += kPair) {
+      const Ahead ahead = tensors_of(call, layout, sequence, steps, range, index + kPair);
+      blocks_backward<kPair>(call, layout, sequence, steps, chunk, range, index, work, ahead);
+    }
+    if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, Ahead(steps));
+    write_row_gradients(call.forward, dB, dC, sequence, steps, range.group, work);
+  }
+}
+
+}  // namespace
+}  // namespace selectra

@@ -1,0 +1,171 @@
+// The selective scan, forward: h = exp(dt A) h + dt B u and y = (C . h + D u) silu(z).
+//
+// A vector holds kLanes channels; the states of a block of channels stay in registers for a chunk of steps. The
+// derivation is in ops/selective_scan/README.md.
+#pragma once
+
+#include "scan_tiles.h"
+
+namespace selectra {
+namespace {
+
+// States in registers at once: with more, the registers run out.
+constexpr int kForwardStates = kVectorRegisters >= 32 ? 16 : 8;
+
+struct ForwardWorkspace {
+  // Of every block: A log2(e), the running state; D and the bias of delta.
+  Vector *rates, *state, *skip, *bias;
+  // Of one block and chunk.
+  Vector *dt, *u, *input, *y, *gate;
+  Real* rows;
+
+  ForwardWorkspace(Arena& arena, int64_t blocks, int64_t states)
+      : rates(arena.take<Vector>(blocks * states)),
+        state(arena.take<Vector>(blocks * states)),
+        skip(arena.take<Vector>(blocks)),
+        bias(arena.take<Vector>(blocks)),
+        dt(arena.take<Vector>(kChunk)),
+        u(arena.take<Vector>(kChunk)),
+        input(arena.take<Vector>(kChunk)),
+        y(arena.take<Vector>(kChunk)),
+        gate(arena.take<Vector>(kChunk)),
+        rows(arena.take<Real>(kChunk * 2 * states)) {}
+};
+
+// Runs `States` states of one block through a chunk and adds C . h to y.
+template <int States>
+SELECTRA_INLINE void advance_states(int count, const Vector* dt, const Vector* input, const Vector* rates,
+                                    const Real* rows, int64_t states, Vector* state, Vector* y, const Ahead& ahead) {
+  Vector h[States];
+#pragma GCC unroll 16
+  for (int n = 0; n < States; ++n) h[n] = state[n];
+  for (int t = 0; t < count; ++t) {
+    const Real* B = rows + t * 2 * states;
+    const Real* C = B + states;
+    const Vector step = dt[t], x = input[t];
+    // Two sums: one alone is a chain of additions as long as the states.
+    Vector even = y[t], odd = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < States; ++n) {
+      h[n] = exp2_of_product(step, rates[n]) * h[n] + x * B[n];
+      (n % 2 ? odd : even) += h[n] * C[n];
+    }
+    y[t] = even + odd;
+    ahead.ask(t);
+  }
+#pragma GCC unroll 16
+  for (int n = 0; n < States; ++n) state[n] = h[n];
+}
+
+// dt, u, dt u and the first part of y, D u.
+SELECTRA_INLINE void prepare_forward(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
+                                     int index, const ForwardWorkspace& work) {
+  load_tile(strip_of(call.delta, sequence.batch, block.channel, block.lanes), steps, work.dt);
+  load_tile(strip_of(call.u, sequence.batch, block.channel, block.lanes), steps, work.u);
+  const Vector bias = work.bias[index], skip = work.skip[index];
+  if (call.softplus) {
+    for (int t = 0; t < steps.count; ++t) work.dt[t] = softplus(work.dt[t] + bias).value;
+  } else {
+    for (int t = 0; t < steps.count; ++t) work.dt[t] += bias;
+  }
+  for (int t = 0; t < steps.count; ++t) {
+    work.input[t] = work.dt[t] * work.u[t];
+    work.y[t] = skip * work.u[t];
+  }
+}
+
+// What the next block will read.
+SELECTRA_INLINE Ahead inputs_of(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block) {
+  Ahead ahead(steps);
+  ahead.add(strip_of(call.delta, sequence.batch, block.channel, block.lanes));
+  ahead.add(strip_of(call.u, sequence.batch, block.channel, block.lanes));
+  if (call.z.data) ahead.add(strip_of(call.z, sequence.batch, block.channel, block.lanes));
+  ahead.add(strip_of(call.y, sequence.batch, block.channel, block.lanes));
+  return ahead;
+}
+
+SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
+                                int index, const ForwardWorkspace& work, const Ahead& ahead) {
+  const int states = (int)call.states;
+  prepare_forward(call, sequence, steps, block, index, work);
+  Vector* const state = work.state + index * states;
+  const Vector* const rates = work.rates + index * states;
+  for_state_blocks<kForwardStates>(states, [&](auto size, int n) {
+    advance_states<decltype(size)::value>(steps.count, work.dt, work.input, rates + n, work.rows + n, states,
+                                          state + n, work.y, n ? Ahead(steps) : ahead);
+  });
+  if (call.z.data) {
+    load_tile(strip_of(call.z, sequence.batch, block.channel, block.lanes), steps, work.gate);
+    for (int t = 0; t < steps.count; ++t) work.y[t] *= work.gate[t] * sigmoid(work.gate[t]);
+  }
+  store_tile(strip_of(call.y, sequence.batch, block.channel, block.lanes), steps, work.y);
+}
+
+SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, const Sequence& sequence,
+                                   const BlockRange& range, const ForwardWorkspace& work) {
+  const int64_t states = call.states;
+  Steps steps;
+  for (int64_t c = 0; c < sequence.chunks(); ++c) {
+    sequence.chunk(c, steps);
+    pack_input_output_rows(call, sequence, range.group, steps, work.rows);
+    if (call.checkpoints.data) {
+      memcpy(checkpoint_of(call, layout, sequence.chunk_offset + c, range.group, range.first), work.state,
+             sizeof(Vector) * range.count() * states);
+    }
+    for (int index = 0; index < range.count(); ++index) {
+      const int64_t next = range.first + index + 1;
+      const Ahead ahead = next < range.last ? inputs_of(call, sequence, steps, layout.block(range.group, next))
+                                            : Ahead(steps);
+      scan_block(call, sequence, steps, layout.block(range.group, range.first + index), index, work, ahead);
+    }
+  }
+}
+
+static void scan_range_forward(const ScanCall& call, const Layout& layout, const Sequences& sequences,
+                               int64_t first_sequence, int64_t last_sequence, const BlockRange& range) {
+  const int states = (int)call.states;
+  const ForwardWorkspace work = lay_out_workspace<ForwardWorkspace>((int64_t)range.count(), call.states);
+  for (int index = 0; index < range.count(); ++index) {
+    const Block block = layout.block(range.group, range.first + index);
+    load_rates(call.A, block, states, work.rates + index * states);
+    for (int n = 0; n < states; ++n) work.rates[index * states + n] *= kLog2E;
+    work.skip[index] = load_channels(call.D, block.channel, block.lanes);
+    work.bias[index] = load_channels(call.bias, block.channel, block.lanes);
+  }
+  for (int64_t s = first_sequence; s < last_sequence; ++s) {
+    for (int index = 0; index < range.count(); ++index) {
+      const Block block = layout.block(range.group, range.first + index);
+      load_state(call.initial, s, block.channel, block.lanes, states, work.state + index * states);
+    }
+    scan_sequence(call, layout, sequences[s], range, work);
+    for (int index = 0; index < range.count(); ++index) {
+      const Block block = layout.block(range.group, range.first + index);
+      store_state(call.final, s, block.channel, block.lanes, states, work.state + index * states);
+    }
+  }
+}
+
+static int scan_forward(const ScanCall& call) {
+  const Layout layout(call.channels, call.groups);
+  Sequences sequences(call.sequences, call.length, call.reverse != 0, call.borders);
+  if (!sequences.borders_are_sound()) return kBadBorders;
+  if (call.mask.data && !sequences.leave_out_absent(call.mask)) return kOutOfMemory;
+
+  // Enough tasks to keep the threads evenly busy, sequences first: the blocks of a task share B and C.
+  const int64_t threads = threads_for(call.threads, scan_work(call, layout));
+  const int64_t wanted = threads > 1 ? 4 * threads : 1;
+  const int64_t ranges = smaller(call.sequences, wanted);
+  if (ranges == 0) return kDone;
+  const int64_t slots = larger<int64_t>(1, smaller(layout.blocks_per_group, ceil_divide(wanted, ranges * call.groups)));
+  for_each_task(ranges * call.groups * slots, threads, [&](int64_t task) {
+    const int64_t slot = task % slots, group = task / slots % call.groups, part = task / slots / call.groups;
+    const BlockRange range = {group, part_begin(layout.blocks_per_group, slot, slots),
+                              part_begin(layout.blocks_per_group, slot + 1, slots)};
+    scan_range_forward(call, layout, sequences, part_begin(call.sequences, part, ranges),
+                       part_begin(call.sequences, part + 1, ranges), range);
+  });
+  return kDone;
+}
+
+}  // namespace
+}  // namespace selectra

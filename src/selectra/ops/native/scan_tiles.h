@@ -1,0 +1,87 @@
+// What the scan's forward and backward share: how channels fall into blocks, and what a chunk of steps reads.
+#pragma once
+
+#include "parallel.h"
+#include "tile.h"
+
+namespace selectra {
+namespace {
+
+// kLanes neighbouring channels of one group, or fewer at the group's end.
+struct Block {
+  int64_t channel;
+  int lanes;
+};
+
+// How the channels of a call fall into groups and blocks.
+struct Layout {
+  int64_t channels_per_group, blocks_per_group;
+
+  Layout(int64_t channels, int64_t groups)
+      : channels_per_group(channels / groups), blocks_per_group(ceil_divide(channels_per_group, kLanes)) {}
+
+  Block block(int64_t group, int64_t index) const {
+    const int64_t within = index * kLanes;
+    return {group * channels_per_group + within, (int)smaller<int64_t>(kLanes, channels_per_group - within)};
+  }
+};
+
+// Blocks first ... last - 1 of one group: what one task runs through.
+struct BlockRange {
+  int64_t group, first, last;
+  int count() const { return (int)(last - first); }
+};
+
+// Calls body(size, n) for register blocks of `size` states, the size a compile-time constant, that make up all states.
+template <int Largest, typename Body>
+SELECTRA_INLINE void for_state_blocks(int states, const Body& body) {
+  int n = 0;
+  for (; n + Largest <= states; n += Largest) body(std::integral_constant<int, Largest>{}, n);
+  if constexpr (Largest > 1) {
+    if (n < states) for_state_blocks<Largest / 2>(states - n, [&](auto size, int m) { body(size, n + m); });
+  }
+}
+
+// B and C of a chunk, one row a step in the order of the run: states numbers of B, then states numbers of C.
+SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const Steps& steps,
+                               int states, Real* rows) {
+  const Real* base = (const Real*)tensor.data + sequence.batch * tensor.stride[0] + group * tensor.stride[2];
+  const int64_t stride = tensor.stride[3];
+  for (int t = 0; t < steps.count; ++t) {
+    const Real* from = base + steps.position[t] * tensor.stride[1];
+    Real* row = rows + (int64_t)t * 2 * states;
+    if (stride == 1) {
+      for (int n = 0; n < states; ++n) row[n] = from[n];
+    } else {
+      for (int n = 0; n < states; ++n) row[n] = from[n * stride];
+    }
+  }
+}
+
+SELECTRA_INLINE void pack_input_output_rows(const ScanCall& call, const Sequence& sequence, int64_t group,
+                                            const Steps& steps, Real* rows) {
+  pack_rows(call.B, sequence, group, steps, (int)call.states, rows);
+  pack_rows(call.C, sequence, group, steps, (int)call.states, rows + call.states);
+}
+
+// A of a block, one vector a state.
+SELECTRA_INLINE void load_rates(const Operand& A, Block block, int states, Vector* rates) {
+  const Operand as_state = {A.data, {0, A.stride[0], A.stride[1]}};
+  load_state(as_state, 0, block.channel, block.lanes, states, rates);
+}
+
+// The checkpoint of a block: the state before a chunk, kLanes numbers a state. A chunk's blocks lie side by side.
+SELECTRA_INLINE Real* checkpoint_of(const ScanCall& call, const Layout& layout, int64_t chunk, int64_t group,
+                                      int64_t block) {
+  const int64_t row = (chunk * call.groups + group) * layout.blocks_per_group + block;
+  return (Real*)call.checkpoints.data + row * call.states * kLanes;
+}
+
+// Vector state updates in a call.
+SELECTRA_INLINE int64_t scan_work(const ScanCall& call, const Layout& layout) {
+  const int64_t batch = call.borders.data ? 1 : call.sequences;
+  return batch * call.length * call.groups * layout.blocks_per_group * (call.states + 2);
+}
+
+}  // namespace
+}  // namespace selectra

@@ -1,0 +1,19 @@
+"""The selective scan, the recurrence of Mamba (arXiv:2312.00752): one operator, several backends."""
+
+from functools import partial
+
+from selectra.ops.dispatch import Backend, Op
+from selectra.ops.selective_scan import cpu, portable, reference, registration
+from selectra.ops.selective_scan.call import prepare
+
+selective_scan = Op(
+    "selective_scan",
+    prepare,
+    [
+        Backend("cpu", cpu.refuse, partial(registration.run, backend="cpu")),
+        Backend("portable", portable.refuse, partial(registration.run, backend="portable")),
+        Backend("reference", reference.refuse, reference.run, only_when_asked=True),
+    ],
+)
+
+__all__ = ["selective_scan"]
