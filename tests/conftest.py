@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if os.environ.get("SELECTRA_CHECK_SHAPES"):
-    # Must come before these rooms are imported; torch.compile cannot trace the hook, so `-m "not compile"` goes with it.
+    # Before these rooms are imported; torch.compile cannot trace the hook, so `-m "not compile"` goes with it.
     from jaxtyping import install_import_hook
 
     install_import_hook(["selectra.layers", "selectra.mixers", "selectra.models"], "beartype.beartype")
@@ -27,12 +27,10 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill fresh memory with NaN, so that an output that a kernel forgets to write cannot pass."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    # Filling is on by default where deterministic algorithms are.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def forward(
     """Run the convolution.
 
     Returns:
-        The output in the type of `x`, and the final state in the compute type: the last k inputs in the order of the run.
+        The output in the type of `x`, and the final state in the compute type: the last k inputs of the run.
     """
     dtype = _compute_dtype(x)
     inputs = _inputs(dtype, x, weight, bias, initial_state, mask, cu_seqlens)

@@ -101,9 +101,7 @@ def _forward_packed(call: ConvCall) -> tuple[Tensor, Tensor]:
     return y, states
 
 
-def _backward_packed(
-    call: ConvCall, dy: Tensor, dfinal: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _backward_packed(call: ConvCall, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     dx = torch.empty(call.x.shape, dtype=call.x.dtype, device=call.x.device)
     dweight = torch.zeros_like(call.weight)
     dbias = None if call.bias is None else torch.zeros_like(call.bias)

@@ -18,7 +18,7 @@ struct BackwardPlan {
     constexpr int64_t kMostRanges = 32;
     constexpr int64_t kTasksWanted = 8;
     // Fewer blocks a slot would not pay for the sums over the lanes that each slot does.
-    constexpr int64_t kLeastBlocks = 6;
+    constexpr int64_t kLeastBlocks = 12;
     ranges = smaller(call.sequences, kMostRanges);
     const int64_t wanted = ceil_divide(kTasksWanted, larger<int64_t>(1, ranges * call.groups));
     slots = larger<int64_t>(1, smaller(wanted, layout.blocks_per_group / kLeastBlocks));

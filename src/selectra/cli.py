@@ -1,0 +1,387 @@
+"""The command line: one function for each command. Heavy imports happen inside them, so that help comes at once."""
+
+import difflib
+import inspect
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from selectra.errors import BackendError, ConfigError, DataError
+from selectra.spec import Run, Spec, nearest, override, type_name
+from selectra.train.stop import DivergedError, StoppedError
+
+if TYPE_CHECKING:
+    from selectra.registry import Registry, Resolved
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+USER_ERROR, INTERRUPTED = 2, 130
+FORECAST_MODELS = "tsm2,linear,dlinear,seasonal_naive,naive"
+TEST_SIZE = "smoke"
+# What series models are built with when only their size is asked for.
+EXAMPLE_FACTS: dict[str, dict[str, Any]] = {"series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24}}
+
+CITATION = """@software{{selectra,
+  title = {{Selectra: selective state-space models on images, time series and language}},
+  author = {{{{The Selectra authors}}}},
+  version = {{{version}}},
+  license = {{Apache-2.0}}
+}}"""
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, such as model.d_state=8 train.epochs=2.")]
+
+
+class Sort(StrEnum):
+    """What can be listed."""
+
+    models = "models"
+    data = "data"
+    tasks = "tasks"
+    recipes = "recipes"
+
+
+class Split(StrEnum):
+    """Where training ends and testing begins."""
+
+    ett = "ett"
+    ratio = "ratio"
+
+
+class Benchmark(StrEnum):
+    """What can be timed."""
+
+    scan = "scan"
+
+
+class Stamps(StrEnum):
+    """How rows get their place in time."""
+
+    check = "check"
+    order = "order"
+
+
+class Part(StrEnum):
+    """A part of the data."""
+
+    train = "train"
+    val = "val"
+    test = "test"
+
+
+def _console() -> Console:
+    """The terminal; processes other than the first one are silent."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
+
+
+def _installed_version() -> str:
+    try:
+        return metadata.version("selectra")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        _console().print(f"selectra {_installed_version()}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Selective state-space models on images, time series and language."""
+
+
+def _registries() -> "dict[Sort, Registry]":
+    """All registries, filled."""
+    from selectra import data, models, recipes, registry, tasks  # noqa: F401, PLC0415
+
+    return {
+        Sort.models: registry.models,
+        Sort.data: registry.datasets,
+        Sort.tasks: registry.tasks,
+        Sort.recipes: registry.recipes,
+    }
+
+
+def _find_run(name: str, words: Sequence[str]) -> Run:
+    """The run that a recipe, a model or a run.json stands for, with changes."""
+    from selectra.train.record import read_run  # noqa: PLC0415
+
+    found = _registries()
+    if name.endswith(".json") or Path(name).is_dir():
+        return override(read_run(Path(name)), words)
+    recipes, models = found[Sort.recipes], found[Sort.models]
+    if name in recipes.names():
+        return override(recipes.build(Spec(name)), words)
+    if name in [*models.names(), *models.families()]:
+        return override(_usual_run(name, found), words)
+    known = [*recipes.names(), *models.names(), *models.families()]
+    raise ConfigError(
+        f"'{name}' is no recipe, model or run.json; recipes are {recipes.names()}, "
+        f"models {models.names()}.{nearest(name, known)}"
+    )
+
+
+def _usual_run(model: str, found: "dict[Sort, Registry]") -> Run:
+    """A model on the data set and the task of its kind."""
+    kind = found[Sort.models].entry(model).kind
+    data, task = found[Sort.data].names(kind), found[Sort.tasks].names(kind)
+    if len(data) != 1 or len(task) != 1:
+        raise ConfigError(f"'{model}' alone does not say what to train on: for {kind} there are {data} and {task}.")
+    return Run(model=Spec(model), data=Spec(data[0]), task=Spec(task[0]), name=model)
+
+
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(help="A recipe, a model, or the run.json of an earlier training.")],
+    changes: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; default: runs/NAME, or where the run.json lies.")
+    ] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="Start from the beginning, over what the folder holds.")] = False,
+) -> None:
+    """Train a recipe, and go on where an earlier call stopped."""
+    from selectra.train.job import train_job  # noqa: PLC0415
+    from selectra.train.progress import duration  # noqa: PLC0415
+
+    console, run = _console(), _find_run(name, changes or [])
+    stored = Path(name) if Path(name).is_dir() else Path(name).parent if name.endswith(".json") else None
+    out = out or stored or Path("runs") / run.name
+    fitted = train_job(run, out, console, resume=not anew)
+    metrics = ", ".join(f"{key} {value:.4f}" for key, value in fitted.best.items())
+    console.print(
+        f"Done after {fitted.steps} steps and {duration(fitted.seconds)} (ended by: {fitted.stopped_by}). "
+        f"Best on validation, at step {fitted.best_step}: {metrics}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Everything is in {out}; test it with: {shlex.join(['selectra', 'eval', str(out)])}", soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    out: Annotated[Path, typer.Argument(help="Folder of a training.")],
+    split: Annotated[Part, typer.Option(help="The part of the data.")] = Part.test,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
+) -> None:
+    """Evaluate trained weights; the only command that opens the test split."""
+    from selectra.train.job import evaluate_job  # noqa: PLC0415
+
+    metrics, n_windows = evaluate_job(out, split.value, batch_size)
+    table = Table("metric", split.value, title=f"{out}: all {n_windows} windows")
+    for name, value in metrics.items():
+        table.add_row(name, f"{value:.6f}")
+    _console().print(table)
+
+
+@app.command("list")
+def list_(
+    sort: Annotated[Sort | None, typer.Argument(help="What to list; default: all.")] = None,
+    kind: Annotated[str | None, typer.Option(help='Only this kind, such as "series".')] = None,
+    every: Annotated[bool, typer.Option("--all", help="Also the sizes that exist for tests.")] = False,
+) -> None:
+    """List what is registered."""
+    console, found = _console(), _registries()
+    kinds = sorted({found[each].entry(name).kind for each in Sort for name in found[each].names()})
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"there is no kind '{kind}'; there are {kinds}.{nearest(kind, kinds)}")
+    for each, registry in found.items():
+        names = [name for name in registry.names(kind) if every or registry.entry(name).size != TEST_SIZE]
+        if sort in (None, each) and names:
+            console.print(_listing(each, registry, names))
+
+
+def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
+    of_models = sort is Sort.models
+    table = Table(title=sort.value, title_justify="left")
+    for column in ["name", "kind", *(["parameters", "takes", "state"] if of_models else ["what it is"]), "source"]:
+        table.add_column(column, no_wrap=column == "name", overflow="fold")
+    for name in names:
+        entry = registry.entry(name)
+        middle = [entry.summary]
+        if of_models:
+            count, state = _parameters(registry, name)
+            middle = [count, ", ".join(entry.takes) or "-", state]
+        table.add_row(name, entry.kind, *middle, entry.source or "-")
+    if of_models:
+        table.caption = "Parameters for 7 series, 96 values in and 96 out."
+    return table
+
+
+def _parameters(registry: "Registry", name: str) -> tuple[str, str]:
+    """How many parameters a model has with example facts, and its state: "works", or what it needs beside those."""
+    import torch  # noqa: PLC0415
+
+    facts = EXAMPLE_FACTS.get(registry.entry(name).kind, {})
+    try:
+        # Nothing is allocated and nothing drawn.
+        with torch.device("meta"):
+            model = registry.build(Spec(name), facts)
+    except ConfigError as error:
+        return "-", str(error)
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,}", "works"
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe, a model, or a run.json.")],
+    changes: Overrides = None,
+) -> None:
+    """Show every setting with its value and where it comes from; builds nothing."""
+    from selectra.train import job  # noqa: PLC0415
+
+    run = job.typed(_find_run(name, changes or []))
+    table = Table("name", "value", "from", title=run.name, title_justify="left")
+    for section, resolved in job.check(run).items():
+        spec = getattr(run, section)
+        table.add_row(f"[bold]{section}[/bold]", f"[bold]{spec.name}[/bold]", "")
+        _add_resolved(table, section, resolved)
+    for section in ("optim", "train", "parallel"):
+        table.add_row(f"[bold]{section}[/bold]", "", "")
+        content = getattr(run, section)
+        for field, info in type(content).model_fields.items():
+            value = getattr(content, field)
+            table.add_row(f"{section}.{field}", str(value), "default" if value == info.default else "run")
+    _console().print(table)
+
+
+def _add_resolved(table: Table, prefix: str, resolved: "dict[str, Resolved]") -> None:
+    for name, item in resolved.items():
+        value, origin = ("read from the data", "data") if item.origin == "missing" else (repr(item.value), item.origin)
+        table.add_row(f"{prefix}.{name}", value, origin)
+
+
+@app.command()
+def forecast(
+    file: Annotated[
+        Path | None, typer.Argument(help="CSV or parquet, wide or long; default: New York weather.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Models, separated by commas.")] = FORECAST_MODELS,
+    lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
+    horizon: Annotated[int, typer.Option(min=1, help="Rows that are forecast.")] = 24,
+    split: Annotated[Split, typer.Option(help="12/4/4 months, or 70/10/20 percent.")] = Split.ratio,
+    target: Annotated[str | None, typer.Option(help="The series that counts; default: all.")] = None,
+    time: Annotated[str | None, typer.Option(help="The time column; default: found in the data.")] = None,
+    freq: Annotated[str | None, typer.Option(help='Time between rows, such as "h" or "15min"; default: found.')] = None,
+    stamps: Annotated[
+        Stamps, typer.Option(help="Place rows by their time stamps, or take them as evenly spaced in file order.")
+    ] = Stamps.check,
+    epochs: Annotated[float, typer.Option(help="Most passes over the training windows.")] = 5,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("selectra_forecast"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one batch.")] = 32,
+    quick: Annotated[bool, typer.Option("--quick", help="Train briefly, for a first look.")] = False,
+) -> None:
+    """Forecast a table of series: train, compare with baselines, write table, picture and page."""
+    from selectra.forecaster import ForecastJob, forecast_job  # noqa: PLC0415
+
+    job = ForecastJob(
+        file=file, models=tuple(name.strip() for name in model.split(",")), lookback=lookback, horizon=horizon,
+        split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
+        out=out, seed=seed, batch_size=batch_size, quick=quick,
+    )  # fmt: skip
+    forecast_job(job, _console())
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation: backends, correctness, speed."""
+    from selectra.doctor import doctor as examine  # noqa: PLC0415
+
+    raise typer.Exit(examine(_console()))
+
+
+@app.command()
+def bench(
+    what: Annotated[Benchmark, typer.Argument(help="What to time.")] = Benchmark.scan,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for each measurement: a shape, forward or training.")
+    ] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for the record; default: none is written.")] = None,
+) -> None:
+    """Time operators against the reference and other packages, after checking that they agree."""
+    from selectra.bench.scan import bench_scan  # noqa: PLC0415
+    from selectra.train.checkpoint import replacing, writable_folder  # noqa: PLC0415
+    from selectra.train.parallel import pick_device  # noqa: PLC0415
+
+    if out is not None:
+        writable_folder(out)
+    console = _console()
+    record = {Benchmark.scan: bench_scan}[what](pick_device(device), seconds, None, console)
+    if out is None:
+        return
+    hardware = record["environment"]["hardware"]
+    name = hardware["gpus"][0] if record["device"].startswith("cuda") else hardware["processor"]
+    words = [what.value, *re.findall(r"[a-z0-9]+", name.lower()), datetime.now(UTC).strftime("%Y-%m-%d")]
+    with replacing(out / f"{'-'.join(words)}.json") as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+    console.print(f"Written to {out / '-'.join(words)}.json", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def cite() -> None:
+    """Print how to cite Selectra, as BibTeX."""
+    _console().print(CITATION.format(version=_installed_version()), highlight=False, markup=False, soft_wrap=True)
+
+
+def _describe(error: Any) -> str:
+    """A usage error in one line; an unknown option with the nearest one and its type."""
+    unknown, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if unknown is None or context is None:
+        return error.format_message()
+    # The annotations say more than what typer keeps of them.
+    hints = get_type_hints(inspect.unwrap(context.command.callback))
+    options = {option: hints.get(p.name) for p in context.command.params for option in p.opts if option[:2] == "--"}
+    close = difflib.get_close_matches(unknown, options, n=1)
+    hint = f" Did you mean {close[0]} ({_option_type(options[close[0]])})?" if close else ""
+    return f"'{context.command_path}' has no option '{unknown}'; it has {', '.join(options)}.{hint}"
+
+
+def _option_type(hint: Any) -> str:
+    if inspect.isclass(hint) and issubclass(hint, StrEnum):
+        return " | ".join(hint)
+    return "no value" if hint is bool else type_name(hint).removesuffix(" | None")
+
+
+def main(words: Sequence[str] | None = None) -> NoReturn:
+    """Run a command; a user's error is one line and exit code 2, a stop asked for is exit code 130."""
+    words = list(sys.argv[1:] if words is None else words)
+    errors = Console(stderr=True)
+    # typer's own classes for wrong usage are reached through one that it exports.
+    usage_error = cast(type[Exception], typer.BadParameter.__mro__[2])
+    try:
+        code = app(words, prog_name="selectra", standalone_mode=False)
+    except usage_error as error:
+        errors.print(f"error: {_describe(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(USER_ERROR) from error
+    except (ConfigError, DataError, BackendError, DivergedError) as error:
+        if "--debug" in words:
+            raise
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(USER_ERROR) from error
+    except StoppedError as error:
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(INTERRUPTED) from error
+    except (typer.Abort, KeyboardInterrupt) as error:
+        errors.print("stopped at once; what was saved before is kept.")
+        raise SystemExit(INTERRUPTED) from error
+    raise SystemExit(code if isinstance(code, int) else 0)

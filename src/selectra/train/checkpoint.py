@@ -1,0 +1,131 @@
+"""Files that are whole or not there: the state to resume from, and the best weights."""
+
+import contextlib
+import os
+import pickle
+import random
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from selectra.errors import ConfigError, DataError
+
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to the path that is handed out; it takes the place of `path` at the end, or disappears on an error."""
+    # One fixed name: what a killed process left is overwritten by the next one.
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def writable_folder(out: Path) -> Path:
+    """Make the folder if needed, and try to write in it.
+
+    Raises:
+        ConfigError: It cannot be made or written; the message holds the system's reason.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write in the folder '{out}': {error.strerror}; choose another with --out."
+        ) from error
+    return out
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every generator that this process draws from."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (name, [int(key) for key in keys], *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on drawing where `random_state` was taken."""
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a checkpoint; a reader sees the former one or this one, never a part."""
+    with replacing(path) as partial:
+        torch.save({"format": FORMAT, **state}, partial)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it is executed.
+
+    Raises:
+        DataError: The file is damaged, or is no checkpoint of Selectra.
+    """
+    advice = "Delete it to train from the start, or put a whole copy in its place."
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise DataError(f"the checkpoint '{path}' is damaged: {broken} has a wrong checksum. {advice}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"the checkpoint '{path}' is damaged or of another kind: {reason}. {advice}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise DataError(f"the checkpoint '{path}' has format {found}, and this version reads {FORMAT}. {advice}")
+    return state
+
+
+def copy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights and buffers, copied to the CPU."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in model.state_dict().items()}
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write weights as safetensors, whole or not at all."""
+    # safetensors refuses tensors that share memory, as tied weights do.
+    own = {name: value.clone() for name, value in weights.items()}
+    with replacing(path) as partial:
+        partial.write_bytes(serialize(own, metadata=dict(metadata)))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put stored weights into a model.
+
+    Raises:
+        DataError: There is no such file, it is damaged, or it belongs to another model.
+    """
+    try:
+        model.load_state_dict(load_file(path))
+    except FileNotFoundError as error:
+        raise DataError(f"there are no weights at '{path}'; `selectra train` writes them.") from error
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"the weights '{path}' are damaged or belong to another model: {reason}") from error

@@ -1,0 +1,130 @@
+"""A run from its written form to its result: look names up, check, build, train or evaluate."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+# Importing the rooms fills the registries.
+from selectra import data as _data
+from selectra import models as _models
+from selectra.errors import ConfigError, DataError
+from selectra.registry import Resolved, datasets, models, tasks
+from selectra.spec import Run, Spec
+from selectra.tasks.task import Task
+from selectra.train.checkpoint import WEIGHTS, load_weights, replacing, writable_folder
+from selectra.train.loop import Fitted, evaluate, fit
+from selectra.train.parallel import World, joined
+from selectra.train.record import environment, read_run
+
+__all__ = ["Built", "_data", "_models", "build", "check", "evaluate_job", "train_job", "typed"]
+
+Tables = dict[str, dict[str, Resolved]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run names, built."""
+
+    data: Any
+    model: nn.Module
+    task: Task
+    resolved: Tables
+
+
+def typed(run: Run) -> Run:
+    """The run with every text value read by its annotation; unknown names and values that do not fit are refused."""
+    changes = {"model": models.typed(run.model), "data": datasets.typed(run.data), "task": tasks.typed(run.task)}
+    return run.model_copy(update=changes)
+
+
+def facts_in(spec: Spec) -> dict[str, Any]:
+    """What the data's own arguments say before the data is read, such as the horizon."""
+    return {name: item.value for name, item in datasets.resolve(spec, partial=True).items()}
+
+
+def check(run: Run) -> Tables:
+    """Resolve everything that can be resolved without reading the data; builds nothing.
+
+    Raises:
+        ConfigError: A name, an argument or a value does not fit, or the task cannot train this kind of model.
+    """
+    facts = facts_in(run.data)
+    kind = tasks.entry(run.task.name).kind
+    for registry, name in ((models, run.model.name), (datasets, run.data.name)):
+        found = registry.entry(name).kind
+        if found != kind:
+            raise ConfigError(
+                f"the {registry.what} '{name}' is for {found}, and the task '{run.task.name}' for {kind}."
+            )
+    tables = {"data": datasets.resolve(run.data, partial=True), "task": tasks.resolve(run.task, partial=True)}
+    return {"model": models.resolve(run.model, facts, partial=True), **tables}
+
+
+def build(run: Run) -> Built:
+    """Build the data, then the model from its facts, then the task.
+
+    Raises:
+        ConfigError: As `check`, and where the run contradicts the data.
+    """
+    if run.train.threads is not None:
+        torch.set_num_threads(run.train.threads)
+    data = datasets.build(run.data)
+    resolved = {
+        "data": datasets.resolve(run.data),
+        "model": models.resolve(run.model, data.facts),
+        "task": tasks.resolve(run.task, data.facts),
+    }
+    torch.manual_seed(run.train.seed)
+    model = models.build(run.model, data.facts)
+    return Built(data, model, tasks.build(run.task, data.facts).for_data(data), resolved)
+
+
+def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fitted:
+    """Train a run into a folder, and say what came of it."""
+    run = typed(run)
+    check(run)
+    writable_folder(out)
+    with joined(run.parallel, run.train.device) as world:
+        built = build(run)
+        if world.first:
+            for line in built.data.summary():
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            count = sum(p.numel() for p in built.model.parameters())
+            console.print(f"{run.model.name}: {count:,} parameters, on {world.device}", highlight=False)
+        train, val = built.data.windows("train"), built.data.windows("val")
+        fitted = fit(
+            built.model, built.task, train, val, run, out,
+            resume=resume, world=world, console=console, resolved=built.resolved,
+        )  # fmt: skip
+    return fitted
+
+
+def evaluate_job(out: Path, split: str, batch_size: int | None) -> tuple[dict[str, float], int]:
+    """Evaluate the stored weights of a trained run on a split, and write them down; also, how many windows.
+
+    Raises:
+        ConfigError: The split has no windows, or the folder holds no run.
+        DataError: There are no weights.
+    """
+    run = read_run(out)
+    with joined(run.parallel, run.train.device) as world:
+        built = build(run)
+        load_weights(out / WEIGHTS, built.model)
+        windows = built.data.windows(split)
+        if len(windows) == 0:
+            raise DataError(f"the split '{split}' has no windows.")
+        metrics = evaluate(built.model.to(world.device), built.task, windows, batch_size or run.train.batch_size, world)
+        if world.first:
+            _write_metrics(out, split, len(windows), metrics, world)
+    return metrics, len(windows)
+
+
+def _write_metrics(out: Path, split: str, n_windows: int, metrics: dict[str, float], world: World) -> None:
+    content = {"split": split, "windows": n_windows, "metrics": metrics, "processes": world.size, **environment()}
+    with replacing(out / f"{split}.json") as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n")

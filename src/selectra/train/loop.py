@@ -1,0 +1,196 @@
+"""The one training loop. Of a task it knows `loss`, `evaluator` and `score`, of a batch `to`, and nothing else."""
+
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from selectra.errors import ConfigError
+from selectra.registry import Resolved
+from selectra.spec import Run
+from selectra.tasks.task import Task
+from selectra.train.batches import TrainingOrder, Windows, every_window_once
+from selectra.train.checkpoint import CHECKPOINT, writable_folder
+from selectra.train.optim import clip, require_finite, scale_gradients
+from selectra.train.parallel import World, pick_device, wait_for_gradients, wrap
+from selectra.train.progress import Clock, Display
+from selectra.train.record import BackendWatch, Record, open_record
+from selectra.train.state import State, StoppedBy
+from selectra.train.stop import StopFlag, StoppedError, stopping_gently
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a training came to: the kept weights' metrics on the validation windows, and how it ended."""
+
+    best: dict[str, float]
+    best_step: int
+    steps: int
+    seconds: float
+    stopped_by: StoppedBy
+
+
+def evaluate(
+    model: nn.Module, task: Task, windows: Windows, batch_size: int, world: World | None = None
+) -> dict[str, float]:
+    """The task's metrics on every window exactly once, whatever the batch size and the number of processes."""
+    world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
+    evaluator, was_training = task.evaluator(), model.training
+    model.eval()
+    for batch in every_window_once(windows, batch_size, world):
+        evaluator.update(model, batch.to(world.device))
+    model.train(was_training)
+    evaluator.reduce(world.gather)
+    return evaluator.compute()
+
+
+def fit(
+    model: nn.Module,
+    task: Task,
+    train_windows: Windows,
+    val_windows: Windows | None,
+    run: Run,
+    out: Path | None = None,
+    *,
+    progress: bool = True,
+    resume: bool = True,
+    world: World | None = None,
+    console: Console | None = None,
+    resolved: Mapping[str, Mapping[str, Resolved]] | None = None,
+) -> Fitted:
+    """Train a model, and leave it with the weights that were best on the validation windows.
+
+    A model with a method `solve` is solved once over the training windows; one without parameters is only evaluated.
+
+    Args:
+        out: Folder for run.json, record.jsonl, checkpoint.pt and model.safetensors; None writes nothing.
+        resume: Go on from `out`'s checkpoint where there is one; otherwise start anew and overwrite it.
+        resolved: What every argument resolved to, for run.json.
+
+    Raises:
+        StoppedError: SIGINT or SIGTERM came; the state is saved.
+        DivergedError: The loss or a gradient is not finite.
+    """
+    world = world or World(device=pick_device(run.train.device))
+    if not val_windows and run.train.patience:
+        raise ConfigError("train.patience is set, and there are no validation windows to measure an improvement.")
+    learns = any(p.requires_grad for p in model.parameters()) and not hasattr(model, "solve")
+    if out is not None and world.first:
+        writable_folder(out)
+    order = TrainingOrder(train_windows, run.train, world) if learns else None
+    state = State(model.to(world.device), run, order, out, world)
+    resume = resume and learns and out is not None and (out / CHECKPOINT).is_file()
+    length = state.resume() if resume else 0
+    shown = (console or Console()) if progress and world.first else None
+    with open_record(out, world, run, resolved, length) as record, stopping_gently() as flag:
+        if order is None:
+            _solve(state, task, train_windows, val_windows)
+            if flag.asked:
+                raise StoppedError(0, state.resume_command)
+            record.write("metrics", step=0, split="val", best=True, **state.at.best)
+        else:
+            n_eval = ceil(len(val_windows) / run.train.batch_size) if val_windows else 0
+            clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval))
+            with Display(shown, clock, run.name, early=run.train.patience is not None) as display:
+                _Loop(state, task, order, val_windows, record, display, flag).go()
+    model.load_state_dict(state.best)
+    return Fitted(state.at.best, state.at.best_step, state.at.step, state.at.seconds, state.at.stopped_by)
+
+
+def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> None:
+    """Models that learn nothing by gradient; every process sees all training windows."""
+    began, solve = time.monotonic(), getattr(state.model, "solve", None)
+    if solve is not None:
+        batches = every_window_once(train, state.run.train.batch_size, World())
+        solve(batch.to(state.world.device) for batch in batches)
+    if val:
+        metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world)
+        state.note(metrics, task.score(metrics))
+    state.keep()
+    state.at.seconds = time.monotonic() - began
+    state.at.stopped_by = "nothing to train" if solve is None else "solved"
+
+
+class _Loop:
+    """Steps, evaluations and checkpoints of one training by gradient."""
+
+    def __init__(
+        self, state: State, task: Task, order: TrainingOrder, val: Windows | None, record: Record, display: Display,
+        flag: StopFlag,
+    ) -> None:  # fmt: skip
+        self.state, self.task, self.val = state, task, val
+        self.record, self.display, self.flag = record, display, flag
+        self.batches = order.start_at(state.at.position)
+        self.wrapped = wrap(state.model, state.world).train()
+        self.watch = BackendWatch()
+        self.stop = False
+
+    def go(self) -> None:
+        # What was due when the training was interrupted comes first.
+        if not self.state.at.stopped_by:
+            self.after_step()
+        while not self.state.at.stopped_by:
+            loss = self.one_step()
+            self.display.step(self.state.at.step, loss)
+            self.after_step()
+
+    def one_step(self) -> float:
+        """One optimizer step; returns its loss over all processes."""
+        state, run, world, began = self.state, self.state.run, self.state.world, time.monotonic()
+        first = not self.display.clock.step_times
+        sums: dict[str, torch.Tensor] = {}
+        with self.watch if first else nullcontext():
+            for i in range(run.train.accumulate):
+                batch = next(self.batches).to(world.device)
+                with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
+                    loss = self.task.loss(self.wrapped, batch)
+                    loss.sum.backward()
+                for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().double()
+        asked = torch.tensor(float(self.flag.asked), device=world.device).double()
+        *totals, stop = world.sum(torch.stack([*sums.values(), asked])).tolist()
+        totals = dict(zip(sums, totals, strict=True))
+        count = max(totals.pop("count"), 1.0)
+        means = {name: value / count for name, value in totals.items()}
+        # Right for ragged targets, for accumulation and for every process.
+        scale_gradients(state.model, world.size / count)
+        norm = clip(state.model, run.optim.clip)
+        require_finite(means["loss"], norm, state.model, state.at.step + 1)
+        state.advance(run.train.accumulate)
+        seconds = time.monotonic() - began
+        self.display.clock.step_times.append(seconds)
+        self.stop = stop > 0
+        if first:
+            self.record.write("backends", step=state.at.step, **self.watch.found())
+        self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds)
+        state.at.seconds += seconds
+        return means["loss"]
+
+    def after_step(self) -> None:
+        """Evaluate, save, stop: whatever is due."""
+        state, at = self.state, self.state.at
+        if state.evaluation_due and not self.stop:
+            self.validate()
+        if self.stop or at.stopped_by or state.save_due:
+            state.save(self.record)
+        if self.stop or (at.stopped_by and self.flag.asked):
+            raise StoppedError(at.step, state.resume_command)
+
+    def validate(self) -> None:
+        """Measure on the validation windows, keep the best weights, and see whether this is the end."""
+        state, began = self.state, time.monotonic()
+        if self.val:
+            metrics = evaluate(state.model, self.task, self.val, state.run.train.batch_size, state.world)
+            seconds = time.monotonic() - began
+            best = state.note(metrics, self.task.score(metrics))
+            self.record.write("metrics", step=state.at.step, split="val", best=best, seconds=seconds, **metrics)
+            self.display.clock.eval_times.append(seconds)
+            self.display.evaluated(state.at.step, metrics, best)
+            state.at.seconds += seconds
+        state.end_if_due()

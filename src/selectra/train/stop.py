@@ -1,0 +1,59 @@
+"""How a training ends before its time: asked to by a signal, or because its numbers went wrong."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StoppedError(RuntimeError):
+    """Training was asked to stop; its state is saved.
+
+    Args:
+        step: Optimizer steps that are done and saved.
+        command: The command that goes on from there, or "" where nothing could be saved.
+    """
+
+    def __init__(self, step: int, command: str) -> None:
+        super().__init__(
+            f"stopped after step {step}; " + (f"go on with: {command}" if command else "nothing is saved.")
+        )
+        self.step = step
+        self.command = command
+
+
+class DivergedError(ArithmeticError):
+    """The loss or a gradient is no longer a finite number."""
+
+
+class StopFlag:
+    """Whether a stop was asked for."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+
+@contextlib.contextmanager
+def stopping_gently() -> Iterator[StopFlag]:
+    """Inside the block SIGINT and SIGTERM set a flag; a second one acts as it did before.
+
+    Signals can be caught in the main thread only; elsewhere the flag stays unset.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        flag.asked = True
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

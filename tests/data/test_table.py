@@ -1,0 +1,195 @@
+"""Files and frames to tables: what is found, what is marked, and what is refused in which words."""
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import narwhals as nw
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from selectra.data.stamps import season_of
+from selectra.data.table import read_table
+from selectra.errors import DataError
+from tests.data.frames import hourly, long
+
+BASE = hourly()
+ROWS = len(BASE)
+
+
+def changed(column: str, row: int, value: object) -> pd.DataFrame:
+    frame = BASE.astype({column: object})
+    frame.loc[row, column] = value
+    return frame
+
+
+def at(freq: str, start: str = "2000-01-03") -> pd.DataFrame:
+    return BASE.assign(time=pd.date_range(start, periods=ROWS, freq=freq))
+
+
+def same(frame: pd.DataFrame | Path) -> None:
+    table = read_table(frame)
+    assert table.names == ("a (°C)", "b")
+    assert table.freq == "h" and table.rows == ROWS
+    np.testing.assert_allclose(table.values, BASE[["a (°C)", "b"]].to_numpy())
+    assert table.observed.all()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.parquet", "semicolons.csv", "tabs.csv"])
+def test_files(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        BASE.to_parquet(path)
+    elif name == "semicolons.csv":
+        BASE.to_csv(path, index=False, sep=";", decimal=",")
+    else:
+        BASE.to_csv(path, index=False, sep="\t" if name == "tabs.csv" else ",")
+    same(path)
+
+
+def test_wide_long_index_and_other_frames_agree() -> None:
+    same(BASE)
+    same(long(BASE))
+    same(BASE.set_index("time"))
+    same(nw.to_native(nw.from_native(pa.Table.from_pandas(BASE))))
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        BASE["time"].dt.strftime("%d.%m.%Y %H:%M"),
+        BASE["time"].dt.strftime("%Y/%m/%d %H:%M"),
+        BASE["time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        BASE["time"].dt.tz_localize("UTC"),
+    ],
+)
+def test_stamps_are_read(stamps: pd.Series) -> None:
+    same(BASE.assign(time=stamps))
+    # Found by content where the name says nothing.
+    same(BASE.assign(time=stamps).rename(columns={"time": "Zeitpunkt"}))
+
+
+def test_rows_out_of_order_are_sorted_and_said() -> None:
+    same(BASE.iloc[::-1])
+    assert any("sorted" in note for note in read_table(BASE.iloc[::-1]).notes)
+
+
+def test_missing_rows_are_inserted_as_unobserved() -> None:
+    table = read_table(BASE.drop(index=[50, 51, 90]))
+    assert table.rows == ROWS and table.rows_read == ROWS - 3
+    assert np.flatnonzero(~table.observed.all(1)).tolist() == [50, 51, 90]
+    assert np.isnan(table.values[[50, 51, 90]]).all()
+    assert [count for _, count in table.gaps] == [2, 1]
+
+
+def test_missing_values_stay_missing() -> None:
+    frame = BASE.copy()
+    frame.loc[3:5, "b"] = np.nan
+    frame.loc[7, "b"] = np.inf
+    table = read_table(frame)
+    assert np.flatnonzero(~table.observed[:, 1]).tolist() == [3, 4, 5, 7]
+    assert table.observed[:, 0].all()
+    assert any("infinite" in note for note in table.notes)
+
+
+def test_ragged_long_series_are_unobserved_where_they_are_absent() -> None:
+    table = read_table(long(BASE).iloc[: ROWS + 100])
+    assert table.observed.sum(0).tolist() == [ROWS, 100]
+
+
+@pytest.mark.parametrize(
+    ("freq", "season"),
+    [
+        ("h", 24),
+        ("15min", 96),
+        ("10min", 144),
+        ("D", 7),
+        ("B", 5),
+        ("W-MON", 52),
+        ("MS", 12),
+        ("ME", 12),
+        ("QS-JAN", 4),
+    ],
+)
+def test_frequency_is_inferred_despite_gaps(freq: str, season: int) -> None:
+    whole, table = read_table(at(freq, "1900-01-01")), read_table(at(freq, "1900-01-01").drop(index=[7, 8, 100]))
+    assert table.stamps.equals(whole.stamps)
+    assert len(table.gaps) == 2
+    assert season_of(whole.freq) == season_of(table.freq) == season
+
+
+def test_years_and_numbers_as_dates() -> None:
+    years = pd.DataFrame({"year": range(1900, 2000), "a": np.arange(100.0)})
+    assert read_table(years).freq.startswith("YS")
+    days = BASE.assign(time=pd.date_range("2020-01-01", periods=ROWS).strftime("%Y%m%d").astype(int))
+    assert read_table(days).freq == "D"
+
+
+def test_a_lone_extreme_value_is_said_and_kept() -> None:
+    table = read_table(changed("b", 8, -9999.0))
+    assert table.values[8, 1] == -9999 and table.observed[8, 1]
+    assert any(note.startswith("b: -9999 (once)") for note in table.notes)
+    assert not read_table(BASE).notes
+
+
+def test_stamps_in_order_ignore_damage() -> None:
+    frame = pd.concat([BASE.iloc[:200], BASE.iloc[199:]])
+    table = read_table(frame, stamps="order")
+    assert table.rows == ROWS + 1 and table.freq == "h" and table.observed.all()
+
+
+def test_target_may_leave_the_unit_out() -> None:
+    table = read_table(BASE)
+    assert table.index_of("a") == table.index_of("a (°C)") == 0
+    with pytest.raises(DataError, match="no series 'bb'; did you mean 'b'"):
+        table.index_of("bb")
+
+
+BAD: list[tuple[str, Callable[[], object], str]] = [
+    ("no time column", lambda: read_table(BASE.drop(columns="time")), r"no time column: none of a \(°C\), b"),
+    ("named time column", lambda: read_table(BASE, time="tme"), "no column 'tme' for the time; did you mean 'time'"),
+    ("date", lambda: read_table(changed("time", 5, "soon")), "'time', row 6 below the header: 'soon' is not a date"),
+    ("no date", lambda: read_table(changed("time", 5, None)), "row 6 below the header: .* is not a date"),
+    ("numbers", lambda: read_table(BASE.assign(time=np.arange(ROWS) + 10**9)), r"'time' holds numbers \(1000000000"),
+    ("text", lambda: read_table(changed("b", 7, "n/a?")), "column 'b', row 8 below the header: 'n/a\\?' is not a numb"),
+    ("dates", lambda: read_table(BASE.assign(t2=BASE["time"])), "column 't2' holds dates"),
+    ("twice", lambda: read_table(pd.concat([BASE, BASE.iloc[[3, 4]]])), "2 rows repeat a time stamp: 2020-01-01 03:00"),
+    ("twice", lambda: read_table(pd.concat([long(BASE), long(BASE).iloc[[3]]])), "first is 2020-01-01 03:00:00 of 'a"),
+    ("all NaN", lambda: read_table(BASE.assign(c=np.nan)), "column 'c' has no value at all"),
+    ("frequency", lambda: read_table(BASE, freq="hour"), "unknown frequency 'hour'.* Did you mean 'h'"),
+    ("frequency", lambda: read_table(BASE, freq="2h"), "200 time stamps do not fit the named frequency '2h'"),
+    ("frequency", lambda: read_table(BASE, freq="s"), "frequency 's' more than 20 of 21 rows would be missing"),
+    ("irregular", lambda: read_table(changed("time", 9, pd.Timestamp("2020-01-01 09:07"))), "1 time stamps do not fit"),
+    ("two rows", lambda: read_table(BASE.iloc[:2]), "too few to infer the frequency"),
+    ("no rows", lambda: read_table(BASE.iloc[:0]), "no rows"),
+    ("no numbers", lambda: read_table(BASE.drop(columns=["a (°C)", "b"])), "only the time column"),
+    ("same name", lambda: read_table(pd.concat([BASE, BASE[["b"]]], axis=1)), "'b' occurs more than once"),
+    ("no frame", lambda: read_table([1, 2]), "expected a data frame .* got list"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("call", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_tables(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        call()
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    cases = {
+        "empty.csv": (b"", "is empty"),
+        "header.csv": (b"time,a\n", "has a header and no rows"),
+        "broken.csv.gz": (gzip.compress(BASE.to_csv().encode())[:500], "cannot be read"),
+        "text.csv.gz": (b"time,a\n", "cannot be read"),
+        "latin.csv": ("time,Köln\n2020-01-01,1\n".encode("latin-1"), "cannot be read .*Unicode"),
+        "no.parquet": (b"time,a\n", "cannot be read"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            read_table(tmp_path / name)
+    with pytest.raises(DataError, match=r"there is no file .*; did you mean 'empty.csv'"):
+        read_table(tmp_path / "emtpy.csv")
+    with pytest.raises(DataError, match="is a folder"):
+        read_table(tmp_path)

@@ -1,0 +1,80 @@
+"""Normalisation of windows: what goes in comes back, and gaps have no part in it."""
+
+import math
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+from selectra.errors import ConfigError
+from selectra.layers.revin import RevIN
+
+MODES = pytest.mark.parametrize("mode", ["none", "last", "instance"])
+
+
+def window() -> tuple[torch.Tensor, torch.Tensor]:
+    x = 5 + 3 * torch.randn(4, 20, 3, dtype=torch.float64)
+    return x, torch.rand(x.shape) > 0.4
+
+
+@MODES
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_inverse_gives_the_window_back(mode, affine):
+    x, _ = window()
+    layer = RevIN(3, mode, affine=affine, eps=1e-8).double()
+    if affine:
+        assert layer.weight is not None and layer.bias is not None
+        torch.nn.init.normal_(layer.weight, 2.0)
+        torch.nn.init.normal_(layer.bias)
+    y, statistics = layer(x)
+    assert torch.allclose(layer.inverse(y, statistics), x, atol=1e-6)
+    quantiles = torch.stack([y, y + 1], -1)
+    assert torch.allclose(layer.inverse(quantiles, statistics)[..., 0], x, atol=1e-6)
+
+
+def test_instance_mode_gives_mean_0_and_deviation_1():
+    y, _ = RevIN(3)(window()[0])
+    assert y.mean(1).abs().max() < 1e-9 and (y.std(1, correction=0) - 1).abs().max() < 1e-4
+
+
+def test_last_mode_subtracts_the_last_observed_value():
+    x = torch.tensor([[[1.0], [4.0], [9.0]]])
+    y, statistics = RevIN(1, "last")(x, torch.tensor([[[True], [True], [False]]]))
+    assert y.flatten().tolist() == [-3, 0, 0] and statistics.shift.item() == 4 and statistics.scale.item() == 1
+
+
+@MODES
+def test_statistics_see_observed_values_alone(mode):
+    x, observed = window()
+    for i in range(4):
+        for series in range(3):
+            seen = observed[i, :, series]
+            alone, expected = RevIN(1, mode)(x[i, seen, series][None, :, None])
+            y, statistics = RevIN(3, mode)(x.masked_fill(~observed, math.nan), observed)
+            assert torch.allclose(y[i, seen, series], alone.flatten())
+            assert (y[~observed] == 0).all()
+            assert torch.allclose(statistics.shift[i, 0, series], expected.shift.flatten())
+            assert torch.allclose(statistics.scale[i, 0, series], expected.scale.flatten())
+
+
+@MODES
+def test_nothing_observed_is_finite(mode):
+    x, observed = window()
+    observed[:, :, 1] = False
+    y, statistics = RevIN(3, mode)(x.masked_fill(~observed, math.nan), observed)
+    assert y.isfinite().all()
+    assert (statistics.shift[..., 1] == 0).all() and (statistics.scale[..., 1] == 1).all()
+
+
+def test_statistics_carry_no_gradient():
+    x = window()[0].requires_grad_()
+    y, statistics = RevIN(3)(x)
+    assert not statistics.shift.requires_grad and not statistics.scale.requires_grad
+    y.sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, (1 / statistics.scale).expand_as(x))
+
+
+def test_an_unknown_mode_is_named():
+    # The shape-checking hook, where it runs, refuses the value before the constructor does.
+    with pytest.raises((ConfigError, TypeCheckError), match="'mean'"):
+        RevIN(1, "mean")  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,162 @@
+"""What every registered series model keeps, found by itself: shapes, gradients, independence, gaps, covariates."""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import selectra.models  # noqa: F401
+from selectra.layers.covariates import WithCovariates
+from selectra.registry import models
+from selectra.spec import Spec
+
+NAMES = [name for name in models.names("series") if name.endswith("_smoke")]
+EACH = pytest.mark.parametrize("name", NAMES)
+SHAPES = pytest.mark.parametrize(("seq_len", "horizon", "n_series"), [(24, 8, 3), (17, 5, 1), (8, 1, 2), (31, 37, 4)])
+
+
+def build(name: str, *, seq_len: int = 24, horizon: int = 8, n_series: int = 3, season: int = 4) -> nn.Module:
+    facts = {"seq_len": seq_len, "horizon": horizon, "n_series": n_series, "season": season}
+    return models.build(Spec(name), facts).eval()
+
+
+def window(batch: int = 4, seq_len: int = 24, n_series: int = 3) -> tuple[Tensor, Tensor]:
+    """A window with gaps, a series without any value among them."""
+    x = torch.randn(batch, seq_len, n_series)
+    observed = torch.rand(batch, seq_len, n_series) > 0.3
+    observed[0, :, 0] = False
+    return x.masked_fill(~observed, 0), observed
+
+
+def test_every_family_has_a_smoke_size():
+    assert {name.removesuffix("_smoke") for name in NAMES} == set(models.families())
+
+
+@EACH
+@SHAPES
+def test_shapes(name, seq_len, horizon, n_series):
+    model = build(name, seq_len=seq_len, horizon=horizon, n_series=n_series)
+    x, observed = window(2, seq_len, n_series)
+    for y in (model(x), model(x, observed=observed)):
+        assert y.shape == (2, horizon, n_series) and y.dtype == torch.float32 and y.isfinite().all()
+
+
+@EACH
+def test_every_parameter_gets_a_gradient(name):
+    model, (x, observed) = build(name), window()
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        pytest.skip("nothing to learn")
+    model(x, observed=observed).square().sum().backward()
+    without = [
+        key for key, p in parameters.items() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
+    ]
+    assert without == []
+
+
+@EACH
+def test_batch_elements_do_not_see_each_other(name):
+    model, (x, observed) = build(name), window()
+    together = model(x, observed=observed)
+    for i in range(len(x)):
+        alone = model(x[i : i + 1], observed=observed[i : i + 1])
+        assert torch.allclose(alone, together[i : i + 1], rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_what_is_not_observed_has_no_effect(name):
+    model, (x, observed) = build(name), window()
+    y = model(x, observed=observed)
+    for beneath in (7.0, math.nan):
+        assert torch.equal(model(x.masked_fill(~observed, beneath), observed=observed), y)
+    poisoned = x.masked_fill(~observed, math.nan).requires_grad_()
+    model(poisoned, observed=observed).sum().backward()
+    assert poisoned.grad is not None and (poisoned.grad[~observed] == 0).all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@EACH
+def test_a_full_mask_is_no_mask(name):
+    model, (x, _) = build(name), window()
+    assert torch.allclose(model(x, observed=torch.ones_like(x, dtype=torch.bool)), model(x), rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_weights_are_saved_and_loaded(name, tmp_path):
+    model, other, (x, observed) = build(name), build(name), window()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(other(x, observed=observed), model(x, observed=observed))
+
+
+@EACH
+def test_bfloat16_autocast_stays_near(name):
+    model, (x, observed) = build(name), window()
+    y = model(x, observed=observed)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x, observed=observed)
+    assert low.isfinite().all()
+    assert (low.float() - y).abs().max() <= 0.05 * y.abs().max()
+
+
+@EACH
+def test_training_and_evaluation_differ_in_dropout_alone(name):
+    model, (x, observed) = build(name), window()
+    y = model(x, observed=observed)
+    for module in model.train().modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    assert torch.equal(model(x, observed=observed), y)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What closed-form models read."""
+
+    x: Tensor
+    observed: Tensor
+    y: Tensor
+    y_observed: Tensor
+
+
+def wrap(name: str, takes: tuple[str, ...] | None = None) -> WithCovariates:
+    entry = models.entry(name)
+    sizes = {"seq_len": 24, "horizon": 8, "n_series": 3, "n_past": 2, "n_future": 3, "n_static": 4}
+    return WithCovariates(build(name), takes=entry.takes if takes is None else takes, name=name, **sizes)
+
+
+def covariates(batch: int = 4) -> dict[str, Tensor]:
+    return {"past": torch.randn(batch, 24, 2), "future": torch.randn(batch, 32, 3), "static": torch.randn(batch, 3, 4)}
+
+
+@EACH
+def test_every_model_takes_all_covariates_through_the_wrapper(name):
+    model, (x, observed), given = wrap(name), window(), covariates()
+    y = model(x, observed=observed, **given)
+    # The residual head starts at 0.
+    assert torch.equal(y, model.model(x, observed=observed))
+    with torch.no_grad():
+        model.encoder.head.weight.normal_()
+    y = model(x, observed=observed, **given)
+    assert y.shape == (4, 8, 3)
+    for kind, value in given.items():
+        assert not torch.allclose(model(x, observed=observed, **{**given, kind: value + 1}), y), kind
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
+
+
+@EACH
+def test_every_model_can_be_given_filled_gaps(name):
+    """As if it took none of the optional inputs; a solved model is solved on filled windows."""
+    model, (x, observed) = wrap(name, takes=()), window()
+    assert any("cannot use missing values" in note for note in model.notes)
+    batch = Batch(x.masked_fill(~observed, math.nan), observed, torch.randn(4, 8, 3), torch.ones(4, 8, 3).bool())
+    assert hasattr(model, "solve") == hasattr(model.model, "solve")
+    if model.in_closed_form:
+        model.solve([batch, replace(batch, y=batch.y + 1)])
+        assert any("closed form" in note for note in model.notes)
+    y = model(batch.x, observed=observed, **covariates())
+    assert y.shape == (4, 8, 3) and y.isfinite().all()

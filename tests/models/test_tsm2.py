@@ -1,0 +1,116 @@
+"""TSM2: what is its own."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from selectra.errors import ConfigError
+from selectra.models.tsm2 import TSM2
+from selectra.registry import models
+
+SIZES: dict[str, Any] = {
+    "seq_len": 30,
+    "horizon": 6,
+    "n_series": 3,
+    "d_model": 8,
+    "d_state": 4,
+    "depth": 2,
+    "patch_len": 8,
+    "stride": 4,
+}
+
+
+def test_it_is_registered_with_what_it_takes():
+    entry = models.entry("tsm2")
+    assert entry.target is TSM2 and entry.kind == "series" and entry.takes == ("observed",)
+    assert entry.source == "arXiv:2403.19888"
+
+
+def test_variates_are_mixed_in_both_directions():
+    model, x = TSM2(**SIZES).eval(), torch.randn(1, 30, 3, requires_grad=True)
+    for i in range(3):
+        (gradient,) = torch.autograd.grad(model(x)[..., i].sum(), x)
+        assert (gradient.abs().sum(1) > 0).all()
+
+
+def test_time_is_mixed_one_way():
+    """The token mixer at a patch sees no later patch."""
+    layer = TSM2(**SIZES, norm="feature").eval().blocks()[0]
+    x = torch.randn(2, 3, 6, 8)
+    changed = x.clone()
+    changed[:, :, 4:] = torch.randn(2, 3, 2, 8)
+    assert torch.allclose(layer.mix_tokens(x)[:, :, :4], layer.mix_tokens(changed)[:, :, :4], atol=1e-6)
+    assert not torch.allclose(layer.mix_tokens(x)[:, :, 4:], layer.mix_tokens(changed)[:, :, 4:], atol=1e-5)
+
+
+def test_mixers_stay_on_their_axis():
+    """Tokens of one variate, and variates at one patch, mix among themselves alone."""
+    layer = TSM2(**SIZES, norm="feature").eval().blocks()[0]
+    x = torch.randn(2, 3, 6, 8)
+    other_series, other_patch = x.clone(), x.clone()
+    other_series[:, 1] = torch.randn(2, 6, 8)
+    other_patch[:, :, 2] = torch.randn(2, 3, 8)
+    assert torch.allclose(layer.mix_tokens(x)[:, [0, 2]], layer.mix_tokens(other_series)[:, [0, 2]], atol=1e-6)
+    kept = [0, 1, 3, 4, 5]
+    assert torch.allclose(layer.mix_channels(x)[:, :, kept], layer.mix_channels(other_patch)[:, :, kept], atol=1e-6)
+    # And on their axis everything is reached.
+    assert not torch.allclose(layer.mix_channels(x)[:, [0, 2]], layer.mix_channels(other_series)[:, [0, 2]], atol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_it_starts_as_a_chain_of_its_mixers(residual):
+    model, x = TSM2(**SIZES, residual=residual).eval(), torch.randn(2, 30, 3)
+    y = model.embed(x)
+    for layer in model.blocks():
+        y = layer.mix_tokens(y) + (y if residual else 0)
+        y = layer.mix_channels(y) + (y if residual else 0)
+    assert torch.allclose(model.features(x), y, atol=1e-6)
+
+
+def test_the_forecast_follows_level_and_scale_of_the_window():
+    model, x = TSM2(**SIZES).eval(), torch.randn(2, 30, 3)
+    assert torch.allclose(model(3 * x + 5), 3 * model(x) + 5, atol=1e-3)
+    shifted = TSM2(**SIZES, window_norm="last").eval()
+    assert torch.allclose(shifted(x + 5), shifted(x) + 5, atol=1e-4)
+    plain = TSM2(**SIZES, window_norm="none").eval()
+    assert not torch.allclose(plain(x + 5), plain(x) + 5, atol=1e-2)
+
+
+def test_a_gap_is_not_a_value():
+    """A missing value differs from one that lies at the window's mean."""
+    model, x = TSM2(**SIZES, window_norm="none").eval(), torch.randn(1, 30, 3)
+    x[0, 20, 1] = 0
+    observed = torch.ones_like(x, dtype=torch.bool)
+    observed[0, 20, 1] = False
+    assert not torch.allclose(model(x, observed=observed), model(x), atol=1e-5)
+
+
+def test_covariates_without_effect_are_refused():
+    model, x = TSM2(**SIZES), torch.randn(2, 30, 3)
+    with pytest.raises(ConfigError, match="TSM2 takes no past covariates itself"):
+        model(x, past=torch.randn(2, 30, 1))
+
+
+def test_quantiles_add_an_axis():
+    model, x = TSM2(**SIZES, quantiles=(0.1, 0.5, 0.9)).eval(), torch.randn(2, 30, 3)
+    y = model(x)
+    assert y.shape == (2, 6, 3, 3)
+    assert torch.allclose(model(2 * x + 1), 2 * y + 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"horizon": 0}, "horizon=0"),
+        ({"depth": 0}, "depth=0"),
+        ({"seq_len": 0}, "seq_len=0"),
+        ({"stride": 9}, "stride=9 is longer than patch_len=8"),
+        ({"norm": "batch"}, "norm='batch'"),
+        ({"window_norm": "first"}, "mode='first'"),
+        ({"quantiles": (0.5, 1.0)}, "quantiles"),
+    ],
+)
+def test_what_cannot_be_is_named(wrong, message):
+    with pytest.raises(ConfigError, match=message):
+        TSM2(**{**SIZES, **wrong})

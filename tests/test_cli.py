@@ -1,0 +1,217 @@
+"""Every command, and every error message that a user may see."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from selectra.cli import FORECAST_MODELS, main
+
+SHORT = ["model=linear", "data.seq_len=24", "data.horizon=6"]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    """Two series of 400 hours."""
+    hours = pd.date_range("2024-01-01", periods=400, freq="h")
+    rows = np.arange(400)
+    noise = np.random.RandomState(0).randn(2, 400) * 0.1
+    values = {"a": np.sin(rows / 4) + noise[0], "b": np.cos(rows / 9) + noise[1]}
+    pd.DataFrame({"date": hours, **values}).to_csv(tmp_path / "two.csv", index=False)
+    return tmp_path / "two.csv"
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]):
+    """Run a command; its exit code, output and error output."""
+
+    def run(*words: object) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return run
+
+
+def test_train_eval_and_again(call, csv, tmp_path):
+    out = tmp_path / "out"
+    words = ["model=dlinear", *SHORT[1:], f"data.path={csv}", "train.steps=4", "train.threads=1"]
+    code, text, _ = call("train", "tsm2_weather", *words, "--out", out)
+    assert code == 0
+    assert f"selectra eval {out}" in text
+    assert "step 4/4" in text
+    run = json.loads((out / "run.json").read_text())
+    assert run["run"]["train"]["steps"] == 4
+    assert run["resolved"]["model"]["horizon"] == {"value": 6, "origin": "data"}
+    code, text, _ = call("eval", out)
+    assert code == 0
+    stored = json.loads((out / "test.json").read_text())
+    assert f"{stored['metrics']['mse']:.6f}" in text
+    for size in (1, 7):
+        call("eval", out, "--batch-size", size)
+        assert json.loads((out / "test.json").read_text())["metrics"] == pytest.approx(stored["metrics"], abs=1e-6)
+    # The same run once more, from its run.json: in place it is finished, elsewhere it gives the same.
+    assert call("train", out / "run.json")[0] == 0
+    call("train", out / "run.json", "--out", tmp_path / "again")
+    call("eval", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "test.json").read_text())["metrics"] == stored["metrics"]
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(call, csv, tmp_path, monkeypatch):
+    from selectra.models import DLinear
+
+    out, forward = tmp_path / "out", DLinear.forward
+    words = ["model=dlinear", *SHORT[1:], f"data.path={csv}", "train.steps=4", "train.threads=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DLinear, "forward", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), forward(*a, **k))[1])
+        code, _, text = call("train", "tsm2_weather", *words, "--out", out)
+    assert code == 130
+    command = text.partition("go on with: selectra ")[2].split()
+    assert command == ["train", str(out / "run.json")]
+    code, text, _ = call(*command)
+    assert code == 0
+    assert "Done after 4 steps" in text
+
+
+def test_closed_form_model_by_its_name(call, csv, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = call("train", "linear", *SHORT[1:], f"data.path={csv}", "--out", out)
+    assert code == 0
+    assert "ended by: solved" in text
+
+
+def test_show_builds_nothing_and_tells_origins(call):
+    code, text, _ = call("show", "tsm2_weather", "model.d_state=8", "optim.lr=0.002")
+    assert code == 0
+    rows = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := line.replace("│", " ").split()) > 2}
+    assert rows["model.d_state"] == ["8", "run"]
+    assert rows["model.horizon"] == ["24", "data"]
+    assert rows["model.n_series"][-1] == "data"
+    assert rows["model.d_conv"][-1] == "default"
+    assert rows["optim.lr"] == ["0.002", "run"]
+    assert call("show", "tsm2_smoke")[0] == 0
+
+
+@pytest.mark.parametrize("sort", ["models", "data", "tasks", "recipes", None])
+def test_list(call, sort):
+    code, text, _ = call("list", *([sort] if sort else []), "--kind", "series")
+    assert code == 0
+    expected = {"models": "tsm2_base", "data": "series_file", "tasks": "forecasting", "recipes": "tsm2_weather"}
+    assert [name in text for key, name in expected.items() if sort in (None, key)]
+    assert "_smoke" not in text
+    assert sort not in ("models", None) or "works" in text
+
+
+def test_cite_is_the_citation_file(call):
+    code, text, _ = call("cite")
+    assert code == 0
+    assert text.startswith("@software{selectra,")
+    cff = Path(__file__).parents[1] / "CITATION.cff"
+    if cff.is_file():
+        title = text.partition("title = {")[2].partition("}")[0]
+        assert title in cff.read_text()
+
+
+def test_version(call):
+    assert call("--version")[1].startswith("selectra ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("forecast --horizn 3", "has no option '--horizn'; it has .* Did you mean --horizon (int)?"),
+        ("forecast --splt ett", "Did you mean --split (ett | ratio)?"),
+        ("forecast --quik", "Did you mean --quick (no value)?"),
+        ("forecast --horizon x", "Invalid value for '--horizon'"),
+        ("forecast --horizon 0", "Invalid value for '--horizon'"),
+        ("lst", "No such command 'lst'"),
+        ("train", "Missing argument"),
+        ("train tsm2_wether", "'tsm2_wether' is no recipe, model or run.json; .* Did you mean 'tsm2_weather'?"),
+        ("train tsm2_weather model=tsm3", "there is no model 'tsm3'; .* Did you mean 'tsm2'?"),
+        ("train tsm2_weather model.dstate=3", "takes no argument 'dstate'; .* Did you mean 'd_state' (int)?"),
+        ("train tsm2_weather model.d_state=x", "'d_state' is 'x', which is no int"),
+        ("train tsm2_weather model.horizon=7", "'horizon' is 7 in the run, and the data says 24"),
+        ("train tsm2_weather train.stpes=7", "Did you mean 'steps'?"),
+        ("train tsm2_weather task.loss=rmse", "which is no 'mse' | 'mae' | 'huber'"),
+        ("train tsm2_weather --out /dev/null/x", "cannot write in the folder '/dev/null/x'"),
+        ("train nowhere.json", "there is no 'nowhere.json'"),
+        ("train tsm2_weather data.path=nowhere.csv --out {tmp}", "nowhere.csv"),
+        ("eval nowhere", "there is no 'nowhere'"),
+        ("eval nowhere --split tst", "Invalid value for '--split'"),
+        ("list models --kind serie", "there is no kind 'serie'; there are ['series']. Did you mean 'series'?"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(call, words, message, tmp_path):
+    code, _, text = call(*words.format(tmp=tmp_path).split())
+    assert code == 2
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    for part in message.split(" .* "):
+        assert part in text
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="there is no 'nowhere'"):
+        main(["--debug", "eval", "nowhere"])
+
+
+def test_forecast_defaults_are_those_of_the_job():
+    from selectra.forecaster import ForecastJob
+
+    assert tuple(FORECAST_MODELS.split(",")) == ForecastJob().models
+
+
+def test_forecast(call, csv, tmp_path):
+    out = tmp_path / "out"
+    words = ("forecast", csv, "--model", "linear,naive", "--lookback", 24, "--horizon", 6, "--out", out)
+    assert call(*words)[0] == 0
+    rows = json.loads((out / "metrics.json").read_text())
+    assert [row["model"] for row in rows] == ["linear", "naive"]
+
+
+def test_doctor_gives_its_exit_code(call, monkeypatch):
+    from selectra import doctor
+
+    for code in (0, 1):
+        monkeypatch.setattr(doctor, "doctor", lambda console, code=code: code)
+        assert call("doctor")[0] == code
+
+
+def test_bench_writes_a_record_named_by_hardware_and_date(call, monkeypatch, tmp_path):
+    from selectra.bench import scan
+    from selectra.train.record import environment
+
+    monkeypatch.setattr(
+        scan, "bench_scan", lambda device, *_: {"device": str(device), "environment": environment(), "rows": []}
+    )
+    assert call("bench", "scan", "--device", "cpu", "--out", tmp_path)[0] == 0
+    (record,) = tmp_path.iterdir()
+    assert record.name.startswith("scan-")
+    assert json.loads(record.read_text())["device"] == "cpu"
+    code, _, text = call("bench", "scan", "--device", "gpu")
+    assert (code, "allowed are" in text) == (2, True)
+
+
+def test_help_starts_at_once():
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    code = "import sys, selectra.cli; sys.exit('torch' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    before = time.perf_counter()
+    command = [sys.executable, "-m", "selectra", "--help"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "forecast" in done.stdout
+    # Half a second on an idle core; the bound leaves room for busy ones.
+    assert time.perf_counter() - before < 3

@@ -1,0 +1,174 @@
+"""Official weights compute what the official code computes, and what does not fit is said in words."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from selectra.errors import ConfigError, DataError
+from selectra.mixers import S6
+from selectra.official import OfficialMamba, from_official, readers, reads
+
+NAMES = ["mamba1_n16", "mamba1_n8", "mamba1_bias_k2"]
+PRECISIONS = [torch.float32, torch.float64]
+SOURCE = "state-spaces/mamba:Mamba"
+
+
+class Golden(NamedTuple):
+    """One stored instance, and how its tensors are compared in one precision."""
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    dtype: torch.dtype
+
+    def module(self) -> OfficialMamba:
+        state = {k.removeprefix("state."): v.to(self.dtype) for k, v in self.tensors.items() if k.startswith("state.")}
+        module = from_official(self.about["source"], self.about["config"], state)
+        assert isinstance(module, OfficialMamba)
+        return module
+
+    def inputs(self) -> list[Tensor]:
+        return [self.tensors[f"in.{name}"].to(self.dtype) for name in self.about["inputs"]]
+
+    def check(self, kind: str, name: str, got: Tensor | None) -> None:
+        assert got is not None and got.dtype == self.dtype
+        if self.dtype == torch.float64:
+            expected, tolerance = self.tensors[f"{kind}64.{name}"], 1e-9
+        else:
+            expected = self.tensors[f"{kind}.{name}"]
+            tolerance = self.about["tolerance"]["per_tensor_relative_to_max"][f"{kind}.{name}"]
+        assert got.shape == expected.shape
+        assert (got.detach() - expected).abs().max() <= tolerance * expected.abs().max(), f"{kind}.{name}"
+
+
+@pytest.fixture(params=[(name, dtype) for name in NAMES for dtype in PRECISIONS], ids=str)
+def stored(request: pytest.FixtureRequest, golden: Path) -> Golden:
+    name, dtype = request.param
+    return Golden(json.loads((golden / f"{name}.json").read_text()), load_file(golden / f"{name}.safetensors"), dtype)
+
+
+def test_outputs_and_every_gradient(stored: Golden):
+    module, inputs = stored.module(), [x.requires_grad_() for x in stored.inputs()]
+    outputs = module(*inputs)
+    assert isinstance(outputs, tuple) and len(outputs) == len(stored.about["primary"])
+    loss = torch.zeros((), dtype=stored.dtype)
+    for name, output in zip(stored.about["primary"], outputs, strict=True):
+        stored.check("out", name, output)
+        loss = loss + (output * stored.tensors[f"lossw.{name}"].to(stored.dtype)).sum()
+    loss.backward()
+    gradients = {name: p.grad for name, p in module.model.named_parameters()}
+    gradients |= {f"in.{name}": x.grad for name, x in zip(stored.about["inputs"], inputs, strict=True)}
+    for name in stored.about["grads"]:
+        stored.check("grad", name, gradients[name])
+
+
+def test_steps(stored: Golden):
+    module, (x,) = stored.module(), stored.inputs()
+    conv, ssm = module.allocate_inference_cache(len(x), x.shape[1])
+    ys = [module.step(x[:, t : t + 1], conv, ssm)[0] for t in range(x.shape[1])]
+    stored.check("out", "step_y", torch.cat(ys, 1))
+    stored.check("out", "step_conv_state", conv)
+    stored.check("out", "step_ssm_state", ssm)
+
+
+def test_prefill_then_decode(stored: Golden):
+    module, (x,) = stored.module(), stored.inputs()
+    module.layer_idx = 3
+    n_prefill = stored.tensors["out.prefill_y"].shape[1]
+    params = SimpleNamespace(seqlen_offset=0, key_value_memory_dict={})
+    stored.check("out", "prefill_y", module(x[:, :n_prefill], params)[0])
+    conv, ssm = params.key_value_memory_dict[3]
+    stored.check("out", "prefill_conv_state", conv)
+    stored.check("out", "prefill_ssm_state", ssm)
+    ys = []
+    for t in range(n_prefill, x.shape[1]):
+        params.seqlen_offset = t
+        ys.append(module(x[:, t : t + 1], params)[0])
+    stored.check("out", "decode_y", torch.cat(ys, 1))
+    stored.check("out", "decode_conv_state", conv)
+    stored.check("out", "decode_ssm_state", ssm)
+
+
+CONFIG: dict[str, Any] = {"d_model": 6, "d_state": 4}
+
+
+def state(**changes: Any) -> dict[str, Tensor]:
+    return S6(**{**CONFIG, **changes}).state_dict()
+
+
+def test_every_official_keyword_is_taken():
+    config = {
+        **{"d_model": 6, "d_state": 4, "d_conv": 3, "expand": 2, "dt_rank": 2, "dt_min": 0.01, "dt_max": 0.1},
+        **{"dt_init": "constant", "dt_scale": 2.0, "dt_init_floor": 1e-3, "conv_bias": False, "bias": True},
+        **{"use_fast_path": False, "layer_idx": 0, "device": "cpu", "dtype": "float64"},
+    }
+    module = from_official(SOURCE, config, state(d_conv=3, dt_rank=2, conv_bias=False, bias=True))
+    assert not module.training
+    assert all(p.dtype == torch.float64 for p in module.parameters())
+    (y,) = module(torch.randn(1, 5, 6, dtype=torch.float64))
+    assert y.shape == (1, 5, 6)
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_state_decides_the_precision(given):
+    weights = {key: value.to(given) for key, value in state().items()}
+    expected = torch.float64 if given == torch.float64 else torch.float32
+    assert {p.dtype for p in from_official(SOURCE, CONFIG, weights).parameters()} == {expected}
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "message"),
+    [
+        ("state-spaces/mamba:Mambo", CONFIG, r"'state-spaces/mamba:Mambo' is not known.*Did you mean '.*:Mamba'"),
+        (SOURCE, {**CONFIG, "dstate": 4}, "no supported option 'dstate'.*Did you mean 'd_state'"),
+        (SOURCE, {**CONFIG, "if_cls_token": True}, "no supported option 'if_cls_token'"),
+        (SOURCE, {**CONFIG, "d_state": "many"}, "option 'd_state' is 'many'"),
+        (SOURCE, {**CONFIG, "dt_init": "normal"}, "option 'dt_init' is 'normal'.*'random'.*'constant'"),
+        (SOURCE, {**CONFIG, "dtype": "float23"}, "option 'dtype' is 'float23'.*bfloat16"),
+        (SOURCE, {}, "needs 'd_model'"),
+    ],
+)
+def test_what_is_not_supported_is_named(source, config, message):
+    with pytest.raises(ConfigError, match=message):
+        from_official(source, config, state())
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (state(d_state=5), r"'A_log' has the shape \(12, 5\) where the configuration gives \(12, 4\)"),
+        (state(bias=True), "the state has 'in_proj.bias', 'out_proj.bias', which this configuration has no place for"),
+        (state(conv_bias=False), "the state lacks 'conv1d.bias'"),
+        ({**state(), "D": 1.0}, "state 'D' is float; it must be a tensor"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_described(weights, message):
+    with pytest.raises(DataError, match=message):
+        from_official(SOURCE, CONFIG, weights)
+
+
+def test_a_step_takes_one_position_and_a_cache_needs_its_key():
+    module = from_official(SOURCE, CONFIG, state())
+    assert isinstance(module, OfficialMamba)
+    cache = module.allocate_inference_cache(1, 10, dtype=torch.float32)
+    with pytest.raises(ConfigError, match="2 positions; a step takes 1"):
+        module.step(torch.randn(1, 2, 6), *cache)
+    with pytest.raises(ConfigError, match="layer_idx"):
+        module(torch.randn(1, 2, 6), SimpleNamespace(seqlen_offset=0, key_value_memory_dict={}))
+
+
+def test_a_reader_is_registered_under_its_source():
+    @reads("somebody/something:Else")
+    def read_else(*, width: int) -> OfficialMamba:
+        return OfficialMamba(S6(width), None)
+
+    try:
+        assert readers["somebody/something:Else"] is read_else
+        assert from_official("somebody/something:Else", {"width": 4}, S6(4).state_dict()).model is not None
+    finally:
+        del readers["somebody/something:Else"]

@@ -1,0 +1,162 @@
+"""Training that is interrupted, killed or damaged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from selectra.errors import ConfigError, DataError
+from selectra.train import checkpoint
+from selectra.train.stop import StoppedError
+from tests.train.tiny import TinyModel, train
+
+ROOT = Path(__file__).parents[2]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["lr"]) for line in lines(out) if line["event"] == "step"]
+
+
+def evaluations(out: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["mse"]) for line in lines(out) if line["event"] == "metrics"]
+
+
+def same_weights(one: TinyModel, other: TinyModel) -> bool:
+    other_state = other.state_dict()
+    return all(torch.equal(value, other_state[name]) for name, value in one.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyModel]:
+    """The uninterrupted training."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, train(out)[0]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, number: int, signum: int) -> None:
+    """Send a signal during forward pass `number`."""
+    calls, forward = iter(range(1, 10_000)), TinyModel.forward
+
+    def counted(self, *args, **kwargs):
+        if next(calls) == number:
+            os.kill(os.getpid(), signum)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(TinyModel, "forward", counted)
+
+
+# Forward pass 5 to 6 belong to the first evaluation.
+@pytest.mark.parametrize("number", [1, 3, 4, 5, 6, 9])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, whole, number, signum):
+    with monkeypatch.context() as patch:
+        stop_at(patch, number, signum)
+        with pytest.raises(StoppedError) as stopped:
+            train(tmp_path)
+    assert stopped.value.command == f"selectra train {tmp_path}/run.json"
+    # The step was finished, and is what is saved.
+    assert 0 < stopped.value.step == len(losses(tmp_path)) < 12
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["progress"]["step"] == stopped.value.step
+    # Draws in between must not matter.
+    torch.rand(7)
+    model, fitted = train(tmp_path)
+    assert fitted.stopped_by == "steps"
+    assert losses(tmp_path) == losses(whole[0])
+    assert evaluations(tmp_path) == evaluations(whole[0])
+    assert same_weights(model, whole[1])
+    assert [line["event"] for line in lines(tmp_path)].count("resumed") == 1
+
+
+def test_handlers_are_given_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    train(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def start(out: Path, pause: float) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
+    command = [sys.executable, "-m", "tests.train.tiny", str(out), str(pause), "0.1"]
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(out: Path, text: str) -> None:
+    for _ in range(600):
+        if (out / "record.jsonl").is_file() and text in (out / "record.jsonl").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(text)
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, whole):
+    process = start(tmp_path, 0.1)
+    # After the first checkpoint, at step 4.
+    wait_for(tmp_path, '"step": 6')
+    process.kill()
+    process.wait()
+    assert (tmp_path / "checkpoint.pt").is_file()
+    model, _ = train(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+    assert evaluations(tmp_path) == evaluations(whole[0])
+    assert same_weights(model, whole[1])
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, whole):
+    train(tmp_path)
+    before = losses(tmp_path)
+    model, fitted = train(tmp_path)
+    assert fitted.steps == 12
+    assert losses(tmp_path) == before
+    assert same_weights(model, whole[1])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
+def test_damaged_checkpoint_is_said_in_words(tmp_path, damage):
+    train(tmp_path, steps=4)
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        middle = len(content) // 3
+        content[middle] ^= 0xFF
+    path.write_bytes({"cut": content[:-100], "flip": content, "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(DataError, match=r"checkpoint.*damaged.*Delete it"):
+        train(tmp_path, steps=4)
+
+
+def test_checkpoint_of_another_format(tmp_path):
+    torch.save({"format": 0}, tmp_path / "checkpoint.pt")
+    with pytest.raises(DataError, match="format 0"):
+        train(tmp_path)
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path):
+    train(tmp_path, steps=4)
+    with pytest.raises(ConfigError, match=r"another training: train.steps is 4 there and 8 now"):
+        train(tmp_path, steps=8)
+
+
+def test_a_cut_record_is_refused(tmp_path):
+    train(tmp_path, steps=4)
+    (tmp_path / "record.jsonl").write_text("")
+    with pytest.raises(DataError, match="record"):
+        train(tmp_path, steps=4)
+
+
+def test_an_error_leaves_the_former_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("whole")
+    with pytest.raises(RuntimeError), checkpoint.replacing(path) as partial:
+        partial.write_text("ha")
+        raise RuntimeError
+    assert path.read_text() == "whole"
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
