@@ -130,6 +130,10 @@ def test_the_state_decides_the_precision(given):
         (SOURCE, {**CONFIG, "d_state": "many"}, "option 'd_state' is 'many'"),
         (SOURCE, {**CONFIG, "dt_init": "normal"}, "option 'dt_init' is 'normal'.*'random'.*'constant'"),
         (SOURCE, {**CONFIG, "dtype": "float23"}, "option 'dtype' is 'float23'.*bfloat16"),
+        (SOURCE, {**CONFIG, "dtype": torch.int64}, "option 'dtype' is 'torch.int64'.*bfloat16"),
+        (SOURCE, {**CONFIG, "device": "cuba"}, "option 'device' is 'cuba', which cannot be used here"),
+        (SOURCE, {**CONFIG, "device": "cuda:99"}, "option 'device' is 'cuda:99', which cannot be used here"),
+        (SOURCE, {**CONFIG, "d_state": 0}, "d_state=0: needs at least 1"),
         (SOURCE, {}, "needs 'd_model'"),
     ],
 )
@@ -145,6 +149,9 @@ def test_what_is_not_supported_is_named(source, config, message):
         (state(bias=True), "the state has 'in_proj.bias', 'out_proj.bias', which this configuration has no place for"),
         (state(conv_bias=False), "the state lacks 'conv1d.bias'"),
         ({**state(), "D": 1.0}, "state 'D' is float; it must be a tensor"),
+        ({**state(), "D": torch.ones(12) * 1j}, "'D' is torch.complex64 where the model has torch.float32"),
+        ({**state(), "D": torch.ones(12, dtype=torch.int64)}, "'D' is torch.int64 where the model has torch.float32"),
+        ({key: value.bool() for key, value in state().items()}, "'out_proj.weight' is torch.bool.*; and 1 more"),
     ],
 )
 def test_a_state_that_does_not_fit_is_described(weights, message):

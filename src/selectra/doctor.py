@@ -1,11 +1,12 @@
 """`selectra doctor`: what is installed, which backend each operator gets and why, if it is right, how fast it is."""
 
-import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -17,12 +18,6 @@ from selectra.ops.dispatch import Op, environment_problem
 from selectra.ops.native.library import NOT_BUILT, status
 from selectra.train.record import environment
 
-EXTRAS = {
-    "vision": ("timm", "torchvision", "torchmetrics"),
-    "language": ("tokenizers",),
-    "compare": ("optuna",),
-    "scale": ("webdataset", "tensorboard"),
-}
 SECONDS_EACH = 0.4
 
 
@@ -71,8 +66,14 @@ def doctor(console: Console) -> int:
     if problem is not None:
         findings.wrong.append(problem)
     else:
-        for device in _devices():
+        # A wish for an instruction set that cannot be met is wrong already; every CPU call raises it.
+        devices = [d for d in _devices() if not (d.type == "cpu" and status().refuses_wish)]
+        for device in devices:
             _examine_device(device, console, findings)
+        console.print("error: outputs / gradients, against the float64 reference, relative to the maximum")
+        console.print(
+            "ms: forward / training step in float32, " + "; ".join(f"{e.op.name} {e.large_size}" for e in EXAMS)
+        )
     for text in findings.missing:
         console.print(f"[yellow]missing[/yellow]  {text}", soft_wrap=True, highlight=False)
     for text in findings.wrong:
@@ -94,14 +95,12 @@ def _show_installation(console: Console, findings: Findings) -> None:
         console.print(
             f"compiled CPU kernels: {native.isa} of {', '.join(native.isas_built)}; {native.path}", soft_wrap=True
         )
-    elif native.problem == NOT_BUILT:
+        if native.note:
+            console.print(f"[yellow]note[/yellow]     {native.note}", soft_wrap=True, highlight=False)
+    elif native.problem == NOT_BUILT and not os.environ.get("SELECTRA_REQUIRE_NATIVE"):
         findings.missing.append(f"compiled CPU kernels: {native.problem}. Until then CPU calls run on `portable`.")
     else:
         findings.wrong.append(f"compiled CPU kernels: {native.problem}")
-    for extra, packages in EXTRAS.items():
-        absent = [name for name in packages if importlib.util.find_spec(name) is None]
-        if absent:
-            findings.missing.append(f"extra '{extra}': {', '.join(absent)} (pip install 'selectra\\[{extra}]')")
 
 
 def _devices() -> list[torch.device]:
@@ -113,9 +112,12 @@ def _devices() -> list[torch.device]:
 
 
 def _examine_device(device: torch.device, console: Console, findings: Findings) -> None:
-    table = Table(title=str(device), title_justify="left")
-    for column in ("operator", "backend", "takes calls", "error: outputs", "gradients", "forward, ms", "training, ms"):
-        table.add_column(column, justify="right" if "ms" in column or "error" in column else "left", overflow="fold")
+    table = Table(title=f"{device}: which backend a call gets", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("operator", no_wrap=True)
+    table.add_column("backend", no_wrap=True)
+    table.add_column("takes calls", overflow="fold")
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("ms", justify="right", no_wrap=True)
     for exam in EXAMS:
         reasons = exam.op.explain(**exam.small(device), **exam.flags)
         chosen = exam.op.backend_for(**exam.small(device), **exam.flags)
@@ -124,9 +126,8 @@ def _examine_device(device: torch.device, console: Console, findings: Findings) 
             measured = _examine(exam, backend, device, findings) if reason == "ok" and backend != "reference" else ()
             verdict = "yes, gets them" if backend == chosen else "when asked for" if reason == "ok" else reason
             table.add_row(exam.op.name, backend, verdict, *measured)
+        table.add_section()
     console.print(table)
-    sizes = "; ".join(f"{exam.op.name} {exam.large_size}" for exam in EXAMS)
-    console.print(f"Errors against the float64 reference, relative to the maximum. Times: {sizes}, float32.")
 
 
 def _examine(exam: Exam, backend: str, device: torch.device, findings: Findings) -> tuple[str, ...]:
@@ -146,4 +147,4 @@ def _examine(exam: Exam, backend: str, device: torch.device, findings: Findings)
         runs = {"forward": lambda: exam.op(**detached, **exam.flags), "training": training}
         times = interleaved(runs, SECONDS_EACH, device)
     milliseconds = [f"{times[kind].median * 1e3:.2f}" for kind in ("forward", "training")]
-    return (f"{outputs:.1e}", f"{gradients:.1e}", *milliseconds)
+    return (f"{outputs:.0e} / {gradients:.0e}", " / ".join(milliseconds))

@@ -38,6 +38,8 @@ class Official(nn.Module):
         return y if isinstance(y, tuple) else (y,)
 
 
+# Keys or problems that one message lists.
+MOST_SHOWN = 8
 Reader = Callable[..., Official]
 readers: dict[str, Reader] = {}
 
@@ -69,7 +71,7 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
 
     Raises:
         ConfigError: Unknown source; an option that is unknown, missing, or has a value that is not supported.
-        DataError: State keys that are missing or not known, or shapes that do not fit the configuration.
+        DataError: State keys that are missing or not known; shapes or kinds of number that do not fit.
     """
     # Readers register when the models are imported.
     importlib.import_module("selectra.models")
@@ -116,14 +118,22 @@ def _load(source: str, official: Official, state_dict: Mapping[str, Tensor]) -> 
         got, expected = tuple(state[key].shape), tuple(ours[key].shape)
         if got != expected:
             problems.append(f"'{key}' has the shape {got} where the configuration gives {expected}")
+        elif _kind(state[key]) != _kind(ours[key]):
+            problems.append(f"'{key}' is {state[key].dtype} where the model has {ours[key].dtype}")
     if problems:
-        raise DataError(f"{source}: {'; '.join(problems)}.")
+        more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
+        raise DataError(f"{source}: {'; '.join(problems[:MOST_SHOWN])}{more}.")
     official.model.load_state_dict(state)
 
 
-def _some(keys: set[str], at_most: int = 8) -> str:
-    shown = ", ".join(f"'{key}'" for key in sorted(keys)[:at_most])
-    return shown if len(keys) <= at_most else f"{shown} and {len(keys) - at_most} more"
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Floating, complex, or neither: copying a weight into another kind would lose a part of it."""
+    return tensor.is_floating_point(), tensor.is_complex()
+
+
+def _some(keys: set[str]) -> str:
+    shown = ", ".join(f"'{key}'" for key in sorted(keys)[:MOST_SHOWN])
+    return shown if len(keys) <= MOST_SHOWN else f"{shown} and {len(keys) - MOST_SHOWN} more"
 
 
 class InferenceParams(Protocol):
@@ -206,6 +216,7 @@ def read_mamba(
     dtype: str | torch.dtype | None = None,
 ) -> OfficialMamba:
     """Mamba's mixer. `use_fast_path` chooses among official kernels for the same function: here it has no effect."""
+    chosen_device, chosen_dtype = read_device(device), read_dtype(dtype)
     model = S6(
         d_model,
         d_state,
@@ -220,15 +231,29 @@ def read_mamba(
         conv_bias=conv_bias,
         bias=bias,
     )
-    return OfficialMamba(model, layer_idx).to(device=device, dtype=read_dtype(dtype))
+    return OfficialMamba(model, layer_idx).to(device=chosen_device, dtype=chosen_dtype)
+
+
+def read_device(device: str | int | torch.device | None) -> torch.device | None:
+    """A device of this machine."""
+    if device is None:
+        return None
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    # An AssertionError is torch's word for a build without that kind of device.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"option 'device' is '{device}', which cannot be used here: {reason}") from error
+    return chosen
 
 
 def read_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating type by its name, with or without "torch."."""
-    if not isinstance(dtype, str):
-        return dtype
+    """A floating type, itself or its name, with or without "torch."."""
+    if dtype is None:
+        return None
     known = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
-    name = dtype.removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     if name not in known:
         raise ConfigError(f"option 'dtype' is '{dtype}'; it takes {', '.join(known)}.{nearest(name, known)}")
     return known[name]

@@ -2,17 +2,24 @@
 
 import copy
 import math
+import os
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.mixers import S6, State
+from selectra.mixers import S6, Bidirectional, SelectiveChannel, State
+from selectra.spec import Optim
+from selectra.train.optim import make_optimizer
+
+without_hook = pytest.mark.skipif(
+    bool(os.environ.get("SELECTRA_CHECK_SHAPES")), reason="the shape-checking hook refuses before the mixer does"
+)
 
 D_MODEL = 6
 SIZES: dict[str, Any] = {"d_model": D_MODEL, "d_state": 5, "d_conv": 3, "expand": 1.5, "dt_rank": 2}
@@ -195,8 +202,20 @@ def test_initial_values_are_the_official_ones():
     assert mixer.dt_proj.weight.abs().max() <= 4**-0.5
     assert (S6(64, dt_init="constant").dt_proj.weight == 0.5).all()
     assert (S6(64, dt_max=0.001, dt_init_floor=0.2).dt_proj.bias.sub(math.log(math.expm1(0.2))).abs() < 1e-5).all()
-    no_decay = {name for name, p in mixer.named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert no_decay == {"A_log", "D", "dt_proj.bias"}
+
+
+def test_copies_and_materialised_mixers_keep_their_recurrence_out_of_weight_decay():
+    mixer = nn.Sequential(S6(**SIZES), Bidirectional(**SIZES))
+    decayed = {"conv1d.weight", "x_proj.weight", "dt_proj.weight"}
+    projections = {"in_proj.weight", "out_proj.weight"}
+    expected = {f"0.{name}" for name in decayed | projections} | {f"1.{name}" for name in projections}
+    expected |= {f"1.{path}.{name}" for path in ("ahead", "back") for name in decayed}
+    for model in (mixer, copy.deepcopy(mixer), copy.deepcopy(mixer).to("meta").to_empty(device="cpu")):
+        with_decay, without = make_optimizer(model, Optim(weight_decay=0.1)).param_groups
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        assert {names[id(parameter)] for parameter in with_decay["params"]} == expected
+        assert with_decay["weight_decay"] == 0.1 and without["weight_decay"] == 0.0
+    assert S6.no_decay == ("A_log", "D", "dt_proj.bias")
 
 
 @pytest.mark.parametrize(("d_model", "rank"), [(1, 1), (16, 1), (17, 2), (768, 48)])
@@ -217,10 +236,56 @@ def test_low_precision_keeps_the_recurrence_in_float32():
     assert close(low.float(), y, 0.05 * float(y.detach().abs().max()))
 
 
-@pytest.mark.parametrize("wrong", [{"d_model": 0}, {"d_state": 0}, {"d_conv": 0}, {"dt_rank": 0}, {"expand": 0.01}])
-def test_a_size_that_cannot_be_is_named(wrong):
-    with pytest.raises(ConfigError, match="needs at least 1"):
-        S6(**{**SIZES, **wrong})
+@pytest.mark.parametrize("kind", [S6, Bidirectional, SelectiveChannel])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"d_model": 0}, "d_model=0: needs at least 1"),
+        ({"d_state": 0}, "d_state=0: needs at least 1"),
+        ({"d_conv": 0}, "d_conv=0: needs at least 1"),
+        ({"dt_rank": 0}, "dt_rank=0: needs at least 1"),
+        ({"expand": 0.01}, "expand=0.01 gives d_inner=0 for d_model=6: needs at least 1"),
+        ({"d_model": 8.0}, "d_model=8.0: needs a whole number"),
+        ({"d_state": True}, "d_state=True: needs a whole number"),
+        ({"dt_rank": 2.5}, "dt_rank=2.5: needs a whole number"),
+        ({"dt_rank": "aut"}, "dt_rank='aut': takes 'auto' .* Did you mean 'auto'?"),
+        ({"expand": math.nan}, "expand=nan: needs a finite number above 0"),
+        ({"expand": math.inf}, "expand=inf: needs a finite number above 0"),
+        ({"expand": "2"}, "expand='2': needs a finite number above 0"),
+    ],
+)
+@without_hook
+def test_a_size_that_cannot_be_is_named_before_anything_is_built(kind, wrong, message, monkeypatch):
+    monkeypatch.setattr(nn.Linear, "__init__", lambda *_, **__: pytest.fail("a projection was built"))
+    with pytest.raises(ConfigError, match=message):
+        kind(**{**SIZES, **wrong})
+
+
+@pytest.mark.parametrize("kind", [S6, Bidirectional, SelectiveChannel])
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (torch.zeros(1, 5, 6), torch.ones(1, 5), "mask is torch.float32; it must be bool"),
+        (torch.zeros(2, 5, 6), torch.ones(2, 4).bool(), r"mask has shape \(2, 4\); it must be \(b, l\) = \(2, 5\)"),
+        (torch.zeros(2, 5, 7), None, r"x has shape \(2, 5, 7\); it must be \(b, l, d_model\) with d_model = 6"),
+        (torch.zeros(5, 6), None, r"x has shape \(5, 6\); it must be \(b, l, d_model\)"),
+    ],
+)
+@without_hook
+def test_an_input_or_a_mask_that_does_not_fit_is_named(kind, x, mask, message):
+    mixer = kind(**SIZES)
+    with pytest.raises(ConfigError, match=message):
+        mixer(x, mask=mask)
+    if kind is S6:
+        with pytest.raises(ConfigError, match=message):
+            mixer.scan(x, mixer.init_state(len(x)), mask=mask)
+
+
+def test_borders_beside_a_mask_are_refused():
+    mask, borders = torch.ones(1, 5).bool(), torch.tensor([0, 5], dtype=torch.int32)
+    for kind in (S6, Bidirectional):
+        with pytest.raises(ConfigError, match="mask and cu_seqlens were both given"):
+            kind(**SIZES)(torch.zeros(1, 5, 6), mask=mask, cu_seqlens=borders)
 
 
 def test_a_wrong_start_of_the_step_is_named():

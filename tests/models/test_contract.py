@@ -102,6 +102,22 @@ def test_bfloat16_autocast_stays_near(name):
     assert (low.float() - y).abs().max() <= 0.05 * y.abs().max()
 
 
+@pytest.mark.compile
+@EACH
+def test_compiles_into_one_graph(name):
+    torch.compiler.reset()
+    model, (x, observed) = build(name), window()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for given in ({}, {"observed": observed}):
+        y, expected = compiled(x, **given), model(x, **given)
+        assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
+    parameters = list(model.parameters())
+    if parameters:
+        gradients, wanted = (torch.autograd.grad(output.square().sum(), parameters) for output in (y, expected))
+        for got, want in zip(gradients, wanted, strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 @EACH
 def test_training_and_evaluation_differ_in_dropout_alone(name):
     model, (x, observed) = build(name), window()

@@ -1,12 +1,16 @@
 """Choosing a backend: order, refusal, force, environment."""
 
+import copy
+import inspect
 import logging
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from selectra.errors import BackendError
 from selectra.ops import dispatch, selective_scan
@@ -105,3 +109,29 @@ def test_a_slow_path_is_said_once_and_not_when_asked_for(
         dispatch.say_slow_path("toy", "slow", 6, "cpu")
         dispatch.say_slow_path("toy", "slow", 6, "cpu")
     assert caplog.messages == ["toy runs on its slow backend, which is slow on cpu (fast: the number is odd)."]
+
+
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind(op: Op[[int], int, str]) -> None:
+    first, second = op.using("truth"), op.using("slow")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert op(2) == "slow 4"
+    second.__exit__(None, None, None)
+    assert op(2) == "fast 4" and op.asked is None
+
+
+def test_a_copy_is_the_same_operator_and_its_signature_is_honest() -> None:
+    assert copy.deepcopy(selective_scan) is selective_scan
+    assert pickle.loads(pickle.dumps(selective_scan)) is selective_scan
+    signature = inspect.signature(selective_scan)
+    assert signature.return_annotation == Tensor | tuple[Tensor, Tensor]
+    assert "return_final_state" in signature.parameters
+
+
+def test_a_choice_made_at_compile_time_is_not_called_a_slow_path(
+    op: Op[[int], int, str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    dispatch.say_slow_path("toy", "slow", 4, "cpu")
+    assert not caplog.messages

@@ -15,6 +15,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 DEVICE = torch.device("cuda")
+# CUDA's exp may be off by two units in the last place, and the error of a decay grows along the length.
+FLOAT32_OUTPUT = 2e-6
 
 
 def on_gpu(op: Op[Any, Any, Any]) -> Callable[..., Any]:
@@ -40,7 +42,7 @@ def test_the_chosen_backend_agrees_with_the_reference(
             outputs, grads = cases.run(op, case, torch.float64)
         for dtype, at_most, grads_at_most in (
             (torch.float64, cases.FLOAT64, 10 * cases.FLOAT64),
-            (torch.float32, cases.FLOAT32_OUTPUT, cases.FLOAT32_GRADIENT),
+            (torch.float32, FLOAT32_OUTPUT, cases.FLOAT32_GRADIENT),
         ):
             got, got_grads = cases.run(on_gpu(op), case, dtype)
             cases.assert_close(got, outputs, at_most, f"case {seed}, cuda, {dtype}")

@@ -13,12 +13,22 @@ from torch import Tensor
 
 from selectra.ops import native
 from selectra.ops.causal_conv1d import cpu as conv
-from selectra.ops.native.library import ISA_VARIABLE, LIBRARY_VARIABLE, Library, library
+from selectra.ops.native import library as native_library
+from selectra.ops.native.intact import damage
+from selectra.ops.native.library import ABI_VERSION, ISA_VARIABLE, LIBRARY_VARIABLE, Library, library
 from selectra.ops.selective_scan import cpu as scan
 
 needs_library = pytest.mark.skipif(not native.status().available, reason=f"{native.status().problem}")
+needs_checksum = pytest.mark.skipif(
+    not native.status().available or sys.platform != "linux" or shutil.which("objcopy") is None,
+    reason="builds carry a checksum on Linux, where objcopy is",
+)
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
-SAY_STATUS = "from selectra.ops.native import status; print(status())"
+# A kernel starts as many threads as there are 100000 vector operations for: here enough for five.
+LARGE = {"batch": 4, "length": 1000, "d": 1100}
+# Where a call holds the number of threads, as in call.h.
+THREADS_WORD = {"scan_forward": 7, "scan_backward": 7, "conv_forward": 6, "conv_backward": 6}
 RUN_A_SCAN = """
 import torch
 from selectra.ops.native import status
@@ -30,18 +40,19 @@ def scan():
 """
 
 
-def run_python(code: str, **environment: str) -> str:
-    """Standard output of a fresh interpreter."""
+def run_python(code: str, environment: dict[str, str] | None = None, where: Path | None = None) -> str:
+    """Standard output and log of a fresh interpreter, started in the folder `where`."""
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **environment},
+        cwd=where,
+        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def library_path() -> Path:
@@ -59,10 +70,10 @@ def loaded() -> Iterator[Library]:
     found.build = build
 
 
-def scan_results(dtype: torch.dtype, length: int = 75) -> list[Tensor]:
+def scan_results(dtype: torch.dtype, batch: int = 3, length: int = 75, d: int = 134) -> list[Tensor]:
     """Outputs and all gradients of a scan with every optional argument."""
     torch.manual_seed(0)
-    batch, groups, d, n = 3, 2, 134, 7
+    groups, n = 2, 7
     shape = (batch, length, d)
     u, delta, z, dy = (torch.randn(shape, dtype=dtype) for _ in range(4))
     A = -torch.rand(d, n, dtype=dtype)
@@ -74,10 +85,10 @@ def scan_results(dtype: torch.dtype, length: int = 75) -> list[Tensor]:
     return [y, final, *scan.backward(dy, dfinal, checkpoints, *inputs)]
 
 
-def conv_results(dtype: torch.dtype) -> list[Tensor]:
+def conv_results(dtype: torch.dtype, batch: int = 3, length: int = 75, d: int = 134) -> list[Tensor]:
     """Outputs and all gradients of a convolution with every optional argument."""
     torch.manual_seed(0)
-    batch, length, d, width = 3, 75, 134, 4
+    width = 4
     x, dy = (torch.randn(batch, length, d, dtype=dtype) for _ in range(2))
     weight, bias = torch.randn(d, width, dtype=dtype), torch.randn(d, dtype=dtype)
     initial, dfinal = (torch.randn(batch, d, width, dtype=dtype) for _ in range(2))
@@ -99,17 +110,43 @@ def test_builds_agree(results, dtype: torch.dtype, tolerance: float, loaded: Lib
 
 
 @needs_library
-@pytest.mark.parametrize("results", [lambda dtype: scan_results(dtype, length=600), conv_results])
+@pytest.mark.parametrize("results", [scan_results, conv_results])
 def test_thread_count_does_not_change_a_bit(results) -> None:
-    threads = torch.get_num_threads()
+    threads, found = torch.get_num_threads(), []
     try:
-        torch.set_num_threads(1)
-        one = results(torch.float32)
-        torch.set_num_threads(2)
-        two = results(torch.float32)
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(results(torch.float32, **LARGE))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared() -> None:
+    # Each call may use one thread more than the one before, so each starts exactly one.
+    code = """
+from pathlib import Path
+import torch
+from tests.ops import test_native
+from selectra.ops.native.library import Library
+counts = []
+def call(self, function, dtype, words, run=Library.call):
+    torch.set_num_threads(2 + len(counts))
+    words[test_native.THREADS_WORD[function]] = 2 + len(counts)
+    before = len(list(Path("/proc/self/task").iterdir()))
+    run(self, function, dtype, words)
+    counts.append((function, len(list(Path("/proc/self/task").iterdir())) - before))
+Library.call = call
+torch.set_num_threads(1)
+test_native.scan_results(torch.float32, **test_native.LARGE)
+test_native.conv_results(torch.float32, **test_native.LARGE)
+print(counts)
+"""
+    expected = [(function, 1) for function in THREADS_WORD]
+    assert str(expected) in run_python(code, where=Path(__file__).parents[2])
 
 
 @needs_library
@@ -138,76 +175,160 @@ def test_borders_outside_the_sequence_are_refused() -> None:
             scan.forward(u, u.abs(), -torch.ones(4, 2), B, B, *optional, False, False, torch.float32, False)
 
 
-def test_a_missing_library_is_said_in_words(tmp_path: Path) -> None:
-    said = run_python(SAY_STATUS, **{LIBRARY_VARIABLE: str(tmp_path / "none.so")})
-    assert "available=False" in said
+def problem_of(path: Path) -> str:
+    """Why the library at `path` cannot be used."""
+    loaded = native_library._load(path)
+    assert isinstance(loaded, str)
+    return loaded
+
+
+def test_a_missing_library_is_said_in_words_and_calls_still_run(tmp_path: Path) -> None:
+    code = f"{RUN_A_SCAN}\nscan(); print('ran', status())"
+    said = run_python(code, {LIBRARY_VARIABLE: str(tmp_path / "none.so")})
+    assert "ran NativeStatus(available=False" in said
     assert "there is no file" in said
 
 
-def test_without_a_library_calls_still_run(tmp_path: Path) -> None:
-    code = f"{RUN_A_SCAN}\nscan(); print('ran')"
-    assert "ran" in run_python(code, **{LIBRARY_VARIABLE: str(tmp_path / "none.so")})
+@needs_library
+def test_a_bare_file_name_is_taken_from_the_current_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = library_path()
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv(LIBRARY_VARIABLE, path.name)
+    found = native_library._find()
+    assert found is not None
+    assert isinstance(native_library._load(found), Library)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that even root cannot read")
+def test_an_unreadable_library_is_said_in_words() -> None:
+    assert "cannot be read (Input/output error)" in problem_of(Path("/proc/self/mem"))
 
 
 @needs_library
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
-def test_a_damaged_library_is_said_in_words(tmp_path: Path, kept: float) -> None:
+def test_a_library_that_ends_too_early_is_said_in_words(tmp_path: Path, kept: float) -> None:
     whole = library_path().read_bytes()
     damaged = tmp_path / "libselectra_cpu.so"
     damaged.write_bytes(whole[: int(kept * len(whole))])
-    said = run_python(SAY_STATUS, **{LIBRARY_VARIABLE: str(damaged)})
-    assert "available=False" in said
-    assert "damaged" in said or "cannot be loaded" in said
+    said = problem_of(damaged)
+    assert "damaged: it ends too early" in said or "cannot be loaded" in said
+
+
+def with_hole(begin: float, end: float) -> bytes:
+    """The library's content with zeros from one share of its length to another."""
+    content = bytearray(library_path().read_bytes())
+    hole = slice(int(begin * len(content)), int(end * len(content)))
+    content[hole] = bytes(hole.stop - hole.start)
+    return bytes(content)
+
+
+@needs_checksum
+@pytest.mark.parametrize(("begin", "end"), [(1 / 3, 2 / 3), (0.5, 1.0), (0.02, 0.03), (0.5, 0.5001), (0.0001, 0.9)])
+def test_a_hole_in_a_library_is_found(begin: float, end: float) -> None:
+    assert damage(with_hole(0, 0)) is None
+    assert damage(with_hole(begin, end)) is not None
+
+
+@needs_checksum
+def test_a_library_with_a_hole_is_said_in_words_and_not_called(tmp_path: Path) -> None:
+    damaged = tmp_path / "libselectra_cpu.so"
+    damaged.write_bytes(with_hole(1 / 3, 2 / 3))
+    code = f"{RUN_A_SCAN}\nscan(); print('ran', status())"
+    said = run_python(code, {LIBRARY_VARIABLE: str(damaged)})
+    assert "ran NativeStatus(available=False" in said
+    assert "is damaged: its checksum does not fit its content" in said
+
+
+@needs_checksum
+@pytest.mark.skipif(shutil.which("strip") is None, reason="needs strip")
+def test_the_checksum_outlives_strip(tmp_path: Path) -> None:
+    stripped = tmp_path / "libselectra_cpu.so"
+    subprocess.run(["strip", "-o", str(stripped), str(library_path())], check=True)
+    content = bytearray(stripped.read_bytes())
+    assert damage(bytes(content)) is None
+    content[len(content) // 2] ^= 1
+    assert damage(bytes(content)) == "its checksum does not fit its content"
 
 
 def test_a_foreign_library_is_said_in_words() -> None:
     foreign = Path(torch.__path__[0]) / "lib" / "libc10.so"
     if not foreign.is_file():
         pytest.skip("torch has no libc10.so on this platform")
-    said = run_python(SAY_STATUS, **{LIBRARY_VARIABLE: str(foreign)})
-    assert "is not Selectra's library" in said
+    assert "is not Selectra's library" in problem_of(foreign)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
-def test_a_library_of_another_version_is_said_in_words(tmp_path: Path) -> None:
+@needs_compiler
+@pytest.mark.parametrize(
+    ("version", "message"), [(99, "interface version 99"), (ABI_VERSION, "is incomplete: it lacks selectra_cpu_")]
+)
+def test_a_library_of_another_version_or_with_a_part_is_said_in_words(
+    tmp_path: Path, version: int, message: str
+) -> None:
     source, other = tmp_path / "other.c", tmp_path / "other.so"
-    source.write_text("int selectra_cpu_abi_version(void) { return 99; }")
+    source.write_text(f"int selectra_cpu_abi_version(void) {{ return {version}; }}")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", str(other), str(source)], check=True)
-    assert "interface version 99" in run_python(SAY_STATUS, **{LIBRARY_VARIABLE: str(other)})
+    assert message in problem_of(other)
 
 
 @needs_library
-def test_an_instruction_set_can_be_forced() -> None:
-    assert "isa='baseline'" in run_python(SAY_STATUS, **{ISA_VARIABLE: "baseline"})
+def test_an_instruction_set_can_be_forced_and_is_announced_once() -> None:
+    said = run_python(f"{RUN_A_SCAN}\nscan(); print(status())", {ISA_VARIABLE: "baseline"})
+    assert "isa='baseline'" in said
+    assert said.count("SELECTRA_CPU_ISA is set: baseline") == 1
 
 
 @needs_library
-def test_an_unknown_instruction_set_is_said_in_words() -> None:
-    said = run_python(SAY_STATUS, **{ISA_VARIABLE: "baselin"})
+def test_an_unknown_instruction_set_is_said_in_words_and_raised_at_the_first_call() -> None:
+    code = f"""{RUN_A_SCAN}
+from selectra.errors import BackendError
+from selectra.ops import causal_conv1d
+print(status())
+for call in (scan, lambda: causal_conv1d(u, torch.ones(256, 4))):
+    try:
+        call()
+    except BackendError as error:
+        print("raised", error)
+"""
+    said = run_python(code, {ISA_VARIABLE: "baselin"})
     assert "available=False" in said
-    assert "Did you mean 'baseline'?" in said
+    assert said.count("Did you mean 'baseline'?") == 3
+    assert said.count("raised SELECTRA_CPU_ISA='baselin'") == 2
 
 
 @needs_library
-def test_an_instruction_set_beyond_the_processor_is_said_in_words() -> None:
-    code = (
-        "from selectra.ops.native import library as native\n"
-        "found = native.library()\n"
-        "found.runs = (True, *[False] * (len(found.isas) - 1))\n"
-        "print(native._choose_isa(found, found.isas[-1]))"
-    )
-    if len(library().isas) == 1:
+def test_a_processor_without_avx2_is_said_in_words_once(caplog, monkeypatch, loaded: Library) -> None:
+    if len(loaded.isas) == 1:
         pytest.skip("the library has one build on this platform")
-    assert "is not supported by this processor; it runs baseline." in run_python(code)
+    assert native.status().note is None or not any(loaded.runs[1:])
+    monkeypatch.setattr(loaded, "runs", (True, *[False] * (len(loaded.isas) - 1)))
+    monkeypatch.setattr(native_library, "_look", lambda: (loaded.path, loaded, None))
+    monkeypatch.setattr(native_library._state, "looked", False)
+    with caplog.at_level("WARNING", "selectra"):
+        notes = [native.status().note for _ in range(2)]
+    assert all(note is not None and "has no AVX2" in note for note in notes)
+    assert [record.message for record in caplog.records] == [f"Compiled CPU kernels: {notes[0]}."]
+
+
+@needs_library
+def test_an_instruction_set_beyond_the_processor_is_said_in_words(monkeypatch, loaded: Library) -> None:
+    if len(loaded.isas) == 1:
+        pytest.skip("the library has one build on this platform")
+    monkeypatch.setattr(loaded, "runs", (True, *[False] * (len(loaded.isas) - 1)))
+    said = native_library._choose_isa(loaded, loaded.isas[-1])
+    assert said is not None
+    assert "is not supported by this processor; it runs baseline." in said
 
 
 @needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_can_scan() -> None:
-    # The child compares through numpy, since torch's own threads do not survive a fork, and ends by alarm if it hangs.
+    # Large enough for a second thread. The child compares through numpy, since torch's own threads do not survive a
+    # fork, and the alarm ends it if it hangs.
     code = f"""{RUN_A_SCAN}
 import os, signal
 torch.set_num_threads(2)
+u, delta, B, C = (torch.rand(8, 512, width) for width in (512, 512, 16, 16))
+A = -torch.ones(512, 16)
 before = scan()
 child = os.fork()
 if child == 0:
@@ -227,6 +348,6 @@ def test_a_build_without_openmp_runs_on_one_thread(tmp_path: Path) -> None:
     subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
     built = next(tmp_path.glob("libselectra_cpu.*"))
     code = f"{RUN_A_SCAN}\nscan(); print(status())"
-    said = run_python(code, **{LIBRARY_VARIABLE: str(built)})
+    said = run_python(code, {LIBRARY_VARIABLE: str(built)})
     assert "available=True" in said
     assert "threads=1" in said

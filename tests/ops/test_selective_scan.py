@@ -1,5 +1,6 @@
 """Every backend of the selective scan against the float64 reference, and the promises of its registration."""
 
+import math
 from typing import Any
 
 import pytest
@@ -284,3 +285,76 @@ def test_mask_with_packed_sequences_is_refused() -> None:
     cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
     with pytest.raises(ConfigError, match="pass one of them"):
         selective_scan(**arguments, cu_seqlens=cu_seqlens, mask=torch.ones(1, 5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("backend", ["portable", "reference"])
+def test_an_instant_decay_passes_the_state_on_where_absent(backend: str) -> None:
+    u = torch.ones(1, 3, 1, requires_grad=True)
+    A = torch.tensor([[-math.inf, -1.0]], requires_grad=True)
+    B, state = torch.ones(1, 3, 2), torch.tensor([[[2.0, 3.0]]])
+    with selective_scan.using(backend):
+        absent = torch.zeros(1, 3, dtype=torch.bool)
+        _, final = selective_scan(u, u, A, B, B, initial_state=state, mask=absent, return_final_state=True)
+        torch.testing.assert_close(final, state, rtol=0, atol=0)
+        for gradient in torch.autograd.grad(final.sum(), [u, A]):
+            assert not gradient.any()
+        mask = torch.tensor([[True, False, False]])
+        _, final = selective_scan(u, u, A, B, B, initial_state=state, mask=mask, return_final_state=True)
+    torch.testing.assert_close(final, torch.tensor([[[1.0, 1 + 3 * math.exp(-1)]]]))
+
+
+@pytest.mark.parametrize("backend", [*FAST, "reference"])
+def test_softplus_is_exact_in_float64(backend: str) -> None:
+    available(backend)
+    # With one position, B = C = u = 1 and no state before it, y is the step.
+    steps = torch.tensor([-30.0, -1.0, 0.0, 19.9, 20.1, 22.0, 39.9, 40.1, 800.0], dtype=torch.float64)
+    delta = steps.reshape(1, 1, -1).requires_grad_()
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    with selective_scan.using(backend):
+        y = selective_scan(one.expand_as(delta), delta, -one[0].expand(len(steps), 1), one, one, delta_softplus=True)
+    torch.testing.assert_close(y[0, 0], torch.logaddexp(steps, torch.zeros_like(steps)), rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(y.sum(), delta)
+    torch.testing.assert_close(gradient[0, 0], torch.sigmoid(steps), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", [(37, 16, 64, 16), (5, 40, 1024, 16)])
+def test_the_portable_chunks_do_not_grow_with_the_batch(
+    shape: tuple[int, ...], packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selectra.ops.selective_scan import chunks
+
+    largest = 0
+    take = chunks.Workspace.take
+
+    def spy(self: chunks.Workspace, name: str, shape: tuple[int, ...]) -> Any:
+        nonlocal largest
+        largest = max(largest, math.prod(shape))
+        return take(self, name, shape)
+
+    monkeypatch.setattr(chunks.Workspace, "take", spy)
+    batch, length, d, n = shape
+    rows, columns = (1, batch * length) if packed else (batch, length)
+    flags: dict[str, Any] = {"cu_seqlens": torch.arange(0, columns + 1, length, dtype=torch.int32)} if packed else {}
+    normal = torch.Generator().manual_seed(0)
+    u, B = (torch.randn(rows, columns, k, generator=normal).requires_grad_() for k in (d, n))
+    A = -torch.rand(d, n, generator=normal)
+    with selective_scan.using("portable"):
+        y = selective_scan(u, u, A, B, B, delta_softplus=True, **flags)
+    got = torch.autograd.grad(y.sum(), [u, B])
+    assert 0 < largest <= max(chunks.CPU_CHUNK_STATES, chunks.SHORTEST_CHUNK * d * n)
+    with selective_scan.using("reference"):
+        wide = [x.detach().double().requires_grad_() for x in (u, B)]
+        want = selective_scan(wide[0], wide[0], A.double(), wide[1], wide[1], delta_softplus=True, **flags)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, torch.autograd.grad(want.sum(), wide), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_no_gradient_is_made_for_what_the_forward_keeps(backend: str) -> None:
+    available(backend)
+    a = small(torch.float32)
+    tensors = [a[k] for k in ("u", "delta", "A", "B", "C")]
+    y, _, kept = torch.ops.selectra.selective_scan(*tensors, *[None] * 6, True, False, torch.float32, backend, True)
+    assert kept.numel() and y.requires_grad and not kept.requires_grad

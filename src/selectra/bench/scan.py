@@ -3,9 +3,12 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -30,40 +33,58 @@ SHAPES = {
     "cpu": (Shape(8, 384, 196, 16), Shape(1, 768, 1024, 16), Shape(1, 256, 4096, 16)),
     "cuda": (Shape(8, 2048, 2048, 16), Shape(128, 384, 197, 16)),
 }
-# The reference runs where its loop over the length can be waited for.
-LONGEST_REFERENCE = 4096
 FLAGS: dict[str, Any] = {"delta_softplus": True}
+# Of each tensor's maximum, in float32: what other packages may differ from ours.
 PEERS_AT_MOST = 1e-4
 
 Scan = Callable[..., Any]
 
 
+class Contender(NamedTuple):
+    """One way to compute the scan."""
+
+    run: Scan
+    channels_first: bool = False
+    longest: int | None = None
+    """Beyond this length it is left out: the time or memory of its training step grows with the square of it."""
+
+
 def bench_scan(
-    device: torch.device, seconds: float, shapes: tuple[Shape, ...] | None, console: Console
+    device: torch.device,
+    seconds: float,
+    console: Console,
+    save: Callable[[dict[str, Any]], None],
+    shapes: tuple[Shape, ...] | None = None,
 ) -> dict[str, Any]:
     """Check, then time forward and training step of every backend and installed peer; returns the record.
+
+    Args:
+        seconds: Time for each measurement; see `interleaved`.
+        save: Is given the record so far after every shape.
 
     Raises:
         BackendError: A backend's results are wrong; nothing is timed then.
     """
-    backends = _backends(device)
-    _gate(backends, device)
-    rows = []
-    for shape in shapes or SHAPES.get(device.type, SHAPES["cpu"]):
-        arguments = check.scan_arguments(shape.b, shape.d, shape.l, shape.n, device)
-        names = [name for name in backends if name != "reference" or shape.l <= LONGEST_REFERENCE]
-        contenders = {name: (_ours(name), arguments) for name in names}
-        contenders |= _peers(arguments, device)
-        rows += _measure(shape, contenders, seconds, device)
-        _show(rows[-len(contenders) :], shape, console)
-    return {
+    contenders = {name: Contender(_ours(name)) for name in _backends(device)} | _peers(device)
+    _gate(contenders, device)
+    record: dict[str, Any] = {
         "benchmark": "scan",
         "what": "one call of the selective scan with softplus, step bias, skip and gate, float32",
         "environment": environment(),
-        "peers": {name: _version(name) for name in ("mambapy", "transformers") if _installed(name)},
+        "peers": {name: version(name) for name in ("mambapy", "transformers") if _installed(name)},
         "device": str(device),
-        "rows": rows,
+        "seconds for each measurement": seconds,
+        "rows": [],
     }
+    for shape in shapes or SHAPES.get(device.type, SHAPES["cpu"]):
+        running = {name: c for name, c in contenders.items() if c.longest is None or shape.l <= c.longest}
+        rows = _measure(shape, running, seconds, device)
+        record["rows"] += rows
+        save(record)
+        _show(rows, shape, console)
+        for name in contenders.keys() - running.keys():
+            console.print(f"{name} is left out: its training step would take minutes at this length")
+    return record
 
 
 def _backends(device: torch.device) -> list[str]:
@@ -72,12 +93,40 @@ def _backends(device: torch.device) -> list[str]:
     return [name for name, reason in selective_scan.explain(**arguments, **FLAGS).items() if reason == "ok"]
 
 
-def _gate(backends: list[str], device: torch.device) -> None:
-    arguments = check.scan_arguments(2, 33, 71, 16, device)
-    for backend in backends:
-        wrong = check.problems(check.errors(selective_scan, backend, arguments, FLAGS))
+def _gate(contenders: dict[str, Contender], device: torch.device) -> None:
+    """Backends against the float64 reference, then other packages against the first backend."""
+    small = check.scan_arguments(2, 33, 71, 16, device)
+    for name in contenders.keys() & selective_scan.backends.keys():
+        wrong = check.problems(check.errors(selective_scan, name, small, FLAGS))
         if wrong:
-            raise BackendError(f"selective_scan on {backend} is wrong, nothing is timed: {'; '.join(wrong)}.")
+            raise BackendError(f"selective_scan on {name} is wrong, nothing is timed: {'; '.join(wrong)}.")
+    first, *others = (name for name in contenders)
+    want = _outcome(contenders[first], small)
+    for name in others:
+        for got, truth in zip(_outcome(contenders[name], small), want, strict=True):
+            error = ((got - truth).abs().max() / truth.abs().max()).item()
+            if not error <= PEERS_AT_MOST:
+                raise BackendError(
+                    f"{name} computes something else (off by {error:.1e}); the comparison would be void."
+                )
+
+
+def _outcome(contender: Contender, arguments: check.Arguments) -> list[Tensor]:
+    """y and every gradient, channels last."""
+    own = _own_layout(contender, arguments)
+    y = contender.run(**own)
+    found = [y, *torch.autograd.grad(y.square().sum(), list(own.values()))]
+    return [x.transpose(1, 2) if contender.channels_first and x.dim() == 3 else x for x in found]
+
+
+def _own_layout(contender: Contender, arguments: check.Arguments) -> check.Arguments:
+    """The same values as a contender wants them to lie in memory, so that nobody pays for a copy."""
+    if not contender.channels_first:
+        return arguments
+    return {
+        name: value.detach().transpose(1, 2).contiguous().requires_grad_() if value.dim() == 3 else value
+        for name, value in arguments.items()
+    }
 
 
 def _ours(backend: str) -> Scan:
@@ -89,8 +138,10 @@ def _ours(backend: str) -> Scan:
 
 
 def _measure(
-    shape: Shape, contenders: dict[str, tuple[Scan, dict[str, Tensor]]], seconds: float, device: torch.device
+    shape: Shape, contenders: dict[str, Contender], seconds: float, device: torch.device
 ) -> list[dict[str, Any]]:
+    arguments = check.scan_arguments(shape.b, shape.d, shape.l, shape.n, device)
+
     def forward(scan: Scan, arguments: dict[str, Tensor]) -> Callable[[], object]:
         detached = {name: value.detach() for name, value in arguments.items()}
 
@@ -110,7 +161,7 @@ def _measure(
 
     timings: dict[str, dict[str, Timing]] = {}
     for kind, make in (("forward", forward), ("training", training)):
-        runs = {name: make(scan, arguments) for name, (scan, arguments) in contenders.items()}
+        runs = {name: make(c.run, _own_layout(c, arguments)) for name, c in contenders.items()}
         for name, timing in interleaved(runs, seconds, device).items():
             timings.setdefault(name, {})[kind] = timing
     return [
@@ -121,13 +172,15 @@ def _measure(
 
 def _show(rows: list[dict[str, Any]], shape: Shape, console: Console) -> None:
     best = rows[0]
-    table = Table(title=f"b={shape.b} d={shape.d} l={shape.l} n={shape.n}", title_justify="left")
-    for column in ("", "forward, ms", "training step, ms", f"times {best['name']}: forward", "training"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = Table(title=f"b={shape.b} d={shape.d} l={shape.l} n={shape.n}", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for column in ("forward, ms", f"/ {best['name']}", "training, ms", f"/ {best['name']}"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
-        milliseconds = [f"{row[kind]['median'] * 1e3:.2f}" for kind in ("forward", "training")]
-        ratios = [f"{row[kind]['median'] / best[kind]['median']:.1f}" for kind in ("forward", "training")]
-        table.add_row(row["name"], *milliseconds, *ratios)
+        cells = []
+        for kind in ("forward", "training"):
+            cells += [f"{row[kind]['median'] * 1e3:.2f}", f"{row[kind]['median'] / best[kind]['median']:.1f}"]
+        table.add_row(row["name"], *cells)
     console.print(table)
 
 
@@ -135,55 +188,37 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _version(package: str) -> str:
-    from importlib.metadata import version  # noqa: PLC0415
-
-    return version(package)
-
-
-def _peers(arguments: dict[str, Tensor], device: torch.device) -> dict[str, tuple[Scan, dict[str, Tensor]]]:
-    """Other packages' scans that are installed, each on inputs in its own layout, checked against ours."""
-    found: dict[str, tuple[Scan, dict[str, Tensor]]] = {}
-    channels_first = {
-        name: value.detach().transpose(1, 2).contiguous().requires_grad_() if value.dim() == 3 else value
-        for name, value in arguments.items()
-    }
+def _peers(device: torch.device) -> dict[str, Contender]:
+    """Other packages' scans that are installed."""
+    found: dict[str, Contender] = {}
     if _installed("mambapy"):
-        found["mambapy pscan"] = (_mambapy(arguments), arguments)
+        found["mambapy pscan"] = Contender(_mambapy(device))
     if _installed("transformers"):
-        found["transformers loop"] = (_transformers, channels_first)
-    with torch.no_grad():
-        want = selective_scan(**arguments, **FLAGS)
-        for name, (scan, own) in found.items():
-            y = scan(**own)
-            y = y.transpose(1, 2) if own is channels_first else y
-            error = ((y - want).abs().max() / want.abs().max()).item()
-            if not error <= PEERS_AT_MOST:
-                raise BackendError(
-                    f"{name} computes something else (off by {error:.1e}); the comparison would be void."
-                )
+        found["transformers loop"] = Contender(_transformers(), channels_first=True, longest=1024)
     return found
 
 
-def _mambapy(arguments: dict[str, Tensor]) -> Scan:
+def _mambapy(device: torch.device) -> Scan:
     """mambapy's parallel scan, as its block calls it."""
     from mambapy.mamba import MambaBlock, MambaConfig  # noqa: PLC0415
 
-    d, n = arguments["A"].shape
-    block = MambaBlock(MambaConfig(d_model=d, n_layers=1, d_state=n, expand_factor=1))
+    # Only the method is used, which reads nothing of the block but its class.
+    block = MambaBlock(MambaConfig(d_model=8, n_layers=1)).to(device)
 
     def run(**a: Tensor) -> Tensor:
-        delta = torch.nn.functional.softplus(a["delta"] + a["delta_bias"])
-        y = block.selective_scan(a["u"], delta, a["A"], a["B"], a["C"], a["D"])
-        return y * torch.nn.functional.silu(a["z"])
+        delta = F.softplus(a["delta"] + a["delta_bias"])
+        return block.selective_scan(a["u"], delta, a["A"], a["B"], a["C"], a["D"]) * F.silu(a["z"])
 
     return run
 
 
-def _transformers(**a: Tensor) -> Tensor:
+def _transformers() -> Scan:
     """transformers' path without kernels: a loop over the length."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan  # noqa: PLC0415
 
-    return mamba_selective_scan(
-        a["u"], a["delta"], a["A"], a["B"], a["C"], a["D"], a["z"], a["delta_bias"], delta_softplus=True
-    )
+    def run(**a: Tensor) -> Tensor:
+        return mamba_selective_scan(
+            a["u"], a["delta"], a["A"], a["B"], a["C"], a["D"], a["z"], a["delta_bias"], delta_softplus=True
+        )
+
+    return run

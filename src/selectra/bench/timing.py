@@ -22,17 +22,23 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every contender once a round, in the same order, until `seconds` are over.
 
-    A contender that is much faster than the slowest runs several times in a round, so that its time is not lost in
-    the clock's grain.
+    The first call of each is a warm-up. A contender that is much faster than the slowest runs several times in a
+    round, so that its time is not lost in the clock's grain; one whose single call outlasts `seconds` runs in the
+    first round alone.
     """
-    once = {name: _seconds(run, 1, device) for name, run in contenders.items()}
-    once = {name: _seconds(run, 1, device) for name, run in contenders.items()}
-    repeats = {name: max(1, min(200, int(max(once.values()) / 10 / max(t, 1e-6)))) for name, t in once.items()}
+    first = {name: _seconds(run, 1, device) for name, run in contenders.items()}
+    quick = {name: t if t > seconds else _seconds(contenders[name], 1, device) for name, t in first.items()}
+    slow = {name for name, t in quick.items() if t > seconds}
+    longest = max(min(t, seconds) for t in quick.values())
+    repeats = {name: max(1, min(200, int(longest / 10 / max(t, 1e-6)))) for name, t in quick.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(len(t) for t in times.values()) < least_rounds:
+    rounds = 0
+    while rounds < least_rounds or time.perf_counter() < end:
         for name, run in contenders.items():
-            times[name].append(_seconds(run, repeats[name], device))
+            if not rounds or name not in slow:
+                times[name].append(_seconds(run, repeats[name], device))
+        rounds += 1
     return {name: Timing(statistics.median(t), min(t), len(t)) for name, t in times.items()}
 
 

@@ -5,7 +5,8 @@ from typing import Literal
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
-from selectra.mixers.s6 import SelectivePath, auto_dt_rank, zero_absent
+from selectra.mixers.s6 import SelectivePath, require_input, zero_absent
+from selectra.mixers.sizes import mixer_sizes
 
 
 class Bidirectional(nn.Module):
@@ -37,8 +38,8 @@ class Bidirectional(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        d_inner = int(expand * d_model)
-        rank = auto_dt_rank(d_model) if dt_rank == "auto" else dt_rank
+        d_inner, rank = mixer_sizes(d_model, d_state, d_conv, expand, dt_rank)
+        self.d_model = d_model
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
         self.ahead = SelectivePath(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
         self.back = SelectivePath(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
@@ -52,6 +53,7 @@ class Bidirectional(nn.Module):
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
     ) -> Float[Tensor, "b l d_model"]:
         """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
+        require_input(x, self.d_model, mask, cu_seqlens)
         u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
         ahead, _ = self.ahead.mix(u, z, mask=mask, cu_seqlens=cu_seqlens)
         back, _ = self.back.mix(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)

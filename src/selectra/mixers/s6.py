@@ -8,7 +8,7 @@ Departures: none known.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.ops import causal_conv1d, selective_scan
+from selectra.mixers.sizes import mixer_sizes, require_sizes
+from selectra.ops import causal_conv1d, checks, selective_scan
 
 
 class State(NamedTuple):
@@ -46,6 +47,9 @@ class SelectivePath(nn.Module):
         conv_bias: Whether the convolution has a bias.
     """
 
+    no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj.bias")
+    """Parameters of this module that weight decay leaves out, as mamba_ssm does; the optimizer reads it."""
+
     def __init__(
         self,
         d_inner: int,
@@ -61,8 +65,8 @@ class SelectivePath(nn.Module):
         conv_bias: bool = True,
     ) -> None:
         super().__init__()
-        _require_positive(d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank)
-        if not 0 < dt_min <= dt_max:
+        require_sizes(d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank)
+        if not 0 < dt_min <= dt_max < math.inf:
             raise ConfigError(f"dt_min={dt_min} and dt_max={dt_max}: needs 0 < dt_min <= dt_max")
         self.d_inner, self.d_state, self.d_conv, self.dt_rank = d_inner, d_state, d_conv, dt_rank
         # Only the container of the weights: the convolution itself runs channels last.
@@ -73,8 +77,6 @@ class SelectivePath(nn.Module):
         # A = -(1, 2, ..., N) in every channel, the real part of S4D-Lin.
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
-        for parameter in (self.A_log, self.D, self.dt_proj.bias):
-            parameter._no_weight_decay = True  # pyright: ignore[reportAttributeAccessIssue]
 
     def mix(
         self,
@@ -162,12 +164,12 @@ class S6(SelectivePath):
         conv_bias: bool = True,
         bias: bool = False,
     ) -> None:
-        _require_positive(d_model=d_model)
+        d_inner, rank = mixer_sizes(d_model, d_state, d_conv, expand, dt_rank)
         super().__init__(
-            int(expand * d_model),
+            d_inner,
             d_state,
             d_conv,
-            auto_dt_rank(d_model) if dt_rank == "auto" else dt_rank,
+            rank,
             dt_min=dt_min,
             dt_max=dt_max,
             dt_init=dt_init,
@@ -205,12 +207,26 @@ class S6(SelectivePath):
         return y
 
     def _block(
-        self, x: Tensor, state: State | None, *, mask: Tensor | None = None, **where: Any
+        self,
+        x: Tensor,
+        state: State | None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        reverse: bool = False,
     ) -> tuple[Tensor, State]:
+        require_input(x, self.d_model, mask, cu_seqlens)
         u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
-        y, state = self.mix(u, z, state, mask=mask, **where)
+        y, state = self.mix(u, z, state, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
         y = self.out_proj(y)
         return (y if self.out_proj.bias is None else zero_absent(y, mask)), state
+
+
+def require_input(x: Tensor, d_model: int, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> None:
+    """Raise unless `x` is (b, l, d_model) and the mask or the borders fit it, in the operators' words."""
+    if x.dim() != 3 or x.shape[2] != d_model:
+        raise ConfigError(f"x has shape {tuple(x.shape)}; it must be (b, l, d_model) with d_model = {d_model}.")
+    checks.count_states(x, mask, cu_seqlens)
 
 
 def zero_absent(x: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> Float[Tensor, "b l d"]:
@@ -218,19 +234,8 @@ def zero_absent(x: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> 
     return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
-def auto_dt_rank(d_model: int) -> int:
-    """The step projection's rank that goes with a width."""
-    return math.ceil(d_model / 16)
-
-
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _require_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size}: needs at least 1")
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from selectra.mixers.s6 import SelectivePath, auto_dt_rank, zero_absent
+from selectra.mixers.s6 import SelectivePath, require_input, zero_absent
+from selectra.mixers.sizes import mixer_sizes
 
 
 class SelectiveChannel(nn.Module):
@@ -36,8 +37,8 @@ class SelectiveChannel(nn.Module):
         dt_rank: int | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        d_inner = int(expand * d_model)
-        rank = auto_dt_rank(d_model) if dt_rank == "auto" else dt_rank
+        d_inner, rank = mixer_sizes(d_model, d_state, d_conv, expand, dt_rank)
+        self.d_model = d_model
         # One product for the inputs of both directions and the gate: [ahead, back, gate].
         self.in_proj = nn.Linear(d_model, 3 * d_inner, bias=False)
         self.ahead = SelectivePath(d_inner, d_state, d_conv, rank)
@@ -48,6 +49,7 @@ class SelectiveChannel(nn.Module):
         self, x: Float[Tensor, "b s d_model"], *, mask: Bool[Tensor, "b s"] | None = None
     ) -> Float[Tensor, "b s d_model"]:
         """Mix across `s`. Absent channels (`mask` False) influence nothing and give 0."""
+        require_input(x, self.d_model, mask)
         u_ahead, u_back, z = self.in_proj(zero_absent(x, mask)).chunk(3, dim=-1)
         ahead, _ = self.ahead.mix(u_ahead, z, mask=mask)
         back, _ = self.back.mix(u_back, z, reverse=True, mask=mask)

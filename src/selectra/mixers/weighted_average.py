@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selectra.errors import ConfigError
+from selectra.mixers.sizes import require_sizes
 
 
 class WeightedAverage(nn.Module):
@@ -26,8 +26,7 @@ class WeightedAverage(nn.Module):
 
     def __init__(self, depth: int) -> None:
         super().__init__()
-        if depth < 1:
-            raise ConfigError(f"depth={depth}: needs at least 1")
+        require_sizes(depth=depth)
         layers = range(1, depth + 1)
         self.alpha = nn.ParameterList(torch.zeros(layer) for layer in layers)
         self.beta = nn.ParameterList(_newest(layer) for layer in layers)

@@ -1,11 +1,12 @@
 """Checks on operator arguments: each message names the argument, what was got and what is allowed."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from selectra.errors import ConfigError
+from selectra.errors import BackendError, ConfigError
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -47,6 +48,16 @@ def _require_float(name: str, tensor: Tensor, double: bool) -> None:
 def _require_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ConfigError(f"{name} is on {tensor.device}, the first argument on {device}; move them to one device.")
+
+
+def require_cpu(op: str, backend: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise before a kernel on data pointers meets a tensor that is not in the processor's memory."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cpu:
+            raise BackendError(
+                f"{op}: backend '{backend}' is written into this program and a tensor is on {tensor.device}, "
+                "it needs cpu; move the tensors and the module to the cpu, or compile or export on this device."
+            )
 
 
 def count_states(x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:

@@ -7,6 +7,7 @@ raises `BackendError` with its reason: nothing falls back in silence.
 
 import contextlib
 import difflib
+import inspect
 import itertools
 import logging
 import os
@@ -45,21 +46,41 @@ class Op(Generic[P, Call, Result]):
         name: The operator's name, as in SELECTRA_KERNEL.
         prepare: Checks the arguments and turns them into one call; its signature and docstring are the operator's.
         backends: In order of preference.
+        returns: What a call returns, for the operator's signature; `prepare` itself returns the call.
     """
 
-    def __init__(self, name: str, prepare: Callable[P, Call], backends: Sequence[Backend[Call, Result]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        prepare: Callable[P, Call],
+        backends: Sequence[Backend[Call, Result]],
+        returns: Any = inspect.Signature.empty,
+    ) -> None:
         self.name = name
         self.backends = {backend.name: backend for backend in backends}
-        self.asked: str | None = None
+        # The only state, changed by one list operation at a time: threads need no lock, and a compiled function that
+        # finds another choice is compiled anew.
+        self._entries: list[_Entry] = []
         self._prepare = prepare
         self.__doc__ = prepare.__doc__
         self.__name__ = name
-        self.__wrapped__ = prepare
+        self.__signature__ = inspect.signature(prepare).replace(return_annotation=returns)
         OPS[name] = self
+
+    def __reduce__(self) -> tuple[Callable[[str], "Op[Any, Any, Any]"], tuple[str]]:
+        """A copy or an unpickled operator is the same operator."""
+        return _by_name, (self.name,)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
         call = self._prepare(*args, **kwargs)
         return self.choose(call).run(call)
+
+    @property
+    def asked(self) -> str | None:
+        """The backend that a `using` block asks for."""
+        # One slice: another thread may leave its block between a look and a read.
+        last = self._entries[-1:]
+        return last[0].backend if last else None
 
     def choose(self, call: Call) -> Backend[Call, Result]:
         """The backend that takes `call`.
@@ -92,16 +113,31 @@ class Op(Generic[P, Call, Result]):
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Run every call inside the block on backend `name`, in this whole process; a refusal raises."""
+        """Run every call inside the block on backend `name`, in this whole process; a refusal raises.
+
+        Where blocks of several threads overlap, the one that was entered last and is not left yet decides.
+        """
         _require_known(name, self.backends, f"backend of {self.name}")
-        before, self.asked = self.asked, name
+        entry = _Entry(name)
+        self._entries.append(entry)
         try:
             yield
         finally:
-            self.asked = before
+            self._entries.remove(entry)
+
+
+class _Entry:
+    """One `using` block that is not left yet; equal to itself alone."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
 
 
 OPS: dict[str, Op[Any, Any, Any]] = {}
+
+
+def _by_name(name: str) -> Op[Any, Any, Any]:
+    return OPS[name]
 
 
 def _require_known(name: str, known: dict[str, Any], what: str) -> None:
@@ -164,7 +200,11 @@ def say_slow_path(op_name: str, backend: str, call: Any, device: str) -> None:
     op = OPS[op_name]
     if key in _said or op.asked is not None or op_name in _environment.choices:
         return
-    _said.add(key)
     faster = itertools.takewhile(lambda name: name != backend, op.backends)
-    reasons = "; ".join(f"{name}: {op.backends[name].refuse(call)}" for name in faster)
-    logger.warning("%s runs on its %s backend, which is slow on %s (%s).", op_name, backend, device, reasons)
+    reasons = {name: op.backends[name].refuse(call) for name in faster}
+    if None in reasons.values():
+        # It was asked for when this call was compiled or exported.
+        return
+    _said.add(key)
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    logger.warning("%s runs on its %s backend, which is slow on %s (%s).", op_name, backend, device, said)

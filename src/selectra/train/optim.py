@@ -1,5 +1,6 @@
 """The optimizer, the learning rate over time, and what happens to gradients between backward and step."""
 
+from collections.abc import Collection
 from math import isfinite
 
 import torch
@@ -11,21 +12,34 @@ from selectra.spec import Optim
 from selectra.train.stop import DivergedError
 
 
-def decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay acts on a parameter: on matrices, unless they ask to be left out.
+def without_decay(model: nn.Module) -> set[int]:
+    """Identities of the parameters that a module leaves out of weight decay.
 
-    Norms and biases have one dimension. `A_log` and `D` of a scan carry `_no_weight_decay`, as in mamba_ssm.
+    A module says so by `no_decay`, the names of parameters of its own: that outlives copies, `to_empty` and wrappers,
+    which marks on the tensors do not.
     """
-    asks_not_to = getattr(parameter, "_no_weight_decay", False)
+    return {id(module.get_parameter(name)) for module in model.modules() for name in getattr(module, "no_decay", ())}
+
+
+def decayed(name: str, parameter: nn.Parameter, left_out: Collection[int] = ()) -> bool:
+    """Whether weight decay acts on a parameter: on matrices, unless they are left out.
+
+    Norms and biases have one dimension. Modules from elsewhere mark tensors by `_no_weight_decay`, as mamba_ssm does.
+
+    Args:
+        left_out: Identities of parameters that are.
+    """
+    asks_not_to = id(parameter) in left_out or getattr(parameter, "_no_weight_decay", False)
     return parameter.ndim > 1 and not asks_not_to and not name.endswith("bias")
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
     """AdamW in two groups, with and without weight decay."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    without = without_decay(model)
     groups = [
-        {"params": [p for name, p in trained if decayed(name, p)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in trained if not decayed(name, p)], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if decayed(name, p, without)], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in trained if not decayed(name, p, without)], "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas)
 

@@ -2,11 +2,13 @@
 
 from functools import partial
 
-from selectra.ops.causal_conv1d import cpu, portable, reference, registration
-from selectra.ops.causal_conv1d.call import prepare
-from selectra.ops.dispatch import Backend, Op
+from torch import Tensor
 
-causal_conv1d = Op(
+from selectra.ops.causal_conv1d import cpu, portable, reference, registration
+from selectra.ops.causal_conv1d.call import CausalConv1d, prepare
+from selectra.ops.dispatch import Backend
+
+causal_conv1d = CausalConv1d(
     "causal_conv1d",
     prepare,
     [
@@ -14,6 +16,7 @@ causal_conv1d = Op(
         Backend("portable", portable.refuse, partial(registration.run, backend="portable")),
         Backend("reference", reference.refuse, reference.run, only_when_asked=True),
     ],
+    returns=Tensor | tuple[Tensor, Tensor],
 )
 
 __all__ = ["causal_conv1d"]

@@ -1,6 +1,6 @@
 """The causal convolution's arguments: checked, and brought to one form that every backend takes."""
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, overload
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from selectra.errors import ConfigError
 from selectra.ops import checks
+from selectra.ops.dispatch import Op
+
+P = ParamSpec("P")
 
 
 class ConvCall(NamedTuple):
@@ -91,3 +94,56 @@ def prepare(
         reverse,
         return_final_state,
     )
+
+
+class CausalConv1d(Op[P, ConvCall, Any]):
+    """The operator's type: as `prepare`, with the result that `return_final_state` asks for."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = ...,
+            activation: Literal["silu"] | None = ...,
+            *,
+            initial_state: Tensor | None = ...,
+            return_final_state: Literal[False] = ...,
+            reverse: bool = ...,
+            mask: Tensor | None = ...,
+            cu_seqlens: Tensor | None = ...,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = ...,
+            activation: Literal["silu"] | None = ...,
+            *,
+            initial_state: Tensor | None = ...,
+            return_final_state: Literal[True],
+            reverse: bool = ...,
+            mask: Tensor | None = ...,
+            cu_seqlens: Tensor | None = ...,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            weight: Tensor,
+            bias: Tensor | None = ...,
+            activation: Literal["silu"] | None = ...,
+            *,
+            initial_state: Tensor | None = ...,
+            return_final_state: bool,
+            reverse: bool = ...,
+            mask: Tensor | None = ...,
+            cu_seqlens: Tensor | None = ...,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from selectra.errors import BackendError
 from selectra.ops import checks
 from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.causal_conv1d import cpu, portable
 from selectra.ops.causal_conv1d.call import ConvCall
 from selectra.ops.dispatch import say_slow_path
+from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? mask, Tensor? cu_seqlens"
 N_DIFFERENTIABLE, N_TENSORS = 4, 6
@@ -30,6 +30,7 @@ class Kernel(NamedTuple):
 
     forward: Callable[[ConvCall], tuple[Tensor, Tensor]]
     backward: Callable[[ConvCall, Tensor, Tensor], tuple[Tensor | None, ...]]
+    needs_cpu: bool = False
 
 
 def _cpu_forward(call: ConvCall) -> tuple[Tensor, Tensor]:
@@ -41,30 +42,40 @@ def _cpu_backward(call: ConvCall, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, .
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, needs_cpu=True),
     "portable": Kernel(portable.forward, portable.backward),
 }
 
 
 def run(call: ConvCall, backend: str) -> Any:
     """Run a call on a registered backend."""
+    refuse_transforms("causal_conv1d", call.tensors)
     y, state = torch.ops.selectra.causal_conv1d(*call[:-1], backend)
     return (y, state) if call.return_final_state else y
+
+
+def _kernel(call: ConvCall, backend: str) -> Kernel:
+    kernel = KERNELS[backend]
+    if kernel.needs_cpu:
+        checks.require_cpu("causal_conv1d", backend, call[:N_TENSORS])
+    return kernel
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *fields, backend = args
     call = ConvCall._make((*fields, True))
+    kernel = _kernel(call, backend)
     if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
         checks.sequence_borders(call.cu_seqlens, call.x.shape[1])
     if backend == "portable":
         say_slow_path("causal_conv1d", backend, call, call.x.device.type)
-    return KERNELS[backend].forward(call)
+    return kernel.forward(call)
 
 
 def _backward(dy: Tensor, dfinal: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *fields, backend = args
-    grads = KERNELS[backend].backward(ConvCall._make((*fields, True)), dy, dfinal)
+    call = ConvCall._make((*fields, True))
+    grads = _kernel(call, backend).backward(call, dy, dfinal)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -86,11 +97,19 @@ def _backward_fake(dy: Tensor, dfinal: Tensor, *args: Any) -> tuple[Tensor, ...]
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:N_TENSORS])
+    ctx.set_materialize_grads(False)
     ctx.flags = inputs[N_TENSORS:]
 
 
-def _autograd(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
+    refuse_tangents("causal_conv1d", (dy, dfinal, *inputs))
+    x, weight, cu_seqlens = inputs[0], inputs[1], inputs[5]
+    if dy is None:
+        dy = x.new_zeros(x.shape)
+    if dfinal is None:
+        n_states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dfinal = weight.new_zeros(n_states, *weight.shape)
     grads = torch.ops.selectra.causal_conv1d_backward(dy, dfinal, *inputs, *ctx.flags)
     kept = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
     return (*kept, *[None] * (len(inputs) + len(ctx.flags) - len(kept)))
@@ -99,25 +118,8 @@ def _autograd(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]
 torch.library.register_autograd("selectra::causal_conv1d", _autograd, setup_context=_setup_context, lib=library)
 
 
-def _no_second_order(ctx: Any, *grads: Tensor) -> None:
-    raise BackendError(
-        "causal_conv1d: a gradient of its gradient was asked for; only the reference has one: "
-        "wrap the call in `with causal_conv1d.using('reference'):`."
-    )
-
-
-torch.library.register_autograd("selectra::causal_conv1d_backward", _no_second_order, lib=library)
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise BackendError(
-        "causal_conv1d: torch.func.vmap is not supported; the operator is batched already, "
-        "move the mapped dimension into b."
-    )
-
-
+register_refusals(library, "causal_conv1d")
 for _name in ("causal_conv1d", "causal_conv1d_backward"):
-    torch.library.register_vmap(f"selectra::{_name}", _refuse_vmap, lib=library)
     keep_types_under_autocast(library, _name)
 
 

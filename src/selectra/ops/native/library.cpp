@@ -3,7 +3,11 @@
 
 #include "call.h"
 
+#ifdef _WIN32
+#define SELECTRA_EXPORT extern "C" __declspec(dllexport)
+#else
 #define SELECTRA_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
 namespace selectra {
 

@@ -8,8 +8,8 @@ import ctypes
 import difflib
 import importlib
 import importlib.resources
+import logging
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from selectra.errors import ConfigError
+from selectra.errors import BackendError, ConfigError
+from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
@@ -28,9 +29,13 @@ NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
     "or a wheel for this platform, brings it"
 )
+NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
+FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward")
+QUERIES = ("chunk", "has_threads", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
 ABSENT = (0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
+logger = logging.getLogger("selectra")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class NativeStatus:
     """Threads that a large call would use now."""
     problem: str | None = None
     """Why it cannot be used, and what would help."""
+    refuses_wish: bool = False
+    """Whether the problem is what SELECTRA_CPU_ISA asks for: a call on the CPU then raises it."""
+    note: str | None = None
+    """What makes it slower here than elsewhere."""
 
 
 class Library:
@@ -68,7 +77,7 @@ class Library:
         self.build = max(build for build, runs in enumerate(self.runs) if runs)
         self._lanes = handle.selectra_cpu_lanes
         self._functions = {}
-        for function in ("scan_forward", "scan_backward", "conv_forward", "conv_backward"):
+        for function in FUNCTIONS:
             entry = getattr(handle, f"selectra_cpu_{function}")
             entry.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int64))
             self._functions[function] = entry
@@ -123,6 +132,7 @@ def status() -> NativeStatus:
     if not _state.looked:
         _state.looked = True
         _state.path, _state.library, _state.problem = _look()
+        _announce()
     found = _state.library
     if found is None:
         return NativeStatus(False, path=_state.path, problem=_state.problem)
@@ -134,7 +144,36 @@ def status() -> NativeStatus:
         isas_built=found.isas,
         threads=1 if _state.forked or not found.has_threads else torch.get_num_threads(),
         problem=_state.problem,
+        refuses_wish=not usable,
+        note=_note(found),
     )
+
+
+def refusal(known: NativeStatus) -> str | None:
+    """Why no call can run on the compiled kernels, or None.
+
+    Raises:
+        BackendError: SELECTRA_CPU_ISA asks for an instruction set that there is not.
+    """
+    if known.refuses_wish:
+        raise BackendError(known.problem)
+    return known.problem
+
+
+def _note(found: Library) -> str | None:
+    """What to know of a library that this processor runs in its narrowest build alone."""
+    return NO_AVX2 if len(found.isas) > 1 and not any(found.runs[1:]) else None
+
+
+def _announce() -> None:
+    """Say once a process what makes calls slower, or other than they would be by themselves."""
+    if _state.library is None or _state.problem is not None:
+        return
+    asked, note = os.environ.get(ISA_VARIABLE), _note(_state.library)
+    if asked:
+        logger.warning("%s is set: %s", ISA_VARIABLE, asked)
+    if note is not None:
+        logger.warning("Compiled CPU kernels: %s.", note)
 
 
 class _State:
@@ -172,7 +211,8 @@ def _look() -> tuple[str | None, Library | None, str | None]:
 def _find() -> Path | None:
     asked = os.environ.get(LIBRARY_VARIABLE)
     if asked:
-        return Path(asked)
+        # The system's loader would look for a bare name in its own folders.
+        return Path(asked).resolve()
     return next((file for folder in _folders() for name in FILE_NAMES if (file := folder / name).is_file()), None)
 
 
@@ -189,33 +229,39 @@ def _folders() -> Iterator[Path]:
 
 def _load(path: Path) -> Library | str:
     """The library, or why it cannot be used."""
-    remedy = f"Install selectra again, or point {LIBRARY_VARIABLE} at a whole library of this version."
-    if not path.is_file():
-        return f"there is no file '{path}', which {LIBRARY_VARIABLE} names. Unset it, or give a library's path."
-    if _is_cut_short(path):
-        return f"the file '{path}' is damaged: it ends too early. {remedy}"
+    problem = _problem_of_file(path)
+    if problem is None:
+        try:
+            handle = ctypes.CDLL(str(path))
+        except OSError as error:
+            problem = f"the file '{path}' cannot be loaded ({error})"
+        else:
+            problem = _problem_of_interface(handle, path)
+            if problem is None:
+                return Library(handle, str(path))
+    return f"{problem}. Install selectra again, or point {LIBRARY_VARIABLE} at a whole library of this version."
+
+
+def _problem_of_file(path: Path) -> str | None:
+    """Why a file cannot be loaded, as far as that is seen without trying: a damaged one may crash the process."""
     try:
-        handle = ctypes.CDLL(str(path))
+        if not path.is_file():
+            return f"there is no file '{path}', which {LIBRARY_VARIABLE} names"
+        fault = damage(path.read_bytes())
     except OSError as error:
-        return f"the file '{path}' cannot be loaded ({error}). {remedy}"
-    try:
-        version = handle.selectra_cpu_abi_version()
-    except AttributeError:
-        return f"the file '{path}' is not Selectra's library. {remedy}"
+        return f"the file '{path}' cannot be read ({error.strerror})"
+    return None if fault is None else f"the file '{path}' is damaged: {fault}"
+
+
+def _problem_of_interface(handle: ctypes.CDLL, path: Path) -> str | None:
+    """Why a file that was loaded is not the library that this package calls."""
+    if not hasattr(handle, "selectra_cpu_abi_version"):
+        return f"the file '{path}' is not Selectra's library"
+    version = handle.selectra_cpu_abi_version()
     if version != ABI_VERSION:
-        return f"the file '{path}' is of interface version {version}, this package needs {ABI_VERSION}. {remedy}"
-    return Library(handle, str(path))
-
-
-def _is_cut_short(path: Path) -> bool:
-    """Whether an ELF file ends before its last table; the system's loader would crash on it."""
-    with path.open("rb") as file:
-        header = file.read(64)
-    if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-        return False
-    (table,) = struct.unpack_from("<Q", header, 0x28)
-    entry_size, entries = struct.unpack_from("<HH", header, 0x3A)
-    return path.stat().st_size < table + entry_size * entries
+        return f"the file '{path}' is of interface version {version}, this package needs {ABI_VERSION}"
+    absent = [name for name in (*QUERIES, *FUNCTIONS) if not hasattr(handle, f"selectra_cpu_{name}")]
+    return f"the file '{path}' is incomplete: it lacks selectra_cpu_{absent[0]}" if absent else None
 
 
 def _choose_isa(loaded: Library, asked: str | None) -> str | None:

@@ -2,11 +2,13 @@
 
 from functools import partial
 
-from selectra.ops.dispatch import Backend, Op
-from selectra.ops.selective_scan import cpu, portable, reference, registration
-from selectra.ops.selective_scan.call import prepare
+from torch import Tensor
 
-selective_scan = Op(
+from selectra.ops.dispatch import Backend
+from selectra.ops.selective_scan import cpu, portable, reference, registration
+from selectra.ops.selective_scan.call import SelectiveScan, prepare
+
+selective_scan = SelectiveScan(
     "selective_scan",
     prepare,
     [
@@ -14,6 +16,7 @@ selective_scan = Op(
         Backend("portable", portable.refuse, partial(registration.run, backend="portable")),
         Backend("reference", reference.refuse, reference.run, only_when_asked=True),
     ],
+    returns=Tensor | tuple[Tensor, Tensor],
 )
 
 __all__ = ["selective_scan"]

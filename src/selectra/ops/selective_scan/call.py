@@ -1,6 +1,6 @@
 """The selective scan's arguments: checked, and brought to one form that every backend takes."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, overload
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -8,6 +8,12 @@ from torch import Tensor
 
 from selectra.errors import ConfigError
 from selectra.ops import checks
+from selectra.ops.dispatch import Op
+
+P = ParamSpec("P")
+
+# Beyond it softplus(x) is x in float64 too: log(1 + exp(-40)) is below its rounding. PyTorch's own choice is 20.
+SOFTPLUS_THRESHOLD = 40.0
 
 
 class ScanCall(NamedTuple):
@@ -150,3 +156,74 @@ def _check_projection(name: str, tensor: Tensor, u: Tensor, A: Tensor) -> None:
     if groups < 1 or d % groups:
         raise ConfigError(f"{name} has {groups} groups; they must divide d = {d}.")
     checks.require_shape(name, tensor, (batch, length, groups, n), "(b, l, g, n)")
+
+
+class SelectiveScan(Op[P, ScanCall, Any]):
+    """The operator's type: as `prepare`, with the result that `return_final_state` asks for."""
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(
+            self,
+            u: Tensor,
+            delta: Tensor,
+            A: Tensor,
+            B: Tensor,
+            C: Tensor,
+            D: Tensor | None = ...,
+            z: Tensor | None = ...,
+            delta_bias: Tensor | None = ...,
+            delta_softplus: bool = ...,
+            *,
+            initial_state: Tensor | None = ...,
+            return_final_state: Literal[False] = ...,
+            reverse: bool = ...,
+            mask: Tensor | None = ...,
+            cu_seqlens: Tensor | None = ...,
+            out_dtype: torch.dtype | None = ...,
+        ) -> Tensor: ...
+
+        @overload
+        def __call__(
+            self,
+            u: Tensor,
+            delta: Tensor,
+            A: Tensor,
+            B: Tensor,
+            C: Tensor,
+            D: Tensor | None = ...,
+            z: Tensor | None = ...,
+            delta_bias: Tensor | None = ...,
+            delta_softplus: bool = ...,
+            *,
+            initial_state: Tensor | None = ...,
+            return_final_state: Literal[True],
+            reverse: bool = ...,
+            mask: Tensor | None = ...,
+            cu_seqlens: Tensor | None = ...,
+            out_dtype: torch.dtype | None = ...,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            u: Tensor,
+            delta: Tensor,
+            A: Tensor,
+            B: Tensor,
+            C: Tensor,
+            D: Tensor | None = ...,
+            z: Tensor | None = ...,
+            delta_bias: Tensor | None = ...,
+            delta_softplus: bool = ...,
+            *,
+            initial_state: Tensor | None = ...,
+            return_final_state: bool,
+            reverse: bool = ...,
+            mask: Tensor | None = ...,
+            cu_seqlens: Tensor | None = ...,
+            out_dtype: torch.dtype | None = ...,
+        ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...

@@ -12,21 +12,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectra.ops import native
-from selectra.ops.native.library import library, n_sequences, operand, threads
+from selectra.ops.native.library import library, n_sequences, operand, refusal, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Known once and for all, so that `refuse` can be traced: no file is looked for while a graph is captured.
-_problem = native.status().problem
+_native = native.status()
 
 
 def refuse(call: Any) -> str | None:
-    """Why these kernels do not take `call`, or None."""
+    """Why these kernels do not take `call`, or None.
+
+    Raises:
+        BackendError: SELECTRA_CPU_ISA asks for an instruction set that there is not.
+    """
     if call.u.device.type != "cpu":
         return f"tensors are on {call.u.device.type}, it needs cpu"
     if call.u.dtype not in DTYPES:
         return f"it takes float32, float64, bfloat16 and float16, not {call.u.dtype}"
-    return _problem
+    return refusal(_native)
 
 
 def compute_dtype(u: Tensor) -> torch.dtype:

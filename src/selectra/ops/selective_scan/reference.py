@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selectra.ops import checks
-from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.selective_scan.call import SOFTPLUS_THRESHOLD, ScanCall
 
 
 def refuse(call: ScanCall) -> None:
@@ -33,7 +33,7 @@ def scan(call: ScanCall) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]
     dtype = call.A.dtype
     batch, length, d = call.u.shape
     # (b, l, 1): true where a position is present.
-    present = torch.ones_like(call.u[..., :1], dtype=torch.bool) if call.mask is None else call.mask[..., None]
+    present = call.u.new_ones(batch, length, 1, dtype=torch.bool) if call.mask is None else call.mask[..., None]
     # Selecting before any arithmetic keeps a NaN at an absent position out of outputs and gradients.
     u = torch.where(present, call.u, 0).to(dtype)
     delta = torch.where(present, call.delta, 0).to(dtype)
@@ -43,20 +43,23 @@ def scan(call: ScanCall) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]
     if call.delta_bias is not None:
         delta = delta + call.delta_bias
     if call.delta_softplus:
-        delta = F.softplus(delta)
+        delta = F.softplus(delta, threshold=SOFTPLUS_THRESHOLD)
     # A step of zero passes the state on: exp(0 A) = 1, and nothing is added.
     delta = torch.where(present, delta, 0)
 
     h = call.initial_state
     if h is None:
         h = call.A.new_zeros(batch, d, call.A.shape[1])
-    u_steps, delta_steps, B_steps, C_steps = (x.unbind(1) for x in (u, delta, B, C))
-    channels_per_group = d // max(call.B.shape[2], 1)
+    u_steps, delta_steps, B_steps, C_steps, present_steps = (x.unbind(1) for x in (u, delta, B, C, present))
+    channels_per_group = d // call.B.shape[2]
     outputs: list[Tensor] = []
     for t in reversed(range(length)) if call.reverse else range(length):
-        B_t = B_steps[t].repeat_interleave(channels_per_group, dim=1)  # (b, d, n)
-        C_t = C_steps[t].repeat_interleave(channels_per_group, dim=1)
-        decay = torch.exp(delta_steps[t][..., None] * call.A)
+        B_t, C_t = (x[t].repeat_interleave(channels_per_group, dim=1) for x in (B_steps, C_steps))  # (b, d, n)
+        exponent = delta_steps[t][..., None] * call.A
+        if call.mask is not None:
+            # 0 A is not 0 where A is infinite.
+            exponent = torch.where(present_steps[t][..., None], exponent, 0)
+        decay = torch.exp(exponent)
         h = decay * h + (delta_steps[t] * u_steps[t])[..., None] * B_t
         outputs.append((h * C_t).sum(-1))
     if call.reverse:

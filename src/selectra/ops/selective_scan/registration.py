@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from selectra.errors import BackendError
 from selectra.ops import checks
 from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.dispatch import say_slow_path
 from selectra.ops.selective_scan import cpu, portable
 from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -43,6 +43,7 @@ class Kernel(NamedTuple):
     forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor, Tensor]]
     backward: Callable[[ScanCall, Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
     checkpoint_shape: Callable[[Tensor, Tensor, int, int | None], tuple[int, ...]]
+    needs_cpu: bool = False
 
 
 def _cpu_forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,37 +55,51 @@ def _cpu_backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tenso
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward, cpu.checkpoint_shape),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, cpu.checkpoint_shape, needs_cpu=True),
     "portable": Kernel(portable.forward, portable.backward, portable.checkpoint_shape),
 }
 
 
 def run(call: ScanCall, backend: str) -> Any:
     """Run a call on a registered backend, keeping what the backward needs only where a gradient can be asked for."""
+    refuse_transforms("selective_scan", call.tensors)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
     y, state, _ = torch.ops.selectra.selective_scan(*call[:-1], backend, save)
     return (y, state) if call.return_final_state else y
 
 
-def _check_borders(cu_seqlens: Tensor | None, length: int) -> None:
-    # Kernels trust the borders; reading them on a GPU would stall it, so there the caller answers for them.
-    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
-        checks.sequence_borders(cu_seqlens, length)
+def _kernel(call: ScanCall, backend: str) -> Kernel:
+    kernel = KERNELS[backend]
+    # A compiled or exported program carries the backend's name to tensors that `refuse` never saw.
+    if kernel.needs_cpu:
+        checks.require_cpu("selective_scan", backend, call[:N_TENSORS])
+    return kernel
+
+
+def _n_seqs(call: ScanCall) -> int | None:
+    return None if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, delta_softplus, reverse, out_dtype, backend, save = args
     call = ScanCall._make((*tensors, delta_softplus, reverse, out_dtype, True))
-    _check_borders(call.cu_seqlens, call.u.shape[1])
+    kernel = _kernel(call, backend)
+    # Kernels trust the borders; reading them on a GPU would stall it, so there the caller answers for them.
+    if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
+        checks.sequence_borders(call.cu_seqlens, call.u.shape[1])
     if backend == "portable":
         say_slow_path("selective_scan", backend, call, call.u.device.type)
-    return KERNELS[backend].forward(call, save)
+    return kernel.forward(call, save)
 
 
 def _backward(dy: Tensor, dfinal: Tensor, checkpoints: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *tensors, delta_softplus, reverse, out_dtype, backend = args
     call = ScanCall._make((*tensors, delta_softplus, reverse, out_dtype, True))
-    grads = KERNELS[backend].backward(call, dy, dfinal, checkpoints)
+    kernel = _kernel(call, backend)
+    if checkpoints.shape != kernel.checkpoint_shape(call.u, call.A, call.B.shape[2], _n_seqs(call)):
+        # The forward was traced where no gradient could be asked for, and kept nothing.
+        checkpoints = kernel.forward(call, True)[2]
+    grads = kernel.backward(call, dy, dfinal, checkpoints)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -113,13 +128,23 @@ def _backward_fake(dy: Tensor, dfinal: Tensor, checkpoints: Tensor, *args: Any) 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:N_TENSORS], output[2])
+    ctx.mark_non_differentiable(output[2])
+    # No zeros are made for the checkpoints' gradient, which nobody reads.
+    ctx.set_materialize_grads(False)
     # All flags but `save`.
     ctx.flags = inputs[N_TENSORS:-1]
     ctx.n_inputs = len(inputs)
 
 
-def _autograd(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *inputs, checkpoints = ctx.saved_tensors
+    refuse_tangents("selective_scan", (dy, dfinal, *inputs))
+    if dy is None:
+        dy = inputs[0].new_zeros(inputs[0].shape, dtype=ctx.flags[2])
+    if dfinal is None:
+        cu_seqlens, A = inputs[10], inputs[2]
+        n_states = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dfinal = A.new_zeros(n_states, *A.shape)
     grads = torch.ops.selectra.selective_scan_backward(dy, dfinal, checkpoints, *inputs, *ctx.flags)
     kept = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
     return (*kept, *[None] * (ctx.n_inputs - len(kept)))
@@ -128,27 +153,7 @@ def _autograd(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor |
 torch.library.register_autograd("selectra::selective_scan", _autograd, setup_context=_setup_context, lib=library)
 
 
-def _no_second_order(ctx: Any, *grads: Tensor) -> None:
-    raise BackendError(
-        "selective_scan: a gradient of its gradient was asked for; only the reference has one: "
-        "wrap the call in `with selective_scan.using('reference'):`."
-    )
-
-
-torch.library.register_autograd("selectra::selective_scan_backward", _no_second_order, lib=library)
-
-
-def _refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise BackendError(
-        "selective_scan: torch.func.vmap is not supported; the operator is batched already, "
-        "move the mapped dimension into b."
-    )
-
-
-torch.library.register_vmap("selectra::selective_scan", _refuse_vmap, lib=library)
-torch.library.register_vmap("selectra::selective_scan_backward", _refuse_vmap, lib=library)
-
-
+register_refusals(library, "selective_scan")
 for _name in ("selective_scan", "selective_scan_backward"):
     keep_types_under_autocast(library, _name)
 

@@ -1,0 +1,58 @@
+"""What operators say to the transforms of PyTorch that only plain operations follow."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
+
+from selectra.errors import BackendError
+
+
+def refuse_transforms(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise inside torch.func's gradients, and where a tensor carries a tangent, which would be lost in silence.
+
+    A call outside them pays for two reads.
+    """
+    # Inside torch.compile the call below is a constant.
+    if _functorch.maybe_current_level() is not None:
+        stack = _functorch.peek_interpreter_stack()
+        if stack is not None and stack.key() in (_functorch.TransformType.Grad, _functorch.TransformType.Jvp):
+            raise BackendError(_only_the_reference(name, "a transform of torch.func (grad, vjp, jacrev, jvp, ...)"))
+    if forward_ad._current_level >= 0:
+        refuse_tangents(name, tensors)
+
+
+def refuse_tangents(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """Raise where forward-mode differentiation goes on and a tensor carries a tangent."""
+    if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in tensors if x is not None):
+        raise BackendError(_only_the_reference(name, "forward-mode differentiation (torch.func.jvp, dual numbers)"))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def register_refusals(library: torch.library.Library, name: str) -> None:
+    """Register words for second derivatives and vmap, for the operator `name` and its backward."""
+
+    def no_second_order(ctx: Any, *grads: Tensor) -> None:
+        raise BackendError(_only_the_reference(name, "a gradient of its gradient"))
+
+    def no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise BackendError(
+            f"{name}: torch.func.vmap is not supported; the operator is batched already, "
+            "move the mapped dimension into b."
+        )
+
+    torch.library.register_autograd(f"selectra::{name}_backward", no_second_order, lib=library)
+    for operator in (name, f"{name}_backward"):
+        torch.library.register_vmap(f"selectra::{operator}", no_vmap, lib=library)
+
+
+def _only_the_reference(name: str, what: str) -> str:
+    return (
+        f"{name}: {what} was asked for; only the reference has one: wrap the call in `with {name}.using('reference'):`."
+    )
