@@ -165,16 +165,67 @@ def test_forecaster_predicts_from_other_rows() -> None:
 
 
 def test_cross_validation_has_cutoffs_and_sees_nothing_after_them() -> None:
+    # The rows after the first cutoff are more than the tenth that is validated on: with them, training would change.
     wide = hourly(400)
-    found = Forecaster("linear", h=6, input_size=24).cross_validation(wide, n_windows=3, step_size=4)
+    found = Forecaster("linear", h=6, input_size=24).cross_validation(wide, n_windows=12, step_size=8)
     assert list(found.columns) == ["unique_id", "ds", "cutoff", "y", "linear"]
-    assert found["cutoff"].unique().tolist() == [wide["time"].iloc[i] for i in (385, 389, 393)]
-    first = found[found["cutoff"] == wide["time"].iloc[385]]
+    assert found["cutoff"].unique().tolist() == [wide["time"].iloc[i] for i in range(305, 394, 8)]
+    first = found[found["cutoff"] == wide["time"].iloc[305]]
     changed = wide.copy()
-    changed.loc[386:, ["a (°C)", "b"]] = 1e3
-    again = Forecaster("linear", h=6, input_size=24).cross_validation(changed, n_windows=3, step_size=4)
+    changed.loc[306:, ["a (°C)", "b"]] = 1e3
+    again = Forecaster("linear", h=6, input_size=24).cross_validation(changed, n_windows=12, step_size=8)
     np.testing.assert_array_equal(first["linear"], again.loc[first.index, "linear"])
-    np.testing.assert_allclose(first.loc[first["unique_id"] == "b", "y"], wide["b"].iloc[386:392])
+    np.testing.assert_allclose(first.loc[first["unique_id"] == "b", "y"], wide["b"].iloc[306:312])
+
+
+def test_series_in_another_order_get_the_same_forecast() -> None:
+    wide = hourly(300)
+    forecaster = Forecaster("naive", h=3, input_size=24).fit(wide)
+    assert forecaster.predict(wide[["b", "time", "a (°C)"]]).equals(forecaster.predict(wide))
+    backwards = long(wide).sort_values(["unique_id", "ds"], ascending=False)
+    assert forecaster.predict(backwards).equals(forecaster.predict())
+
+
+def test_identifiers_and_zones_come_back_as_they_were() -> None:
+    frame = long(hourly(300)).replace({"unique_id": {"a (°C)": 7, "b": 2}}).astype({"unique_id": "int32"})
+    frame["ds"] = frame["ds"].dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")
+    forecaster = Forecaster("naive", h=3, input_size=24)
+    for found in (forecaster.fit(frame).predict(), forecaster.predict(frame), forecaster.cross_validation(frame)):
+        assert found["unique_id"].dtype == "int32" and found["unique_id"].unique().tolist() == [7, 2]
+        assert str(found["ds"].dt.tz) == "Asia/Tokyo"
+    assert forecaster.fit(frame).predict()["ds"].iloc[0] == frame["ds"].iloc[299] + pd.Timedelta("1h")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"h": 4.0}, "h must be a whole number of at least 1, got 4.0"),
+        ({"h": "4"}, "h must be a whole number of at least 1, got '4'"),
+        ({"h": 0}, "h must be a whole number of at least 1, got 0"),
+        ({"input_size": -1}, "input_size must be a whole number of at least 1 or None, got -1"),
+        ({"max_steps": 0}, "max_steps must be"),
+        ({"batch_size": True}, "batch_size must be"),
+        ({"early_stop_patience": -1}, "early_stop_patience must be"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"learning_rate": 0}, "learning_rate must be a number above 0, got 0"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number above 0, got 'fast'"),
+        ({"model": 3}, "model must be a name or a Spec, got 3"),
+        ({"device": 0}, "device must be"),
+        ({"freq": 60}, "freq must be"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_fit(changes: dict[str, Any], message: str) -> None:
+    forecaster = Forecaster(**{"model": "naive", "h": 3, "input_size": 24, **changes})
+    for use in (forecaster.fit, forecaster.cross_validation):
+        with pytest.raises(ConfigError, match=message):
+            use(hourly(100))
+
+
+def test_validation_rows_without_values_are_refused() -> None:
+    frame = hourly(200)
+    frame.loc[180:, ["a (°C)", "b"]] = np.nan
+    with pytest.raises(DataError, match=r"the val part .* has no value to forecast"):
+        Forecaster("naive", h=3, input_size=24).fit(frame)
 
 
 def test_forecaster_is_an_estimator() -> None:

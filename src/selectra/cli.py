@@ -1,7 +1,5 @@
 """The command line: one function for each command. Heavy imports happen inside them, so that help comes at once."""
 
-import difflib
-import inspect
 import json
 import os
 import re
@@ -12,15 +10,17 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from selectra.errors import BackendError, ConfigError, DataError
-from selectra.spec import Run, Spec, nearest, override, type_name
+from selectra.spec import Run, Spec, describe_problem, nearest, override
 from selectra.train.stop import DivergedError, StoppedError
+from selectra.usage import describe_usage, with_options
 
 if TYPE_CHECKING:
     from selectra.registry import Registry, Resolved
@@ -80,9 +80,9 @@ class Part(StrEnum):
     test = "test"
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     """The terminal; processes other than the first one are silent."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return Console(stderr=stderr, quiet=os.environ.get("RANK", "0") != "0")
 
 
 def _installed_version() -> str:
@@ -125,19 +125,30 @@ def _find_run(name: str, words: Sequence[str]) -> Run:
     """The run that a recipe, a model or a run.json stands for, with changes."""
     from selectra.train.record import read_run  # noqa: PLC0415
 
-    found = _registries()
-    if name.endswith(".json") or Path(name).is_dir():
+    found, folder = _registries(), _folder_of(name)
+    if folder is not None:
         return override(read_run(Path(name)), words)
     recipes, models = found[Sort.recipes], found[Sort.models]
     if name in recipes.names():
         return override(recipes.build(Spec(name)), words)
     if name in [*models.names(), *models.families()]:
         return override(_usual_run(name, found), words)
+    empty = " (the folder of this name holds no run.json)" if Path(name).is_dir() else ""
     known = [*recipes.names(), *models.names(), *models.families()]
     raise ConfigError(
-        f"'{name}' is no recipe, model or run.json; recipes are {recipes.names()}, "
+        f"'{name}' is no recipe, model or run.json{empty}; recipes are {recipes.names()}, "
         f"models {models.names()}.{nearest(name, known)}"
     )
+
+
+def _folder_of(name: str) -> Path | None:
+    """Where the run.json lies that `name` stands for; None for the name of a recipe or a model, which comes first."""
+    found, path = _registries(), Path(name)
+    if name in [*found[Sort.recipes].names(), *found[Sort.models].names(), *found[Sort.models].families()]:
+        return None
+    if name.endswith(".json") and not path.is_dir():
+        return path.parent
+    return path if (path / "run.json").exists() else None
 
 
 def _usual_run(model: str, found: "dict[Sort, Registry]") -> Run:
@@ -163,8 +174,7 @@ def train(
     from selectra.train.progress import duration  # noqa: PLC0415
 
     console, run = _console(), _find_run(name, changes or [])
-    stored = Path(name) if Path(name).is_dir() else Path(name).parent if name.endswith(".json") else None
-    out = out or stored or Path("runs") / run.name
+    out = out or _folder_of(name) or Path("runs") / run.name
     fitted = train_job(run, out, console, resume=not anew)
     metrics = ", ".join(f"{key} {value:.4f}" for key, value in fitted.best.items())
     console.print(
@@ -181,11 +191,14 @@ def evaluate(
     out: Annotated[Path, typer.Argument(help="Folder of a training.")],
     split: Annotated[Part, typer.Option(help="The part of the data.")] = Part.test,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Default: as in training.")] = None,
+    changed_data: Annotated[
+        bool, typer.Option("--changed-data", help="Also on data that has changed since the training.")
+    ] = False,
 ) -> None:
     """Evaluate trained weights; the only command that opens the test split."""
     from selectra.train.job import evaluate_job  # noqa: PLC0415
 
-    metrics, n_windows = evaluate_job(out, split.value, batch_size)
+    metrics, n_windows = evaluate_job(out, split.value, batch_size, changed_data)
     table = Table("metric", split.value, title=f"{out}: all {n_windows} windows")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
@@ -298,7 +311,10 @@ def forecast(
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
         out=out, seed=seed, batch_size=batch_size, quick=quick,
     )  # fmt: skip
-    forecast_job(job, _console())
+    try:
+        forecast_job(job, _console())
+    except DataError as error:
+        raise DataError(with_options(str(error))) from error
 
 
 @app.command()
@@ -326,15 +342,18 @@ def bench(
     if out is not None:
         writable_folder(out)
     console = _console()
-    record = {Benchmark.scan: bench_scan}[what](pick_device(device), seconds, None, console)
-    if out is None:
-        return
-    hardware = record["environment"]["hardware"]
-    name = hardware["gpus"][0] if record["device"].startswith("cuda") else hardware["processor"]
-    words = [what.value, *re.findall(r"[a-z0-9]+", name.lower()), datetime.now(UTC).strftime("%Y-%m-%d")]
-    with replacing(out / f"{'-'.join(words)}.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"Written to {out / '-'.join(words)}.json", soft_wrap=True, highlight=False)
+
+    def save(record: dict[str, Any]) -> None:
+        if out is not None:
+            hardware = record["environment"]["hardware"]
+            name = hardware["gpus"][0] if record["device"].startswith("cuda") else hardware["processor"]
+            words = [what.value, *re.findall(r"[a-z0-9]+", name.lower()), datetime.now(UTC).strftime("%Y-%m-%d")]
+            with replacing(out / f"{'-'.join(words)}.json") as partial:
+                partial.write_text(json.dumps({"command": shlex.join(["selectra", *sys.argv[1:]]), **record}, indent=2))
+
+    {Benchmark.scan: bench_scan}[what](pick_device(device), seconds, console, save)
+    if out is not None:
+        console.print(f"Written to {out}/", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -343,40 +362,22 @@ def cite() -> None:
     _console().print(CITATION.format(version=_installed_version()), highlight=False, markup=False, soft_wrap=True)
 
 
-def _describe(error: Any) -> str:
-    """A usage error in one line; an unknown option with the nearest one and its type."""
-    unknown, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    if unknown is None or context is None:
-        return error.format_message()
-    # The annotations say more than what typer keeps of them.
-    hints = get_type_hints(inspect.unwrap(context.command.callback))
-    options = {option: hints.get(p.name) for p in context.command.params for option in p.opts if option[:2] == "--"}
-    close = difflib.get_close_matches(unknown, options, n=1)
-    hint = f" Did you mean {close[0]} ({_option_type(options[close[0]])})?" if close else ""
-    return f"'{context.command_path}' has no option '{unknown}'; it has {', '.join(options)}.{hint}"
-
-
-def _option_type(hint: Any) -> str:
-    if inspect.isclass(hint) and issubclass(hint, StrEnum):
-        return " | ".join(hint)
-    return "no value" if hint is bool else type_name(hint).removesuffix(" | None")
-
-
 def main(words: Sequence[str] | None = None) -> NoReturn:
     """Run a command; a user's error is one line and exit code 2, a stop asked for is exit code 130."""
     words = list(sys.argv[1:] if words is None else words)
-    errors = Console(stderr=True)
+    errors = _console(stderr=True)
     # typer's own classes for wrong usage are reached through one that it exports.
     usage_error = cast(type[Exception], typer.BadParameter.__mro__[2])
     try:
         code = app(words, prog_name="selectra", standalone_mode=False)
     except usage_error as error:
-        errors.print(f"error: {_describe(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(f"error: {describe_usage(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(USER_ERROR) from error
-    except (ConfigError, DataError, BackendError, DivergedError) as error:
+    except (ConfigError, DataError, BackendError, DivergedError, ValidationError) as error:
         if "--debug" in words:
             raise
-        errors.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        problem = describe_problem(error) if isinstance(error, ValidationError) else error
+        errors.print(f"error: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(USER_ERROR) from error
     except StoppedError as error:
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
@@ -384,4 +385,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except (typer.Abort, KeyboardInterrupt) as error:
         errors.print("stopped at once; what was saved before is kept.")
         raise SystemExit(INTERRUPTED) from error
+    # typer turns an interruption into the exit code that it returns.
+    if code == INTERRUPTED:
+        errors.print("stopped at once; what was saved before is kept.")
     raise SystemExit(code if isinstance(code, int) else 0)

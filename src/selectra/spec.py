@@ -104,14 +104,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class Optim(Section):
     """The optimizer (AdamW) and its learning rate over time."""
 
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Highest learning rate, reached after the warm-up."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     """Decoupled weight decay; norms, biases and the parameters that ask for it are left out."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of the running means of the gradient and of its square."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up: down to zero along a cosine at the last step, or unchanged."""
@@ -126,7 +130,7 @@ class Train(Section):
 
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps. Either this or `epochs` is given."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: Positive | None = None
     """Passes over the training windows; turned into steps when the data is known."""
     batch_size: int = Field(default=32, ge=1)
     """Windows, images or sequences in one forward pass, over all processes together."""
@@ -159,7 +163,7 @@ class Parallel(Section):
 
     kind: Literal["auto", "none", "ddp"] = "auto"
     """"ddp" is torch's DistributedDataParallel; "auto" is that where torchrun started several processes."""
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: Positive = 600.0
     """Seconds after which a process that waits for the others gives up."""
 
 
@@ -201,7 +205,16 @@ class Run(Section):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise ConfigError(f"{where}: {_first_problem(error)}") from error
+            raise ConfigError(f"{where}: {describe_problem(error)}") from error
+
+
+def describe_problem(error: ValidationError) -> str:
+    """The first problem of a validation in one line: the field, its value, and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    place, value = ".".join(str(part) for part in first["loc"]), first["input"]
+    if not place or isinstance(value, Mapping) or repr(value) in first["msg"]:
+        return _first_problem(error)
+    return f"{place} is {value!r}: {str(first['msg']).removeprefix('Value error, ')}."
 
 
 def type_name(hint: Any) -> str:

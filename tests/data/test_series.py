@@ -46,6 +46,16 @@ def test_rows_needed_is_the_least_that_works(split: str) -> None:
         borders_of(split, least - 1, "h", 48, 12)
 
 
+@pytest.mark.parametrize("split", ["ratio", "fit"])
+@pytest.mark.parametrize(("seq_len", "horizon"), [(12, 4), (1, 1), (7, 3), (96, 24), (5, 30)])
+def test_from_rows_needed_on_every_number_works(split: str, seq_len: int, horizon: int) -> None:
+    least = rows_needed(split, seq_len, horizon)
+    for rows in range(least, least + 200):
+        borders_of(split, rows, "h", seq_len, horizon)
+    with pytest.raises(DataError, match="rows are needed"):
+        borders_of(split, least - 1, "h", seq_len, horizon)
+
+
 @pytest.mark.parametrize(
     ("split", "rows", "freq", "seq_len", "horizon", "message"),
     [
@@ -141,6 +151,19 @@ def test_a_series_without_training_values_is_refused() -> None:
     frame = hourly()
     frame.loc[:300, "b"] = np.nan
     with pytest.raises(DataError, match="series 'b' has no value in the training part"):
+        data_of(frame)
+
+
+@pytest.mark.parametrize(("part", "gap"), [("train", (48, 280)), ("val", (280, 320)), ("test", (320, 400))])
+def test_a_part_without_targets_is_refused(part: str, gap: tuple[int, int], tmp_path: Path) -> None:
+    frame = hourly()
+    frame.loc[gap[0] : gap[1] - 1, "b"] = np.nan
+    data_of(frame)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(DataError, match=f"the {part} part .* has no value of 'b' to forecast; cut the file"):
+        SeriesFile(str(tmp_path / "t.csv"), seq_len=48, horizon=12, target="b")
+    frame.loc[gap[0] : gap[1] - 1, "a (°C)"] = np.nan
+    with pytest.raises(DataError, match=f"the {part} part .* has no value to forecast"):
         data_of(frame)
 
 

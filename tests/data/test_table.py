@@ -29,6 +29,11 @@ def at(freq: str, start: str = "2000-01-03") -> pd.DataFrame:
     return BASE.assign(time=pd.date_range(start, periods=ROWS, freq=freq))
 
 
+def written(rows: int, freq: str, form: str) -> pd.DataFrame:
+    frame = BASE.iloc[:rows]
+    return frame.assign(time=pd.date_range("2013-01-01", periods=rows, freq=freq).strftime(form))
+
+
 def same(frame: pd.DataFrame | Path) -> None:
     table = read_table(frame)
     assert table.names == ("a (°C)", "b")
@@ -120,6 +125,65 @@ def test_frequency_is_inferred_despite_gaps(freq: str, season: int) -> None:
     assert season_of(whole.freq) == season_of(table.freq) == season
 
 
+def test_months_from_a_day_within_the_month() -> None:
+    frame = BASE.assign(time=pd.date_range("1990-01-15", periods=ROWS, freq=pd.DateOffset(months=1)))
+    table = read_table(frame.drop(index=[7, 8]))
+    assert table.freq == "1 month" and table.rows == ROWS and table.gaps[0][1] == 2
+    assert season_of(table.freq) == 12 and read_table(frame, freq=table.freq).gaps == ()
+    quarters = BASE.iloc[:99].assign(time=pd.date_range("1990-02-10", periods=99, freq=pd.DateOffset(months=3)))
+    assert read_table(quarters).freq == "3 months" and season_of("3 months") == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "freq", "form", "noted"),
+    [
+        (120, "MS", "%d/%m/%Y", True),
+        (24, "MS", "%d/%m/%Y %H:%M", True),
+        (120, "MS", "%m/%d/%Y", False),
+        (48, "h", "%d.%m.%Y %H:%M", True),
+        (48, "h", "%m/%d/%Y %H:%M", False),
+        (12, "MS", "%Y/%m/%d", False),
+    ],
+)
+def test_day_first_is_taken_where_only_that_is_regular(rows: int, freq: str, form: str, noted: bool) -> None:
+    table = read_table(written(rows, freq, form))
+    assert (table.freq, table.rows) == (freq, rows)
+    assert any("with the day first" in note for note in table.notes) == noted
+
+
+def test_a_named_frequency_tells_month_first_from_day_first() -> None:
+    frame = written(12, "MS", "%d/%m/%Y")
+    assert str(read_table(frame, freq="MS").stamps[1]) == "2013-02-01 00:00:00"
+    assert str(read_table(frame, freq="D").stamps[1]) == "2013-01-02 00:00:00"
+
+
+def test_the_time_column_is_the_one_with_whole_dates() -> None:
+    parts = pd.DataFrame({"year": 2020, "month": 1, "time": BASE["time"], "b": BASE["b"]})
+    assert read_table(parts).time_name == "time"
+    with pytest.raises(DataError, match="column 'day', row 1 below the header: 'Monday' is not a number"):
+        read_table(pd.DataFrame({"day": "Monday", "date": BASE["time"].astype(str), "b": BASE["b"]}))
+    other = pd.DataFrame({"year": 2020, "Zeitpunkt": BASE["time"], "b": BASE["b"]})
+    assert read_table(other).time_name == "Zeitpunkt"
+    split = BASE.assign(date=BASE["time"].astype(str), time=5.0)
+    assert read_table(split).time_name == "date"
+
+
+def test_a_nameless_count_of_rows_is_left_out(tmp_path: Path) -> None:
+    BASE.to_csv(tmp_path / "t.csv")
+    same(tmp_path / "t.csv")
+    assert read_table(tmp_path / "t.csv").notes == ("column 'Unnamed: 0' only counts the rows and is left out",)
+    kept = read_table(BASE.rename(columns={"b": "Unnamed: 0"}))
+    assert kept.names == ("a (°C)", "Unnamed: 0")
+
+
+def test_time_index_in_parquet_and_late_decimal_commas(tmp_path: Path) -> None:
+    BASE.set_index("time").to_parquet(tmp_path / "t.parquet")
+    same(tmp_path / "t.parquet")
+    rows = ["time;a;b", *(f"{stamp};1;2" for stamp in BASE["time"][:5]), *(f"{s};1,5;2,5" for s in BASE["time"][5:])]
+    (tmp_path / "late.csv").write_text("\n".join(rows))
+    assert read_table(tmp_path / "late.csv").values[[0, 5]].tolist() == [[1, 2], [1.5, 2.5]]
+
+
 def test_years_and_numbers_as_dates() -> None:
     years = pd.DataFrame({"year": range(1900, 2000), "a": np.arange(100.0)})
     assert read_table(years).freq.startswith("YS")
@@ -166,6 +230,11 @@ BAD: list[tuple[str, Callable[[], object], str]] = [
     ("no rows", lambda: read_table(BASE.iloc[:0]), "no rows"),
     ("no numbers", lambda: read_table(BASE.drop(columns=["a (°C)", "b"])), "only the time column"),
     ("same name", lambda: read_table(pd.concat([BASE, BASE[["b"]]], axis=1)), "'b' occurs more than once"),
+    ("former name", lambda: read_table(BASE, freq="H"), "unknown frequency 'H'.* Did you mean 'h'"),
+    ("former name", lambda: read_table(BASE, freq="15T"), "Did you mean '15min'"),
+    ("no year", lambda: read_table(BASE.assign(time=np.arange(ROWS) + 1000)), r"'time' holds numbers \(1000, "),
+    ("two readings", lambda: read_table(written(12, "MS", "%d/%m/%Y")), "'01/02/2013' is 2013-01-02 with the month"),
+    ("no id", lambda: read_table(long(BASE).replace({"unique_id": {"b": None}})), "'unique_id', row 401 .* is empty"),
     ("no frame", lambda: read_table([1, 2]), "expected a data frame .* got list"),  # type: ignore[arg-type]
 ]
 
@@ -182,7 +251,7 @@ def test_bad_files(tmp_path: Path) -> None:
         "header.csv": (b"time,a\n", "has a header and no rows"),
         "broken.csv.gz": (gzip.compress(BASE.to_csv().encode())[:500], "cannot be read"),
         "text.csv.gz": (b"time,a\n", "cannot be read"),
-        "latin.csv": ("time,Köln\n2020-01-01,1\n".encode("latin-1"), "cannot be read .*Unicode"),
+        "latin.csv": ("time,Köln\n2020-01-01,1\n".encode("latin-1"), "not text in UTF-8 .*save it as CSV in UTF-8"),
         "no.parquet": (b"time,a\n", "cannot be read"),
     }
     for name, (content, message) in cases.items():

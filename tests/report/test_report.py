@@ -137,3 +137,18 @@ def test_missing_or_damaged_files_are_said(tmp_path: Path) -> None:
 def test_report_needs_no_torch() -> None:
     code = "import sys, selectra.report.page; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("errors", "words"),
+    [
+        ((0.0, 0.0), "tsm2 and naive have the same MSE"),
+        ((0.3, 0.0), "tsm2 does not win here: naive, the best of these, makes no error at all"),
+        ((0.0, 0.3), "tsm2 has the lowest MSE, 100.0% below naive"),
+        ((0.5, 0.4, 0.4), "25.0% above that of naive"),
+        ((0.4, 0.5, 0.4), "tsm2 and linear have the same MSE"),
+    ],
+)
+def test_verdict_on_ties_and_on_data_that_never_changes(errors, words):
+    names = ("tsm2", "naive", "linear")
+    assert words in verdict([{"model": name, "mse": mse} for name, mse in zip(names, errors, strict=False)])

@@ -147,3 +147,11 @@ def test_registered():
     assert task.score({"mse": 1.0, "mae": 2.0}) == 2.0
     with pytest.raises(ConfigError, match=r"'mse' \| 'mae' \| 'huber'"):
         tasks.build(Spec("forecasting", loss="rmse"))
+
+
+@pytest.mark.parametrize("index", [(3,), (0, 7), (-1,), ()])
+def test_target_that_the_data_does_not_have(index):
+    data = SimpleNamespace(target_index=None, seasonal_errors=np.ones(3), scaler=SimpleNamespace(std=np.ones(3)))
+    with pytest.raises(ConfigError, match="allowed are numbers from 0 to 2"):
+        Forecasting(target_index=index).for_data(data)
+    assert Forecasting(target_index=(0, 2)).for_data(data).target_index == (0, 2)

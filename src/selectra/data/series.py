@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from selectra.data.splits import SPLITS, Part, borders_of, describe
+from selectra.data.splits import SPLITS, Part, borders_of, describe, parts_of
 from selectra.data.stamps import named_frequency, season_of, short
 from selectra.data.table import Table, read_table
 from selectra.data.windows import Scaler, SeriesBatch, Windows
@@ -43,7 +43,23 @@ class SeriesData:
                 f"series {absent[0]!r} has no value in the training part (before {table.stamps[self.borders.train]}), "
                 "so it cannot be scaled; remove it"
             )
+        self._check_targets()
         self.scaler = Scaler.fit(table.values[train], table.observed[train])
+
+    def _check_targets(self) -> None:
+        """Refuse a part without any value to score: its error would be that of nothing."""
+        columns = slice(None) if self.target_index is None else [self.target_index]
+        for part in parts_of(self.split):
+            first, end = self.borders.targets(part)
+            # The first rows of training are inputs alone.
+            first += self.seq_len if part == "train" else 0
+            if not self.table.observed[first:end, columns].any():
+                what = "value" if self.target is None else f"value of {self.names[self.target_index or 0]!r}"
+                span = f"{short(self.ds[first])} to {short(self.ds[end - 1])}"
+                raise DataError(
+                    f"the {part} part ({span}) has no {what} to forecast; "
+                    "cut the file before or after this gap, or name another target"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

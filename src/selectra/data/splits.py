@@ -80,7 +80,7 @@ def borders_of(split: str, rows: int, freq: str, seq_len: int, horizon: int) -> 
         borders = _ratio(rows) if split == "ratio" else _fit(rows)
     else:
         raise DataError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
-    short: list[Part] = [part for part in _parts(split) if borders.windows(part, seq_len, horizon) < 1]
+    short: list[Part] = [part for part in parts_of(split) if borders.windows(part, seq_len, horizon) < 1]
     if short:
         first, end = borders.targets(short[0])
         advice = (
@@ -95,24 +95,25 @@ def borders_of(split: str, rows: int, freq: str, seq_len: int, horizon: int) -> 
     return borders
 
 
-def _parts(split: str) -> tuple[Part, ...]:
+def parts_of(split: str) -> tuple[Part, ...]:
+    """The parts of a split, in order of time."""
     return PARTS[:2] if split == "fit" else PARTS
 
 
 def rows_needed(split: str, seq_len: int, horizon: int) -> int:
-    """The smallest number of rows at which every part has a window."""
+    """The smallest number of rows from which on every part has a window, however the parts are rounded."""
     make = _fit if split == "fit" else _ratio
-    # A lower bound from the training part alone; the parts grow with the rows.
-    rows = seq_len + horizon
-    while any(make(rows).windows(part, seq_len, horizon) < 1 for part in _parts(split)):
-        rows += 1
+    # Enough for the rounding of every part: look-back and horizon in 70 %, the horizon in 10 %.
+    rows = 10 + max(2 * (seq_len + horizon), 10 * horizon)
+    while all(make(rows - 1).windows(part, seq_len, horizon) > 0 for part in parts_of(split)):
+        rows -= 1
     return rows
 
 
 def describe(split: str, borders: Borders, stamps: pd.DatetimeIndex, seq_len: int, horizon: int) -> list[str]:
     """One line for each part: rows, first and last stamp of its targets, windows."""
     lines = []
-    for part in _parts(split):
+    for part in parts_of(split):
         first, end = borders.targets(part)
         count = borders.windows(part, seq_len, horizon)
         lines.append(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 
 import numpy as np
@@ -25,17 +26,24 @@ TIME_NAMES = (
     "date_time",
     "stamp",
     "time_stamp",
-    "year",
-    "month",
-    "week",
-    "day",
 )
+# These hold a whole date more rarely than a part of one, so dates under any other name go before them.
+PART_NAMES = ("year", "month", "week", "day")
 FREQUENCIES = {"s": "second", "min": "minute", "15min": "15 minutes", "h": "hour", "D": "day", "B": "business day"}
 FREQUENCIES |= {"W": "week", "MS": "month", "ME": "month, last day", "QS": "quarter", "YS": "year"}
+# What older versions of pandas called them.
+FORMER = {"t": "min", "m": "ME", "q": "QS", "y": "YS", "a": "YS"}
 CALENDAR = ("B", "W-SUN", "MS", "ME", "QS-JAN", "QS-FEB", "QS-MAR", "QE-MAR", "QE-JAN", "QE-FEB", "YS", "YE")
 # A grid that has more than this many rows for each row of the file means that the frequency is not understood.
 MAX_SPARSITY = 20
+# Numbers that are years, and dates written as one number.
+YEARS = (1000, 3000)
+WRITTEN = (1000_01_01, 3000_12_31)
 DAY = pd.Timedelta(days=1)
+# Months from a stamp within a month, such as the 15th; pandas has no alias for them.
+MONTHS = re.compile(r"(\d+) months?")
+MONTH_STEPS = (1, 3, 12)
+LAST_DAY_OF_ALL_MONTHS = 28
 
 
 def time_column(frame: pd.DataFrame, named: str | None) -> str:
@@ -47,55 +55,102 @@ def time_column(frame: pd.DataFrame, named: str | None) -> str:
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(columns[:20])}"
             raise DataError(f"there is no column {named!r} for the time; {hint}")
         return named
-    for name in columns:
-        if name.strip().lower() in TIME_NAMES and not (_is_part(name) and pd.api.types.is_numeric_dtype(frame[name])):
-            return name
-    for name in columns:
-        if _holds_dates(frame[name]):
-            return name
+    called = {kind: [name for name in columns if name.strip().lower() == kind] for kind in (*TIME_NAMES, *PART_NAMES)}
+    usual = [name for kind in TIME_NAMES for name in called[kind]]
+    parts = [name for kind in PART_NAMES for name in called[kind]]
+    for candidates in (usual, [name for name in columns if name not in parts], parts):
+        for name in candidates:
+            # In the usual place a date here and there may be wrong: the row is named later.
+            if _dates_in(frame[name], name) >= (0.5 if candidates is usual else 1.0):
+                return name
+    if usual:
+        return usual[0]
     raise DataError(
         f"no time column: none of {', '.join(columns[:10])}{', ...' if len(columns) > 10 else ''} is called "
         f"{'/'.join(TIME_NAMES[:4])} or holds dates. Name it (time=...), or add one."
     )
 
 
-def _is_part(name: str) -> bool:
-    """Whether numbers under this name would be a part of a date."""
-    return name.strip().lower() in ("day", "month", "week")
-
-
-def _holds_dates(column: pd.Series) -> bool:
+def _dates_in(column: pd.Series, name: str) -> float:
+    """The share of dates among the first values."""
     if pd.api.types.is_datetime64_any_dtype(column):
-        return True
+        return 1.0
+    sample = column.dropna().head(20)
     if pd.api.types.is_numeric_dtype(column):
-        return False
-    sample = column.dropna().astype(str).head(20)
-    # A bare number in text ("12") would pass for a date.
-    texts = not pd.to_numeric(sample, errors="coerce").notna().any()
-    return texts and len(sample) > 0 and bool(_readings(sample)[0].notna().all())
+        whole = len(sample) > 0 and bool((sample == sample.round()).all())
+        if whole and "year" in name.lower():
+            return float(sample.between(*YEARS).mean())
+        return float(sample.between(*WRITTEN).mean()) if whole and name.strip().lower() in TIME_NAMES else 0.0
+    text = sample.astype(str).str.strip()
+    # A bare number ("12"), a time of day ("12:30") or a word ("May") would pass for a date.
+    if len(text) == 0 or pd.to_numeric(text, errors="coerce").notna().any():
+        return 0.0
+    dated = text.str.contains(r"\d") & ~text.str.match(r"\d{1,2}:\d\d")
+    return float((_readings(text)[0].notna() & dated).mean())
 
 
 def _readings(column: pd.Series) -> list[pd.Series]:
-    """Ways to read text as dates, the one that reads most first."""
+    """Ways to read text as dates, the one that reads most first; those after it read as much, and otherwise."""
     ways: list[dict[str, object]] = [{"format": "ISO8601"}, {}, {"dayfirst": True}]
+    if column.str.match(r"\s*\d{4}").any():
+        # With the year first nobody puts the day before the month.
+        ways.pop()
     with warnings.catch_warnings():
         # That pandas reads one value at a time where formats are mixed is of no use to a reader.
         warnings.simplefilter("ignore", UserWarning)
         readings = [pd.to_datetime(column, errors="coerce", utc=True, **way) for way in ways]
-    return sorted(readings, key=lambda reading: int(reading.isna().sum()))
+    readings.sort(key=lambda reading: int(reading.isna().sum()))
+    first = readings[0]
+    return [first] + [other for other in readings[1:] if other.notna().all() and not other.equals(first)]
 
 
-def parse_stamps(column: pd.Series, name: str) -> tuple[pd.DatetimeIndex, list[str]]:
-    """The column as naive stamps (those with a zone in UTC), and notes; the first that is no date is an error."""
+def _read_text(text: pd.Series, name: str, freq: str | None, notes: list[str]) -> pd.Series:
+    """Text as stamps; of month first and day first, the one that gives a regular axis."""
+    first, *others = _readings(text)
+    if not others or first.isna().any():
+        return first
+    axes = [_irregularity(pd.DatetimeIndex(reading).tz_convert(None), freq) for reading in (first, others[0])]
+    if axes[0] == axes[1]:
+        row = int(np.flatnonzero((first != others[0]).to_numpy())[0])
+        raise DataError(
+            f"time column {name!r} can be read in two ways: {text.iloc[row]!r} is {first.iloc[row]:%Y-%m-%d} with the "
+            f"month first and {others[0].iloc[row]:%Y-%m-%d} with the day first, and the rows do not tell which. "
+            "Write dates as 2013-01-31, or name the frequency (freq=...)."
+        )
+    if axes[0] < axes[1]:
+        return first
+    notes.append(f"dates are read with the day first: {text.iloc[0]!r} is {others[0].iloc[0]:%Y-%m-%d}")
+    return others[0]
+
+
+def _irregularity(index: pd.DatetimeIndex, freq: str | None) -> int:
+    """0 where the stamps are a regular axis, 1 where it has gaps, 2 where there is none."""
+    index = index.unique().sort_values()
+    try:
+        grid = regular_grid(index, named_frequency(freq) if freq else infer_frequency(index), named=freq is not None)
+    except DataError:
+        return 2
+    return int(len(grid) > len(index))
+
+
+def parse_stamps(
+    column: pd.Series, name: str, *, freq: str | None = None, years: bool = False
+) -> tuple[pd.DatetimeIndex, list[str]]:
+    """The column as naive stamps (those with a zone in UTC), and notes; the first that is no date is an error.
+
+    Args:
+        freq: The named frequency, which may tell month first from day first.
+        years: Whether whole numbers are years, whatever the name of the column.
+    """
     notes: list[str] = []
     if pd.api.types.is_numeric_dtype(column):
-        column = _from_numbers(column, name)
+        column = _from_numbers(column, name, years or "year" in name.lower())
     aware = isinstance(column.dtype, pd.DatetimeTZDtype)
     if pd.api.types.is_datetime64_any_dtype(column):
         parsed = pd.to_datetime(column, utc=True)
     else:
         text = column.astype("string")
-        parsed = _readings(text)[0]
+        parsed = _read_text(text, name, freq, notes)
         aware = bool(text.str.contains(r"(?:Z|[+-]\d\d:?\d\d)$", regex=True).any() and text.str.contains(":").any())
     bad = np.flatnonzero(parsed.isna().to_numpy())
     if len(bad):
@@ -108,32 +163,56 @@ def parse_stamps(column: pd.Series, name: str) -> tuple[pd.DatetimeIndex, list[s
     return pd.DatetimeIndex(parsed).tz_convert(None), notes
 
 
-def _from_numbers(column: pd.Series, name: str) -> pd.Series:
+def _from_numbers(column: pd.Series, name: str, years: bool) -> pd.Series:
     """Years (1998), or dates written as one number (19980131), as text."""
     if column.notna().all() and (column == column.round()).all():
-        if column.between(1000, 3000).all():
+        if years and column.between(*YEARS).all():
             return column.astype("int64").astype(str) + "-01-01"
-        if column.between(1000_01_01, 3000_12_31).all():
+        if column.between(*WRITTEN).all():
             return pd.to_datetime(column.astype("int64").astype(str), format="%Y%m%d", errors="coerce").astype(str)
     first = column.iloc[0].item()
     raise DataError(
-        f"time column {name!r} holds numbers ({first!r}, ...); write dates as 2013-01-31 18:00, 20130131, or years. "
+        f"time column {name!r} holds numbers ({first!r}, ...); write dates as 2013-01-31 18:00 or 20130131, or "
+        "years in a column called 'year'. "
         "If another column holds the time, name it (time=...)."
     )
 
 
 def named_frequency(freq: str) -> BaseOffset:
-    """pandas' offset of an alias."""
+    """pandas' offset of an alias, or of "1 month", "3 months", ..., which count from a stamp within a month."""
+    months = MONTHS.fullmatch(freq)
+    if months:
+        return pd.DateOffset(months=int(months[1]))
     try:
         offset = to_offset(freq)
     except ValueError as error:
-        close = difflib.get_close_matches(freq.lower(), [*FREQUENCIES.values()], n=1)
-        hint = next((f" Did you mean {alias!r}?" for alias, word in FREQUENCIES.items() if [word] == close), "")
+        meant = _meant(freq)
+        hint = f" Did you mean {meant!r}?" if meant else ""
         known = ", ".join(f"{alias!r} ({word})" for alias, word in FREQUENCIES.items())
         raise DataError(f"unknown frequency {freq!r}; pandas' aliases are taken, such as {known}.{hint}") from error
     if offset is None or offset.n <= 0:
         raise DataError(f"frequency {freq!r} does not go forward")
     return offset
+
+
+def _meant(freq: str) -> str | None:
+    """The alias that is probably meant: "15min" for "15T", "h" for "H" and for "hour"."""
+    word = freq.strip().lower().lstrip("0123456789")
+    count = freq.strip()[: -len(word)] if word else ""
+    aliases = FORMER | {alias.lower(): alias for alias in FREQUENCIES}
+    if word not in aliases:
+        close = difflib.get_close_matches(word, [*FREQUENCIES.values()], n=1)
+        aliases |= {name: alias for alias, name in FREQUENCIES.items()}
+        word = close[0] if close else word
+    return count + aliases[word] if word in aliases else None
+
+
+def alias_of(offset: BaseOffset) -> str:
+    """The text from which `named_frequency` makes this offset."""
+    if type(offset) is pd.DateOffset:
+        months = offset.kwds["months"]
+        return f"{months} month" + ("s" if months > 1 else "")
+    return offset.freqstr
 
 
 def infer_frequency(index: pd.DatetimeIndex) -> BaseOffset:
@@ -153,7 +232,8 @@ def infer_frequency(index: pd.DatetimeIndex) -> BaseOffset:
     lengths, counts = np.unique(steps, return_counts=True)
     usual = _fixed(pd.Timedelta(lengths[counts.argmax()]))
     fits: list[tuple[int, BaseOffset]] = []
-    for offset in (usual, *map(to_offset, CALENDAR)):
+    within = [pd.DateOffset(months=n) for n in MONTH_STEPS if unique[0].day <= LAST_DAY_OF_ALL_MONTHS]
+    for offset in (usual, *map(to_offset, CALENDAR), *within):
         assert offset is not None
         grid = _span(unique, offset)
         if grid is not None and len(grid) <= MAX_SPARSITY * len(unique) and unique.isin(grid).all():
@@ -163,7 +243,7 @@ def infer_frequency(index: pd.DatetimeIndex) -> BaseOffset:
     assert usual is not None
     # Raises with the first stamp that is off the usual axis.
     regular_grid(unique, usual, named=False)
-    raise DataError(f"no regular frequency fits the time stamps (most are {usual.freqstr} apart); name it (freq=...)")
+    raise DataError(f"no regular frequency fits the time stamps (most are {alias_of(usual)} apart); name it (freq=...)")
 
 
 def _fixed(step: pd.Timedelta) -> BaseOffset | None:
@@ -182,14 +262,14 @@ def regular_grid(index: pd.DatetimeIndex, offset: BaseOffset, *, named: bool) ->
     grid = _span(index, offset)
     if grid is None:
         raise DataError(
-            f"with frequency {offset.freqstr!r} more than {MAX_SPARSITY} of {MAX_SPARSITY + 1} rows would be missing; "
-            "name a longer one (freq=...)"
+            f"with frequency {alias_of(offset)!r} more than {MAX_SPARSITY} of {MAX_SPARSITY + 1} rows would be "
+            "missing; name a longer one (freq=...)"
         )
     outside = ~index.isin(grid)
     if outside.any():
         origin = "named" if named else "most usual"
         raise DataError(
-            f"{int(outside.sum())} time stamps do not fit the {origin} frequency {offset.freqstr!r}, the first is "
+            f"{int(outside.sum())} time stamps do not fit the {origin} frequency {alias_of(offset)!r}, the first is "
             f"{index[outside][0]}. Name another (freq=...), or resample the file."
         )
     return grid
@@ -203,6 +283,8 @@ def short(stamp: object) -> str:
 def season_of(freq: str) -> int:
     """Rows of the shortest usual season: a day below daily rows, then a week, a year; 1 where there is none."""
     offset = named_frequency(freq)
+    if type(offset) is pd.DateOffset:
+        return max(12 // offset.kwds["months"], 1)
     if isinstance(offset, Tick) or offset.rule_code == "D":
         step = pd.Timedelta(offset) if isinstance(offset, Tick) else DAY * offset.n
         for season in (pd.Timedelta(hours=1), DAY) if step < pd.Timedelta(minutes=1) else (DAY, 7 * DAY):

@@ -21,12 +21,15 @@ import numpy as np
 import pandas as pd
 import pyarrow
 
-from selectra.data.stamps import infer_frequency, named_frequency, parse_stamps, regular_grid, time_column
+from selectra.data.stamps import alias_of, infer_frequency, named_frequency, parse_stamps, regular_grid, time_column
 from selectra.errors import DataError
 
 # A unit at the end of a name, as in "T (degC)".
 UNIT = re.compile(r"\s*[(\[][^()\[\]]*[)\]]$")
 LONG_COLUMNS = ("unique_id", "ds", "y")
+SEPARATORS = (",", ";", "\t", "|")
+# What pandas calls a column without a name, as an index in a CSV file is.
+UNNAMED = re.compile(r"(Unnamed: \d+)?")
 # A value this many times the range of all others away from them is reported as a probable code for "missing".
 CODE_DISTANCE = 3.0
 
@@ -83,7 +86,9 @@ def read_file(path: Path) -> pd.DataFrame:
         frame = pd.read_parquet(path) if path.suffix in {".parquet", ".pq"} else _read_csv(path)
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{str(path)!r} is empty") from error
-    except (OSError, EOFError, zlib.error, UnicodeError, pd.errors.ParserError, pyarrow.ArrowException) as error:
+    except UnicodeError as error:
+        raise DataError(f"{str(path)!r} is not text in UTF-8 ({error}); save it as CSV in UTF-8") from error
+    except (OSError, EOFError, zlib.error, pd.errors.ParserError, pyarrow.ArrowException) as error:
         raise DataError(
             f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); CSV and parquet are, also as .gz"
         ) from error
@@ -93,14 +98,10 @@ def read_file(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path)
-    if frame.shape[1] > 1:
-        return frame
-    header = str(frame.columns[0])
-    for separator, decimal in ((";", ","), ("\t", "."), ("|", ".")):
-        if separator in header:
-            return pd.read_csv(path, sep=separator, decimal=decimal)
-    return frame
+    # From the header alone: with decimal commas the rows have other counts of commas.
+    columns = {mark: pd.read_csv(path, sep=mark, nrows=0).shape[1] for mark in SEPARATORS}
+    mark = max(SEPARATORS, key=columns.__getitem__)
+    return pd.read_csv(path, sep=mark, decimal="," if mark == ";" else ".")
 
 
 def to_pandas(data: object) -> pd.DataFrame:
@@ -114,9 +115,28 @@ def to_pandas(data: object) -> pd.DataFrame:
             raise DataError(f"expected a data frame (pandas, polars, arrow), got {type(data).__name__}") from error
     if frame.empty:
         raise DataError("the data frame has no rows")
-    if isinstance(frame.index, pd.DatetimeIndex):
-        frame = frame.rename_axis(frame.index.name or "ds").reset_index()
-    return frame
+    return _with_index(frame)
+
+
+def _with_index(frame: pd.DataFrame) -> pd.DataFrame:
+    """A time index as a column."""
+    if not isinstance(frame.index, pd.DatetimeIndex):
+        return frame
+    name = frame.index.name or "ds"
+    return frame.rename_axis(name).reset_index(drop=name in frame.columns)
+
+
+def _without_numbering(frame: pd.DataFrame, keep: str | None) -> tuple[pd.DataFrame, list[str]]:
+    """Without a nameless column that only counts the rows, and what is said about it."""
+    notes = []
+    for name in [name for name in frame.columns if UNNAMED.fullmatch(name) and name != keep]:
+        column = frame[name]
+        if not pd.api.types.is_integer_dtype(column) or column.isna().any() or column.iloc[0] not in (0, 1):
+            continue
+        if (column.to_numpy() == np.arange(len(column)) + column.iloc[0]).all():
+            frame = frame.drop(columns=name)
+            notes.append(f"column {name!r} only counts the rows and is left out")
+    return frame, notes
 
 
 def read_table(
@@ -130,25 +150,32 @@ def read_table(
         stamps: "check" places every row by its stamp and refuses duplicates; "order" counts rows from the first stamp
             on, as the benchmark papers do with files whose stamps are damaged.
     """
-    frame = read_file(source) if isinstance(source, Path) else to_pandas(source)
+    frame = _with_index(read_file(source)) if isinstance(source, Path) else to_pandas(source)
     frame.columns = [str(name) for name in frame.columns]
     repeated = frame.columns[frame.columns.duplicated()]
     if len(repeated):
         raise DataError(f"the column name {repeated[0]!r} occurs more than once")
+    frame, dropped = _without_numbering(frame, time)
     if set(LONG_COLUMNS) <= set(frame.columns):
-        wide, index, notes = _from_long(frame)
+        wide, index, notes = _from_long(frame, freq)
         layout, time_name = "long", "ds"
     else:
         layout, time_name = "wide", time_column(frame, time)
-        index, notes = parse_stamps(frame[time_name], time_name)
+        index, notes = parse_stamps(frame[time_name], time_name, freq=freq, years=time is not None)
         wide = _numbers(frame.drop(columns=time_name))
     if wide.shape[1] == 0:
         raise DataError(f"there is only the time column {time_name!r}; at least one column of numbers is needed")
-    return _regular(wide, index, freq, stamps, notes, time_name=time_name, layout=layout)
+    return _regular(wide, index, freq, stamps, dropped + notes, time_name=time_name, layout=layout)
 
 
-def _from_long(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DatetimeIndex, list[str]]:
-    index, notes = parse_stamps(frame["ds"], "ds")
+def _from_long(frame: pd.DataFrame, freq: str | None) -> tuple[pd.DataFrame, pd.DatetimeIndex, list[str]]:
+    nameless = np.flatnonzero(frame["unique_id"].isna().to_numpy())
+    if len(nameless):
+        raise DataError(
+            f"column 'unique_id', row {nameless[0] + 1} below the header, is empty ({len(nameless)} such rows); "
+            "name the series or remove these rows"
+        )
+    index, notes = parse_stamps(frame["ds"], "ds", freq=freq)
     unused = [name for name in frame.columns if name not in LONG_COLUMNS]
     if unused:
         notes.append(f"columns not used: {', '.join(unused)}")
@@ -219,7 +246,7 @@ def _regular(
         raise DataError(f"column {empty[0]!r} has no value at all ({len(empty)} such columns); remove it")
     notes += _codes(names, values)
     gaps = () if stamps == "order" else _gaps(grid, index)
-    return Table(names, grid, values, observed, offset.freqstr, len(wide), gaps, tuple(notes), time_name, layout)
+    return Table(names, grid, values, observed, alias_of(offset), len(wide), gaps, tuple(notes), time_name, layout)
 
 
 def _sorted(values: np.ndarray, index: pd.DatetimeIndex, notes: list[str]) -> tuple[np.ndarray, pd.DatetimeIndex]:

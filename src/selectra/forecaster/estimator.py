@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Self
 
 import numpy as np
@@ -96,9 +99,14 @@ class Forecaster:
         """Train on a long frame `unique_id, ds, y`, or on a wide one; the last tenth of the rows is for validation.
 
         Raises:
+            ConfigError: An argument of the constructor is not of its kind.
             DataError: The frame cannot be used as it is; the message says what to change.
         """
-        self.data_ = self._data(read_table(to_pandas(df), freq=self.freq))
+        self._check()
+        frame = to_pandas(df)
+        table = read_table(frame, freq=self.freq)
+        self.dtypes_ = _Dtypes.of(frame, table)
+        self.data_ = self._data(table)
         self.model_, self.fitted_ = self._train(self.data_)
         return self
 
@@ -106,16 +114,17 @@ class Forecaster:
         """The `h` rows after the last one, as `unique_id, ds, <model>`.
 
         Args:
-            df: Rows to forecast from, with the series of `fit`; None takes those of `fit`.
+            df: Rows to forecast from, with the series of `fit` in any order; None takes those of `fit`.
         """
-        data = self._fitted()
+        data, dtypes = self._fitted(), self.dtypes_
         if df is not None:
-            table = read_table(to_pandas(df), freq=data.freq)
-            if table.names != data.names:
-                raise DataError(f"fit saw the series {list(data.names)[:5]}, this frame has {list(table.names)[:5]}")
-            data = _Continued(table, data)
+            frame = to_pandas(df)
+            table = read_table(frame, freq=data.freq)
+            dtypes = _Dtypes.of(frame, table)
+            data = _Continued(_in_order(table, data.names), data)
         forecast = forecast_units(self.model_, data, data.future_window())[0]
-        return long_frame(data.names, data.future_stamps(), {self.alias: forecast}, list(range(len(data.names))))
+        columns = {self.alias: forecast}
+        return dtypes.restored(long_frame(data.names, data.future_stamps(), columns, list(range(len(data.names)))))
 
     def cross_validation(self, df: object, n_windows: int = 1, step_size: int | None = None) -> pd.DataFrame:
         """Forecasts of the last rows from moving cutoffs, as `unique_id, ds, cutoff, y, <model>`.
@@ -126,10 +135,13 @@ class Forecaster:
             n_windows: Number of cutoffs.
             step_size: Rows between cutoffs; `h` when None.
         """
+        self._check()
+        _check_count("n_windows", n_windows)
+        _check_count("step_size", step_size, optional=True)
         step = self.h if step_size is None else step_size
-        if n_windows < 1 or step < 1:
-            raise ConfigError(f"n_windows and step_size must be at least 1, got {n_windows} and {step}")
-        table = read_table(to_pandas(df), freq=self.freq)
+        frame = to_pandas(df)
+        table = read_table(frame, freq=self.freq)
+        self.dtypes_ = _Dtypes.of(frame, table)
         first = table.rows - self.h - step * (n_windows - 1)
         if first < 2:
             needed = self.h + step * (n_windows - 1)
@@ -146,7 +158,24 @@ class Forecaster:
             part = long_frame(table.names, table.stamps[row : row + self.h], columns, list(range(len(table.names))))
             part.insert(2, "cutoff", table.stamps[row - 1])
             parts.append(part)
-        return pd.concat(parts, ignore_index=True)
+        return self.dtypes_.restored(pd.concat(parts, ignore_index=True))
+
+    def _check(self) -> None:
+        """Refuse what no training could use; the constructor itself stores everything."""
+        if not isinstance(self.model, str | Spec):
+            raise ConfigError(f"model must be a name or a Spec, got {self.model!r}")
+        for name in ("h", "batch_size"):
+            _check_count(name, getattr(self, name))
+        for name in ("input_size", "max_steps", "early_stop_patience"):
+            _check_count(name, getattr(self, name), optional=True)
+        _check_count("seed", self.seed, least=0)
+        rate = self.learning_rate
+        if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < float(rate) < math.inf:
+            raise ConfigError(f"learning_rate must be a number above 0, got {rate!r}")
+        if not isinstance(self.device, str):
+            raise ConfigError(f'device must be "cpu", "cuda" or "auto", got {self.device!r}')
+        if not isinstance(self.freq, str | None):
+            raise ConfigError(f'freq must be an alias of pandas such as "h", or None, got {self.freq!r}')
 
     def _data(self, table: Table) -> SeriesData:
         size = self.input_size
@@ -181,6 +210,47 @@ class Forecaster:
         if not hasattr(self, "model_"):
             raise ConfigError("this Forecaster is not fitted; call fit(df) first")
         return self.data_
+
+
+def _check_count(name: str, value: object, *, least: int = 1, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        allowed = " or None" if optional else ""
+        raise ConfigError(f"{name} must be a whole number of at least {least}{allowed}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class _Dtypes:
+    """What the user's frame has in the columns that tables hold as text and as stamps in UTC."""
+
+    ids: Any = None
+    zone: Any = None
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, table: Table) -> _Dtypes:
+        """Of a frame and the table that was read from it."""
+        dtypes = dict(zip(map(str, frame.columns), frame.dtypes, strict=True))
+        ids = dtypes["unique_id"] if table.layout == "long" else None
+        whole = ids is not None and pd.api.types.is_integer_dtype(ids)
+        return cls(ids if whole else None, getattr(dtypes[table.time_name], "tz", None))
+
+    def restored(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """A forecast in the user's types."""
+        if self.ids is not None:
+            frame["unique_id"] = frame["unique_id"].astype("int64").astype(self.ids)
+        if self.zone is not None:
+            for name in {"ds", "cutoff"} & set(frame.columns):
+                frame[name] = frame[name].dt.tz_localize("UTC").dt.tz_convert(self.zone)
+        return frame
+
+
+def _in_order(table: Table, names: tuple[str, ...]) -> Table:
+    """The series of a table in the order of `names`."""
+    if set(table.names) != set(names):
+        raise DataError(f"fit saw the series {list(names)[:5]}, this frame has {list(table.names)[:5]}")
+    order = [table.names.index(name) for name in names]
+    return replace(table, names=names, values=table.values[:, order], observed=table.observed[:, order])
 
 
 class _Continued(SeriesData):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,15 @@ import numpy as np
 import pandas as pd
 
 from selectra.data.series import SeriesData
-from selectra.data.table import Table
 from selectra.errors import ConfigError
-from selectra.train.checkpoint import replacing
+from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, replacing
+from selectra.train.record import RECORD
 
 METRICS, ERRORS, RUN = "metrics.json", "errors.json", "run.json"
 FORECAST, LAST_WINDOW, RESULT = "forecast.csv", "last_window.csv", "result.json"
+PICTURE, PAGE = "forecast.png", "report.html"
+# What is known only when a job has ended.
+RESULTS = (METRICS, ERRORS, FORECAST, LAST_WINDOW, PICTURE, PAGE)
 
 
 def plain(value: Any) -> Any:
@@ -54,24 +57,49 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(partial, index=False, float_format="%.7g")
 
 
-def check_folder(out: Path) -> None:
-    """Refuse a path that cannot become the output folder; whether it can be written is tried elsewhere."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"'{out}' is a file; name a folder with --out.")
+def check_folder(out: Path, models: Sequence[str], source: Path | None) -> None:
+    """Refuse a path that cannot become the output folder; whether it can be written is tried elsewhere.
+
+    Raises:
+        ConfigError: A file stands where a folder is needed, a folder where a file is, or the data where a result is.
+    """
+    for folder in (out, *(out / name for name in models)):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"'{folder}' is a file, and a folder is needed there; name another with --out.")
+    files = [out / name for name in (RUN, *RESULTS)]
+    files += [out / model / name for model in models for name in (RUN, RESULT, CHECKPOINT, WEIGHTS, RECORD)]
+    for path in files:
+        if path.is_dir():
+            raise ConfigError(f"'{path}' is a folder, and a file is written there; name another folder with --out.")
+        if source is not None and path.exists() and source.exists() and path.samefile(source):
+            raise ConfigError(f"'{path}' is the data, and a result is written there; name another folder with --out.")
+
+
+def clear_results(out: Path, content: Mapping[str, Any]) -> None:
+    """Remove the results of an earlier job with other settings or data; weights stay where they are.
+
+    Args:
+        content: What run.json is going to hold.
+    """
+    path = out / RUN
+    if path.is_file() and _identity(read_json(path)) != _identity(plain(content)):
+        for name in RESULTS:
+            (out / name).unlink(missing_ok=True)
+
+
+def _identity(content: Any) -> Any:
+    """What the results of a job depend on; None where this is no job."""
+    try:
+        settings = {key: value for key, value in content["job"].items() if key != "out"}
+        return settings, content["models"], content["data"]["fingerprint"]
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
 def fingerprint(*parts: Any) -> str:
     """A short text that changes when any part does."""
     text = json.dumps(plain(parts), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def table_fingerprint(table: Table) -> str:
-    """A short text that changes when any stamp, name or value of a table does."""
-    digest = hashlib.sha256("\x1f".join((*table.names, table.freq)).encode())
-    digest.update(table.stamps.to_numpy().astype("datetime64[ns]").tobytes())
-    digest.update(np.nan_to_num(table.values, nan=np.inf).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def long_frame(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -28,6 +28,7 @@ from selectra.spec import Optim, Run, Spec, Train
 from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights, writable_folder
 from selectra.train.loop import fit
 from selectra.train.record import environment
+from selectra.train.same_data import describe_data, table_fingerprint
 from selectra.train.stop import StoppedError
 
 DEFAULT_MODELS = ("tsm2", "linear", "dlinear", "seasonal_naive", "naive")
@@ -64,13 +65,13 @@ class ForecastJob(BaseModel):
     """Seed of weights and of the order of windows."""
     quick: bool = False
     """Train for 100 steps at most: to see that everything works, not for figures."""
-    epochs: float = Field(default=5, gt=0)
+    epochs: float = Field(default=5, gt=0, allow_inf_nan=False)
     """Most passes over the training windows."""
     patience: int = Field(default=3, ge=1)
     """Passes without a better validation error after which training stops."""
     batch_size: int = Field(default=32, ge=1)
     """Windows in a training step."""
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Highest learning rate."""
     eval_batch_size: int = Field(default=256, ge=1)
     """Windows in a test batch; changes time and memory, not results."""
@@ -135,12 +136,20 @@ def forecast_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
         ConfigError: A setting does not fit; found before any training.
         StoppedError: The job was interrupted; its message is the command that goes on.
     """
-    files.check_folder(job.out)
+    try:
+        return _whole_job(job, console)
+    except KeyboardInterrupt as stopped:
+        raise StoppedError(None, job.command()) from stopped
+
+
+def _whole_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
+    files.check_folder(job.out, job.models, job.file)
     data = job.load()
     names = _check_models(job, data, console)
     out = writable_folder(job.out)
     _announce(job, data, console)
     content = _described(job, data, names)
+    files.clear_results(out, content)
     files.write_json(out / files.RUN, content)
     results: dict[str, Trained] = {}
     future: dict[str, np.ndarray] = {}
@@ -173,7 +182,7 @@ def _described(job: ForecastJob, data: SeriesFile, names: tuple[str, ...]) -> di
             "source": EXAMPLE_ORIGIN if job.file is None else job.file.name,
             "summary": data.summary(),
             "series": list(data.names),
-            "fingerprint": files.table_fingerprint(table),
+            "fingerprint": table_fingerprint(table),
             "rows": table.rows,
             "rows_read": table.rows_read,
             "first": str(data.ds[0]),
@@ -225,24 +234,25 @@ def _train_or_load(
     run, folder = job.run_of(name), job.out / name
     identity = files.fingerprint(run.model_dump(mode="json"), data_print)
     model = build_model(run.model, data, job.seed)
-    stored = files.read_json(folder / files.RESULT) or {}
-    same = stored.get("fingerprint") == identity
-    if same and "row" in stored and (folder / WEIGHTS).is_file():
+    found_identity, stored = _read_result(folder)
+    same = found_identity == identity
+    if same and stored is not None and (folder / WEIGHTS).is_file():
         load_weights(folder / WEIGHTS, model)
         console.print(
             f"[bold]{name}[/]: finished before with the same settings and data, taken from {escape(str(folder))}"
         )
-        return model, Trained.model_validate(stored)
+        return model, stored
     console.print(f"[bold]{name}[/]: {count_parameters(model):,} parameters")
     folder.mkdir(exist_ok=True)
-    # From here on a checkpoint in this folder belongs to this run.
-    if not same:
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+    # From here on a checkpoint and weights in this folder belong to this run.
+    for stale in () if same else (CHECKPOINT, WEIGHTS):
+        (folder / stale).unlink(missing_ok=True)
     files.write_json(folder / files.RESULT, {"fingerprint": identity})
     task = build_task(run, data)
     started = time.perf_counter()
     try:
-        fit(model, task, data.windows("train"), data.windows("val"), run, folder, console=console)
+        train, val = data.windows("train"), data.windows("val")
+        fit(model, task, train, val, run, folder, console=console, data=describe_data(data))
     except StoppedError as stopped:
         raise StoppedError(stopped.step, job.command()) from stopped
     seconds = time.perf_counter() - started
@@ -250,6 +260,17 @@ def _train_or_load(
     trained = Trained(fingerprint=identity, **_result(name, model, found, seconds))
     files.write_json(folder / files.RESULT, trained.model_dump())
     return model, trained
+
+
+def _read_result(folder: Path) -> tuple[str | None, Trained | None]:
+    """The identity of the job that a model's folder was last used for, and its result if it was finished and whole."""
+    content = files.read_json(folder / files.RESULT)
+    if not isinstance(content, dict):
+        return None, None
+    try:
+        return content.get("fingerprint"), Trained.model_validate(content)
+    except ValidationError:
+        return content.get("fingerprint"), None
 
 
 def _result(name: str, model: torch.nn.Module, found: Score, seconds: float) -> dict[str, Any]:

@@ -43,13 +43,13 @@ class Normal:
     """Normal equations of all horizon steps, in float64.
 
     The steps share one Gram matrix. A target that was not observed leaves the equations of its own step alone:
-    the share of such rows is kept for each step, in `horizon * (seq_len + 1)^2` numbers that are only there if needed.
+    the share of such rows is kept for each step that has any, in `(seq_len + 1)^2` numbers.
     """
 
     def __init__(self, n_inputs: int, horizon: int, device: torch.device) -> None:
         self.gram = torch.zeros(n_inputs, n_inputs, dtype=torch.float64, device=device)
         self.cross = torch.zeros(n_inputs, horizon, dtype=torch.float64, device=device)
-        self.absent: Tensor | None = None
+        self.absent: dict[int, Tensor] = {}
 
     def add(self, inputs: Float[Tensor, "r p"], targets: Float[Tensor, "r h"], seen: Bool[Tensor, "r h"]) -> None:
         """Add rows; `targets` are 0 where not seen."""
@@ -59,29 +59,36 @@ class Normal:
         if not partial.any():
             return
         rows, missing = inputs[partial], (~seen[partial]).double()
-        if self.absent is None:
-            self.absent = self.gram.new_zeros(targets.shape[1], *self.gram.shape)
         for step in missing.any(0).nonzero().flatten().tolist():
             chosen = rows[missing[:, step] > 0]
-            self.absent[step] += chosen.T @ chosen
+            share = chosen.T @ chosen
+            self.absent[step] = self.absent[step].add_(share) if step in self.absent else share
 
     def merge(self, other: "Normal") -> None:
-        """Add another set of rows."""
+        """Add another set of rows, and empty it: the shares are large, and never there twice."""
         self.gram += other.gram
         self.cross += other.cross
-        if other.absent is not None:
-            self.absent = other.absent if self.absent is None else self.absent + other.absent
+        for step in list(other.absent):
+            share = other.absent.pop(step)
+            self.absent[step] = self.absent[step].add_(share) if step in self.absent else share
 
     def solution(self) -> Float[Tensor, "p h"]:
         """Ridge solution of every step."""
-        gram = self.gram if self.absent is None else self.gram - self.absent
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        # Without any row the ridge alone decides, and the solution is 0.
-        ridge = torch.where(mean > 0, RIDGE * mean, 1.0)
-        gram = gram + ridge[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        if self.absent is None:
-            return torch.linalg.solve(gram, self.cross)
-        return torch.linalg.solve(gram, self.cross.T[..., None])[..., 0].T
+        found = torch.empty_like(self.cross)
+        whole = [step for step in range(found.shape[1]) if step not in self.absent]
+        if whole:
+            found[:, whole] = torch.linalg.solve(_ridged(self.gram.clone()), self.cross[:, whole])
+        for step, share in self.absent.items():
+            found[:, step] = torch.linalg.solve(_ridged(self.gram - share), self.cross[:, step])
+        return found
+
+
+def _ridged(gram: Float[Tensor, "p p"]) -> Float[Tensor, "p p"]:
+    """The ridge added in place; without any row it alone decides, and the solution is 0."""
+    diagonal = gram.diagonal()
+    mean = diagonal.mean()
+    diagonal += torch.where(mean > 0, RIDGE * mean, 1.0)
+    return gram
 
 
 @models.register(

@@ -108,6 +108,8 @@ class TSM2(nn.Module):
         for name, value in (("horizon", horizon), ("n_series", n_series), ("depth", depth)):
             if value < 1:
                 raise ConfigError(f"{name}={value}: needs at least 1")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout={dropout}: must be at least 0 and less than 1")
         if any(not 0 < level < 1 for level in quantiles):
             raise ConfigError(f"quantiles={quantiles}: each must lie between 0 and 1")
         self.horizon, self.quantiles, self.residual = horizon, quantiles, residual

@@ -31,9 +31,14 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(rows) == 1:
         return f"{main['model']} was not compared with any other model."
     second = min((row for row in rows if row is not best), key=lambda row: row["mse"])
+    if main["mse"] == second["mse"] == best["mse"] or (best is not main and main["mse"] == best["mse"]):
+        rival = second if best is main else best
+        return f"{main['model']} and {rival['model']} have the same MSE, the lowest of these."
     if best is main:
         lead = percent(best["mse"], second["mse"])
         return f"{main['model']} has the lowest MSE, {lead} below {second['model']}."
+    if best["mse"] == 0:
+        return f"{main['model']} does not win here: {best['model']}, the best of these, makes no error at all."
     loss = percent(main["mse"], best["mse"])
     return f"{main['model']} does not win here: its MSE is {loss} above that of {best['model']}, the best of these."
 

@@ -130,8 +130,17 @@ class Forecasting:
         self.std: ArrayLike | None = None
 
     def for_data(self, data: Any) -> Self:
-        """The same task on the data's target, with MASE in units of its seasonal naive error."""
-        task = copy.copy(self)
+        """The same task on the data's target, with MASE in units of its seasonal naive error.
+
+        Raises:
+            ConfigError: `target_index` names a series that the data does not have, or none at all.
+        """
+        task, n_series = copy.copy(self), np.size(data.scaler.std)
+        if task.target_index is not None and not all(0 <= index < n_series for index in task.target_index or (-1,)):
+            raise ConfigError(
+                f"'task.target_index' is {task.target_index}, and the data has {n_series} series; "
+                f"allowed are numbers from 0 to {n_series - 1}, at least one, or none for all."
+            )
         if task.target_index is None and data.target_index is not None:
             task.target_index = (data.target_index,)
         task.seasonal_errors = data.seasonal_errors
@@ -158,5 +167,5 @@ class Forecasting:
         return ForecastEvaluator(self.target_index, seasonal_errors, self.std if std is None else std)
 
     def score(self, metrics: dict[str, float]) -> float:
-        """The validation error of the trained kind; lower is better."""
+        """The validation error that decides: MAE for the loss "mae", MSE for "mse" and "huber"; lower is better."""
         return metrics["mae" if self.kind == "mae" else "mse"]

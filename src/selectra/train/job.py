@@ -19,7 +19,8 @@ from selectra.tasks.task import Task
 from selectra.train.checkpoint import WEIGHTS, load_weights, replacing, writable_folder
 from selectra.train.loop import Fitted, evaluate, fit
 from selectra.train.parallel import World, joined
-from selectra.train.record import environment, read_run
+from selectra.train.record import environment, read_data, read_run
+from selectra.train.same_data import describe_data, refuse_changed
 
 __all__ = ["Built", "_data", "_models", "build", "check", "evaluate_job", "train_job", "typed"]
 
@@ -100,20 +101,29 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
         fitted = fit(
             built.model, built.task, train, val, run, out,
             resume=resume, world=world, console=console, resolved=built.resolved,
+            data=describe_data(built.data),
         )  # fmt: skip
     return fitted
 
 
-def evaluate_job(out: Path, split: str, batch_size: int | None) -> tuple[dict[str, float], int]:
+def evaluate_job(
+    out: Path, split: str, batch_size: int | None, changed_data: bool = False
+) -> tuple[dict[str, float], int]:
     """Evaluate the stored weights of a trained run on a split, and write them down; also, how many windows.
+
+    Args:
+        changed_data: Evaluate also on data that has changed since the training.
 
     Raises:
         ConfigError: The split has no windows, or the folder holds no run.
-        DataError: There are no weights.
+        DataError: There are no weights, or the data has changed since the training.
     """
     run = read_run(out)
     with joined(run.parallel, run.train.device) as world:
         built = build(run)
+        if not changed_data:
+            advice = "Bring the data back, or evaluate on it as it is now with --changed-data."
+            refuse_changed(read_data(out), describe_data(built.data), str(out), advice)
         load_weights(out / WEIGHTS, built.model)
         windows = built.data.windows(split)
         if len(windows) == 0:

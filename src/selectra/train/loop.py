@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -63,6 +64,7 @@ def fit(
     world: World | None = None,
     console: Console | None = None,
     resolved: Mapping[str, Mapping[str, Resolved]] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Fitted:
     """Train a model, and leave it with the weights that were best on the validation windows.
 
@@ -72,6 +74,7 @@ def fit(
         out: Folder for run.json, record.jsonl, checkpoint.pt and model.safetensors; None writes nothing.
         resume: Go on from `out`'s checkpoint where there is one; otherwise start anew and overwrite it.
         resolved: What every argument resolved to, for run.json.
+        data: What identifies the data; a checkpoint of a training on other data is refused.
 
     Raises:
         StoppedError: SIGINT or SIGTERM came; the state is saved.
@@ -84,11 +87,11 @@ def fit(
     if out is not None and world.first:
         writable_folder(out)
     order = TrainingOrder(train_windows, run.train, world) if learns else None
-    state = State(model.to(world.device), run, order, out, world)
+    state = State(model.to(world.device), run, order, out, world, data)
     resume = resume and learns and out is not None and (out / CHECKPOINT).is_file()
     length = state.resume() if resume else 0
     shown = (console or Console()) if progress and world.first else None
-    with open_record(out, world, run, resolved, length) as record, stopping_gently() as flag:
+    with open_record(out, world, run, resolved, length, data) as record, stopping_gently() as flag:
         if order is None:
             _solve(state, task, train_windows, val_windows)
             if flag.asked:

@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selectra.errors import DataError
+from selectra.errors import ConfigError, DataError
 from selectra.ops.dispatch import OPS
 from selectra.registry import Resolved
 from selectra.spec import Run
-from selectra.train.checkpoint import replacing
+from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, replacing
 from selectra.train.parallel import World
 
 RECORD, RUN = "record.jsonl", "run.json"
@@ -91,16 +91,23 @@ class BackendWatch(TorchDispatchMode):
         return {**asked, **self.ran}
 
 
-def write_run(out: Path, run: Run, resolved: Mapping[str, Mapping[str, Resolved]] | None = None) -> None:
-    """Write `run.json`: the run, what every argument resolved to and from where, versions and hardware."""
-    content = {"run": json.loads(run.to_json()), **environment()}
+def write_run(
+    out: Path,
+    run: Run,
+    resolved: Mapping[str, Mapping[str, Resolved]] | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `run.json`: the run, what every argument resolved to and from where, the data, versions and hardware."""
+    content: dict[str, Any] = {"run": json.loads(run.to_json()), **environment()}
+    if data is not None:
+        content["data"] = dict(data)
     if resolved is not None:
         content["resolved"] = {
             section: {name: {"value": _writable(item.value), "origin": item.origin} for name, item in table.items()}
             for section, table in resolved.items()
         }
     with replacing(out / RUN) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_run(path: Path) -> Run:
@@ -111,9 +118,40 @@ def read_run(path: Path) -> Run:
         ConfigError: It is no run.
     """
     path = path / RUN if path.is_dir() else path
+    text = _text_of(path)
+    names = _forecast_models(text)
+    if names:
+        raise ConfigError(
+            f"'{path}' is of a whole `selectra forecast`; each of its models has a folder of its own: "
+            f"take one of {[str(path.parent / name) for name in names]}."
+        )
+    return Run.from_json(text, str(path))
+
+
+def read_data(out: Path) -> dict[str, Any] | None:
+    """What identified the data of the training in a folder; None where its run.json does not say."""
+    content = json.loads(_text_of(out / RUN))
+    data = content.get("data") if "run" in content else None
+    return data if isinstance(data, dict) else None
+
+
+def _text_of(path: Path) -> str:
     if not path.is_file():
         raise DataError(f"there is no '{path}'; `selectra train` writes it into its output folder.")
-    return Run.from_json(path.read_text(), str(path))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"'{path}' cannot be read as text: {error}.") from error
+
+
+def _forecast_models(text: str) -> list[str]:
+    """The models in the run.json of a forecast job; none for anything else."""
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return []
+    runs = content.get("runs") if isinstance(content, dict) and "run" not in content else None
+    return list(runs) if isinstance(runs, dict) else []
 
 
 def _writable(value: Any) -> Any:
@@ -172,16 +210,23 @@ def open_record(
     run: Run,
     resolved: Mapping[str, Mapping[str, Resolved]] | None = None,
     length: int = 0,
+    data: Mapping[str, Any] | None = None,
 ) -> Record:
     """Write run.json and open the record with its header; only the first process writes anything.
 
     Args:
-        length: Bytes of an existing record to keep: those written before the checkpoint that is resumed.
+        length: Bytes of an existing record to keep: those written before the checkpoint that is resumed. At 0 this is
+            a new training, and what an earlier one left goes first.
+        data: What identifies the data, for run.json.
     """
     if out is None or not world.first:
         return Record(None)
+    if length == 0:
+        # Weights of an earlier training must never lie beside the run.json of this one.
+        for name in (CHECKPOINT, WEIGHTS):
+            (out / name).unlink(missing_ok=True)
     record = Record(out / RECORD, length)
-    write_run(out, run, resolved)
+    write_run(out, run, resolved, data)
     facts = {"run": run.name, "seed": run.train.seed, "processes": world.size, "device": str(world.device)}
     record.write("resumed" if length else "started", **facts, **environment())
     return record

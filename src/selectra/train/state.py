@@ -20,6 +20,7 @@ from selectra.train.batches import TrainingOrder
 from selectra.train.optim import make_optimizer, make_schedule
 from selectra.train.parallel import World
 from selectra.train.record import RUN, Record
+from selectra.train.same_data import refuse_changed
 from selectra.train.stop import DivergedError
 
 StoppedBy = Literal["", "steps", "patience", "solved", "nothing to train"]
@@ -49,10 +50,14 @@ class State:
     Args:
         order: The training batches; None for a model that learns nothing by gradient.
         out: Where checkpoints and weights are written; None writes nothing.
+        data: What identifies the data, as `same_data.describe_data` gives it.
     """
 
-    def __init__(self, model: nn.Module, run: Run, order: TrainingOrder | None, out: Path | None, world: World) -> None:
-        self.model, self.run, self.world, self.out = model, run, world, out
+    def __init__(
+        self, model: nn.Module, run: Run, order: TrainingOrder | None, out: Path | None, world: World,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.run, self.world, self.out, self.data = model, run, world, out, data
         self.at = Progress()
         self.best: dict[str, Tensor] = {}
         seed_everything(run.train.seed + world.rank)
@@ -128,6 +133,7 @@ class State:
             return
         saved = {
             "run": self.run.to_json(),
+            "data": None if self.data is None else dict(self.data),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -143,11 +149,13 @@ class State:
 
         Raises:
             ConfigError: The folder holds another run.
-            DataError: The checkpoint is damaged.
+            DataError: The checkpoint is damaged, or the data has changed since.
         """
         assert self.out is not None
         saved = checkpoint.load(self.out / checkpoint.CHECKPOINT)
         _refuse_another_run(self.out, saved["run"], self.run)
+        advice = "Bring the data back, start over with --anew, or choose another folder."
+        refuse_changed(saved.get("data"), self.data, str(self.out), advice)
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])

@@ -11,14 +11,13 @@ class StoppedError(RuntimeError):
     """Training was asked to stop; its state is saved.
 
     Args:
-        step: Optimizer steps that are done and saved.
+        step: Optimizer steps that are done and saved; None where the stop came outside a training.
         command: The command that goes on from there, or "" where nothing could be saved.
     """
 
-    def __init__(self, step: int, command: str) -> None:
-        super().__init__(
-            f"stopped after step {step}; " + (f"go on with: {command}" if command else "nothing is saved.")
-        )
+    def __init__(self, step: int | None, command: str) -> None:
+        when = "stopped at once; what was saved before is kept" if step is None else f"stopped after step {step}"
+        super().__init__(f"{when}; " + (f"go on with: {command}" if command else "nothing is saved."))
         self.step = step
         self.command = command
 
