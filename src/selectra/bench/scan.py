@@ -1,5 +1,6 @@
 """`selectra bench scan`: the selective scan's backends beside other packages' ways to compute it, in one run."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
@@ -200,10 +201,9 @@ def _peers(device: torch.device) -> dict[str, Contender]:
 
 def _mambapy(device: torch.device) -> Scan:
     """mambapy's parallel scan, as its block calls it."""
-    from mambapy.mamba import MambaBlock, MambaConfig  # noqa: PLC0415
-
+    mamba = importlib.import_module("mambapy.mamba")
     # Only the method is used, which reads nothing of the block but its class.
-    block = MambaBlock(MambaConfig(d_model=8, n_layers=1)).to(device)
+    block = mamba.MambaBlock(mamba.MambaConfig(d_model=8, n_layers=1)).to(device)
 
     def run(**a: Tensor) -> Tensor:
         delta = F.softplus(a["delta"] + a["delta_bias"])
@@ -214,11 +214,9 @@ def _mambapy(device: torch.device) -> Scan:
 
 def _transformers() -> Scan:
     """transformers' path without kernels: a loop over the length."""
-    from transformers.models.mamba.modeling_mamba import mamba_selective_scan  # noqa: PLC0415
+    scan = importlib.import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
 
     def run(**a: Tensor) -> Tensor:
-        return mamba_selective_scan(
-            a["u"], a["delta"], a["A"], a["B"], a["C"], a["D"], a["z"], a["delta_bias"], delta_softplus=True
-        )
+        return scan(a["u"], a["delta"], a["A"], a["B"], a["C"], a["D"], a["z"], a["delta_bias"], delta_softplus=True)
 
     return run
