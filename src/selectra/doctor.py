@@ -13,7 +13,8 @@ from torch import Tensor
 
 from selectra.bench import check
 from selectra.bench.timing import interleaved
-from selectra.ops import causal_conv1d, selective_scan
+from selectra.ops import causal_conv1d, cuda, selective_scan
+from selectra.ops.cuda import cache
 from selectra.ops.dispatch import Op, environment_problem
 from selectra.ops.native.library import NOT_BUILT, status
 from selectra.train.record import environment
@@ -101,6 +102,24 @@ def _show_installation(console: Console, findings: Findings) -> None:
         findings.missing.append(f"compiled CPU kernels: {native.problem}. Until then CPU calls run on `portable`.")
     else:
         findings.wrong.append(f"compiled CPU kernels: {native.problem}")
+    _show_cuda(console, findings)
+
+
+def _show_cuda(console: Console, findings: Findings) -> None:
+    """What there is for the CUDA kernels; nothing where there is no GPU that could run them."""
+    found = cuda.status()
+    if found.gpu_unused:
+        findings.missing.append(f"CUDA kernels: {found.problem}. Until then no call runs on them.")
+    if not found.available:
+        return
+    kept = "kept nowhere" if found.folder is None else f"{cache.count()} compiled, in {found.folder}"
+    console.print(f"CUDA kernels: NVRTC {found.nvrtc}, driver for CUDA {found.driver}; {kept}", soft_wrap=True)
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = torch.cuda.get_device_name(index), cuda.capability(index)
+        console.print(f"cuda:{index}: {name}, compute capability {major}.{minor}")
+        problem = cuda.refusal(index)
+        if problem is not None:
+            findings.missing.append(f"CUDA kernels: {problem}. Calls there run on `portable`.")
 
 
 def _devices() -> list[torch.device]:

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda")
 # CUDA's exp may be off by two units in the last place, and the error of a decay grows along the length.
-FLOAT32_OUTPUT = 2e-6
+FLOAT32_OUTPUT = 4e-6
 
 
 def on_gpu(op: Op[Any, Any, Any]) -> Callable[..., Any]:

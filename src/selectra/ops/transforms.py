@@ -10,6 +10,27 @@ from torch.autograd import forward_ad
 
 from selectra.errors import BackendError
 
+# Whatever else has its own rules.
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def needs_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether more than a kernel must see a call: a compiler, a tracer, a transform, a mode, a kind of tensor.
+
+    Autocast is not among them: it must not change what a backend computes that is asked without it.
+    """
+    return (
+        # Inside torch.compile this is a constant, and what follows is not looked at.
+        torch.compiler.is_compiling()
+        or _functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+        or not PLAIN.issuperset(map(type, tensors))
+    )
+
 
 def refuse_transforms(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Raise inside torch.func's gradients, and where a tensor carries a tangent, which would be lost in silence.

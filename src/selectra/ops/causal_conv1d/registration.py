@@ -1,7 +1,7 @@
 """The causal convolution as an operator of PyTorch; as `selective_scan/registration.py`."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from selectra.ops import checks
 from selectra.ops.autocast import keep_types_under_autocast
-from selectra.ops.causal_conv1d import cpu, portable
+from selectra.ops.causal_conv1d import cpu, cuda, portable
 from selectra.ops.causal_conv1d.call import ConvCall
 from selectra.ops.dispatch import say_slow_path
 from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
@@ -20,7 +20,7 @@ N_DIFFERENTIABLE, N_TENSORS = 4, 6
 library = torch.library.Library("selectra", "FRAGMENT")
 library.define(f"causal_conv1d({TENSORS}, bool silu, bool reverse, str backend) -> (Tensor, Tensor)")
 library.define(
-    f"causal_conv1d_backward(Tensor dy, Tensor dfinal, {TENSORS}, bool silu, bool reverse, str backend) "
+    f"causal_conv1d_backward(Tensor dy, Tensor? dfinal, {TENSORS}, bool silu, bool reverse, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -29,21 +29,42 @@ class Kernel(NamedTuple):
     """What a registered backend provides."""
 
     forward: Callable[[ConvCall], tuple[Tensor, Tensor]]
-    backward: Callable[[ConvCall, Tensor, Tensor], tuple[Tensor | None, ...]]
-    needs_cpu: bool = False
+    backward: Callable[[ConvCall, Tensor, Tensor | None], tuple[Tensor | None, ...]]
+    needs: Literal["cpu", "cuda"] | None = None
+
+
+def _cuda_forward(call: ConvCall) -> tuple[Tensor, Tensor]:
+    return cuda.forward(*call[:-1])
+
+
+def _cuda_backward(call: ConvCall, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    return cuda.backward(dy, dfinal, *call[:-1])
 
 
 def _cpu_forward(call: ConvCall) -> tuple[Tensor, Tensor]:
     return cpu.forward(*call[:-1])
 
 
-def _cpu_backward(call: ConvCall, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, ...]:
-    return cpu.backward(dy, dfinal, *call[:-1])
+def _cpu_backward(call: ConvCall, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor, ...]:
+    return cpu.backward(dy, _state_gradient(call, dfinal), *call[:-1])
+
+
+def _portable_backward(call: ConvCall, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    return portable.backward(call, dy, _state_gradient(call, dfinal))
+
+
+def _state_gradient(call: ConvCall, dfinal: Tensor | None) -> Tensor:
+    """The gradient of the final state; zeros where nobody used that state."""
+    if dfinal is not None:
+        return dfinal
+    n_states = call.x.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    return call.weight.new_zeros(n_states, *call.weight.shape)
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward, needs_cpu=True),
-    "portable": Kernel(portable.forward, portable.backward),
+    "cuda": Kernel(_cuda_forward, _cuda_backward, needs="cuda"),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, needs="cpu"),
+    "portable": Kernel(portable.forward, _portable_backward),
 }
 
 
@@ -56,7 +77,9 @@ def run(call: ConvCall, backend: str) -> Any:
 
 def _kernel(call: ConvCall, backend: str) -> Kernel:
     kernel = KERNELS[backend]
-    if kernel.needs_cpu:
+    if kernel.needs == "cuda":
+        cuda.require_cuda(call[:N_TENSORS])
+    elif kernel.needs == "cpu":
         checks.require_cpu("causal_conv1d", backend, call[:N_TENSORS])
     return kernel
 
@@ -72,7 +95,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return kernel.forward(call)
 
 
-def _backward(dy: Tensor, dfinal: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *fields, backend = args
     call = ConvCall._make((*fields, True))
     grads = _kernel(call, backend).backward(call, dy, dfinal)
@@ -91,7 +114,7 @@ def _forward_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor
 
 
 @torch.library.register_fake("selectra::causal_conv1d_backward", lib=library)
-def _backward_fake(dy: Tensor, dfinal: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _backward_fake(dy: Tensor, dfinal: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:N_DIFFERENTIABLE])
 
 
@@ -104,12 +127,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     refuse_tangents("causal_conv1d", (dy, dfinal, *inputs))
-    x, weight, cu_seqlens = inputs[0], inputs[1], inputs[5]
     if dy is None:
-        dy = x.new_zeros(x.shape)
-    if dfinal is None:
-        n_states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dfinal = weight.new_zeros(n_states, *weight.shape)
+        dy = inputs[0].new_zeros(inputs[0].shape)
     grads = torch.ops.selectra.causal_conv1d_backward(dy, dfinal, *inputs, *ctx.flags)
     kept = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
     return (*kept, *[None] * (len(inputs) + len(ctx.flags) - len(kept)))

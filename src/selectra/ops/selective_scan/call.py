@@ -14,6 +14,8 @@ P = ParamSpec("P")
 
 # Beyond it softplus(x) is x in float64 too: log(1 + exp(-40)) is below its rounding. PyTorch's own choice is 20.
 SOFTPLUS_THRESHOLD = 40.0
+_NARROW_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_OUT_TYPES = _NARROW_FLOATS | {None}
 
 
 class ScanCall(NamedTuple):
@@ -90,30 +92,73 @@ def prepare(
 
     Raises:
         ConfigError: An argument does not fit; the message says which, what it is and what is allowed.
-        BackendError: The backend that was asked for refuses this call; the message is its reason.
+        BackendError: The backend that was asked for refuses this call; the message is its reason. On a GPU also where
+            A was infinite or not-a-number in an earlier call, whose results are not-a-number there.
     """
-    _check(u, delta, A, B, C, D, z, delta_bias, out_dtype)
-    dtype = checks.compute_dtype(u.dtype == torch.float64)
-    n_states = checks.count_states(u, mask, cu_seqlens)
-    checks.require_fitting({"u": u, "initial_state": initial_state})
-    letters = "(b, d, n)" if cu_seqlens is None else "(n_seqs, d, n)"
-    checks.require_shapes({"initial_state": initial_state}, (n_states, *A.shape), letters)
+    if not _fits(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, out_dtype):
+        _check(u, delta, A, B, C, D, z, delta_bias, out_dtype)
+        n_states = checks.count_states(u, mask, cu_seqlens)
+        checks.require_fitting({"u": u, "initial_state": initial_state})
+        letters = "(b, d, n)" if cu_seqlens is None else "(n_seqs, d, n)"
+        checks.require_shapes({"initial_state": initial_state}, (n_states, *A.shape), letters)
+    u_dtype = u.dtype
+    dtype = checks.compute_dtype(u_dtype == torch.float64)
     return ScanCall(
         u,
         delta,
-        A.to(dtype),
+        A if A.dtype is dtype else A.to(dtype),
         B.unsqueeze(2) if B.dim() == 3 else B,
         C.unsqueeze(2) if C.dim() == 3 else C,
-        None if D is None else D.to(dtype),
+        D if D is None or D.dtype is dtype else D.to(dtype),
         z,
-        None if delta_bias is None else delta_bias.to(dtype),
-        None if initial_state is None else initial_state.to(dtype),
+        delta_bias if delta_bias is None or delta_bias.dtype is dtype else delta_bias.to(dtype),
+        initial_state if initial_state is None or initial_state.dtype is dtype else initial_state.to(dtype),
         mask,
         cu_seqlens,
         delta_softplus,
         reverse,
-        u.dtype if out_dtype is None else out_dtype,
+        u_dtype if out_dtype is None else out_dtype,
         return_final_state,
+    )
+
+
+def _fits(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial_state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> bool:
+    """Whether a call is plainly right; the checks in words take ten times as long, and say what is wrong."""
+    shape, device = u.shape, u.device
+    of_A, of_B = A.shape, B.shape
+    if len(shape) != 3 or len(of_A) != 2 or mask is not None or cu_seqlens is not None or out_dtype not in _OUT_TYPES:
+        return False
+    (batch, length, d), n = shape, of_A[1]
+    groups = of_B[2] if len(of_B) == 4 else 1
+    return (
+        groups > 0
+        and d % groups == 0
+        and of_A[0] == d
+        and n > 0
+        and of_B == C.shape
+        and of_B in ((batch, length, n), (batch, length, groups, n))
+        and delta.shape == shape
+        and (D is None or D.shape == (d,))
+        and (z is None or z.shape == shape)
+        and (delta_bias is None or delta_bias.shape == (d,))
+        and (initial_state is None or initial_state.shape == (batch, d, n))
+        and all(
+            x is None or (x.dtype in _NARROW_FLOATS and x.device == device)
+            for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        )
     )
 
 

@@ -34,8 +34,11 @@ def rows_at_once(u: Tensor, A: Tensor, length: int) -> int:
     return max(_chunk_states(u) // max(positions * A.shape[0] * A.shape[1], 1), 1)
 
 
-def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None) -> tuple[int, ...]:
-    """Shape of what the forward keeps: one state for each chunk; packed sequences run the forward again instead."""
+def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gated: bool = False) -> tuple[int, ...]:
+    """Shape of what the forward keeps: one state for each chunk; packed sequences run the forward again instead.
+
+    Whether there is a gate makes no difference.
+    """
     if n_seqs is not None:
         return (0,)
     chunks = -(-u.shape[1] // chunk_length(u, A))

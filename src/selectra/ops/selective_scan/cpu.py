@@ -38,12 +38,13 @@ def compute_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None) -> tuple[int, ...]:
+def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gated: bool = False) -> tuple[int, ...]:
     """Numbers of the compute dtype that hold the state before every chunk: an upper bound, from the shapes alone.
 
     Args:
         groups: Groups of channels that share B and C.
         n_seqs: Packed sequences, or None where the batch holds one in each row.
+        gated: Whether there is a gate, which makes no difference here.
     """
     batch, length, channels = u.shape
     native_library = library()

@@ -4,8 +4,8 @@
 Only the schema, not a decorator, is registered: that costs half of `torch.library.custom_op` per call.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 from selectra.ops import checks
 from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.dispatch import say_slow_path
-from selectra.ops.selective_scan import cpu, portable
+from selectra.ops.selective_scan import cpu, cuda, portable
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
+from selectra.ops.transforms import needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -24,6 +24,8 @@ TENSORS = (
 )
 # Positions of the tensors that can have a gradient, and how many arguments come before the flags.
 N_DIFFERENTIABLE, N_TENSORS = 9, 11
+# Of u, delta and z.
+KEEP_LAYOUT = (0, 1, 6)
 
 library = torch.library.Library("selectra", "FRAGMENT")
 library.define(
@@ -40,10 +42,16 @@ library.define(
 class Kernel(NamedTuple):
     """What a registered backend provides."""
 
-    forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor, Tensor]]
+    forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor, Tensor | None]]
+    """y, the final state and, where it is asked to save it, what the backward needs."""
     backward: Callable[[ScanCall, Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
-    checkpoint_shape: Callable[[Tensor, Tensor, int, int | None], tuple[int, ...]]
-    needs_cpu: bool = False
+    checkpoint_shape: Callable[[Tensor, Tensor, int, int | None, bool], tuple[int, ...]]
+    """From u, A, groups, the number of packed sequences if any, and whether there is a gate."""
+    needs: Literal["cpu", "cuda"] | None = None
+    keeps_layout: bool = False
+    """Whether y and the gradients of u, delta and z lie in memory as these do, not always channels last."""
+    direct: bool = False
+    """Whether a plain call may go past PyTorch's dispatcher."""
 
 
 def _cpu_forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,40 +63,84 @@ def _cpu_backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tenso
 
 
 KERNELS = {
-    "cpu": Kernel(_cpu_forward, _cpu_backward, cpu.checkpoint_shape, needs_cpu=True),
+    "cuda": Kernel(cuda.forward, cuda.backward, cuda.checkpoint_shape, needs="cuda", keeps_layout=True, direct=True),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, cpu.checkpoint_shape, needs="cpu", direct=True),
     "portable": Kernel(portable.forward, portable.backward, portable.checkpoint_shape),
 }
 
 
 def run(call: ScanCall, backend: str) -> Any:
-    """Run a call on a registered backend, keeping what the backward needs only where a gradient can be asked for."""
-    refuse_transforms("selective_scan", call.tensors)
-    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
-    y, state, _ = torch.ops.selectra.selective_scan(*call[:-1], backend, save)
+    """Run a call on a registered backend, keeping what the backward needs only where a gradient can be asked for.
+
+    A plain call goes to its kernel without PyTorch's dispatcher, which takes longer than all else on the way.
+    """
+    tensors = call[:N_TENSORS]
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:N_DIFFERENTIABLE])
+    if not KERNELS[backend].direct or needs_dispatcher(tensors):
+        refuse_transforms("selective_scan", call.tensors)
+        y, state, _ = torch.ops.selectra.selective_scan(*call[:-1], backend, save)
+    elif save:
+        return _Scan.apply(call[N_TENSORS:], backend, *tensors)
+    else:
+        y, state, _ = _run_kernel(KERNELS[backend], call, save)
     return (y, state) if call.return_final_state else y
+
+
+class _Scan(torch.autograd.Function):
+    """A plain call with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, flags: tuple[Any, ...], backend: str, *tensors: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, state, checkpoints = _run_kernel(KERNELS[backend], ScanCall._make((*tensors, *flags)), True)
+        ctx.save_for_backward(*tensors, checkpoints)
+        # No zeros are made for the gradient of an output that nobody uses.
+        ctx.set_materialize_grads(False)
+        ctx.flags = (*flags[:-1], backend)
+        return (y, state) if flags[-1] else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *inputs, checkpoints = ctx.saved_tensors
+        dy, dfinal = _output_gradients(dy, dfinal, inputs, ctx.flags)
+        # A gradient that shall have one itself is refused in words by the registration.
+        if torch.is_grad_enabled() or needs_dispatcher((dy, dfinal, *inputs)):
+            grads = _registered_gradients(dy, dfinal, checkpoints, inputs, ctx.flags)
+        else:
+            *flags, backend = ctx.flags
+            call = ScanCall._make((*inputs, *flags, True))
+            found = KERNELS[backend].backward(call, dy, dfinal, checkpoints)
+            grads = [None if x is None else grad for x, grad in zip(inputs, found, strict=False)]
+        return (None, None, *grads, None, None)
 
 
 def _kernel(call: ScanCall, backend: str) -> Kernel:
     kernel = KERNELS[backend]
     # A compiled or exported program carries the backend's name to tensors that `refuse` never saw.
-    if kernel.needs_cpu:
+    if kernel.needs == "cuda":
+        cuda.require_cuda(call[:N_TENSORS])
+    elif kernel.needs == "cpu":
         checks.require_cpu("selective_scan", backend, call[:N_TENSORS])
     return kernel
 
 
-def _n_seqs(call: ScanCall) -> int | None:
-    return None if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+def _checkpoint_shape(kernel: Kernel, call: ScanCall) -> tuple[int, ...]:
+    n_seqs = None if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    return kernel.checkpoint_shape(call.u, call.A, call.B.shape[2], n_seqs, call.z is not None)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, delta_softplus, reverse, out_dtype, backend, save = args
     call = ScanCall._make((*tensors, delta_softplus, reverse, out_dtype, True))
-    kernel = _kernel(call, backend)
+    if backend == "portable":
+        say_slow_path("selective_scan", backend, call, call.u.device.type)
+    y, state, checkpoints = _run_kernel(_kernel(call, backend), call, save)
+    return y, state, call.A.new_empty(0) if checkpoints is None else checkpoints
+
+
+def _run_kernel(kernel: Kernel, call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     # Kernels trust the borders; reading them on a GPU would stall it, so there the caller answers for them.
     if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
         checks.sequence_borders(call.cu_seqlens, call.u.shape[1])
-    if backend == "portable":
-        say_slow_path("selective_scan", backend, call, call.u.device.type)
     return kernel.forward(call, save)
 
 
@@ -96,9 +148,11 @@ def _backward(dy: Tensor, dfinal: Tensor, checkpoints: Tensor, *args: Any) -> tu
     *tensors, delta_softplus, reverse, out_dtype, backend = args
     call = ScanCall._make((*tensors, delta_softplus, reverse, out_dtype, True))
     kernel = _kernel(call, backend)
-    if checkpoints.shape != kernel.checkpoint_shape(call.u, call.A, call.B.shape[2], _n_seqs(call)):
+    if checkpoints.shape != _checkpoint_shape(kernel, call):
         # The forward was traced where no gradient could be asked for, and kept nothing.
-        checkpoints = kernel.forward(call, True)[2]
+        _, _, kept = kernel.forward(call, True)
+        assert kept is not None
+        checkpoints = kept
     grads = kernel.backward(call, dy, dfinal, checkpoints)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -109,21 +163,25 @@ library.impl("selective_scan_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("selectra::selective_scan", lib=library)
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    u, _, A, B, *_ = args
-    cu_seqlens, out_dtype, backend, save = args[10], args[13], args[14], args[15]
-    n_seqs = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = KERNELS[backend].checkpoint_shape(u, A, B.shape[2], n_seqs) if save else (0,)
-    return (
-        u.new_empty(u.shape, dtype=out_dtype),
-        A.new_empty(u.shape[0] if n_seqs is None else n_seqs, *A.shape),
-        A.new_empty(shape),
-    )
+    *tensors, delta_softplus, reverse, out_dtype, backend, save = args
+    call = ScanCall._make((*tensors, delta_softplus, reverse, out_dtype, True))
+    kernel, u, A = KERNELS[backend], call.u, call.A
+    n_states = u.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    y = torch.empty_like(u, dtype=out_dtype) if kernel.keeps_layout else u.new_empty(u.shape, dtype=out_dtype)
+    return y, A.new_empty(n_states, *A.shape), A.new_empty(_checkpoint_shape(kernel, call) if save else (0,))
 
 
 @torch.library.register_fake("selectra::selective_scan_backward", lib=library)
 def _backward_fake(dy: Tensor, dfinal: Tensor, checkpoints: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    inputs = args[:N_DIFFERENTIABLE]
-    return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+    inputs, keeps_layout = args[:N_DIFFERENTIABLE], KERNELS[args[-1]].keeps_layout
+    return tuple(
+        dy.new_empty(0)
+        if x is None
+        else torch.empty_like(x)
+        if keeps_layout and index in KEEP_LAYOUT
+        else x.new_empty(x.shape)
+        for index, x in enumerate(inputs)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -138,16 +196,32 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     *inputs, checkpoints = ctx.saved_tensors
-    refuse_tangents("selective_scan", (dy, dfinal, *inputs))
+    dy, dfinal = _output_gradients(dy, dfinal, inputs, ctx.flags)
+    grads = _registered_gradients(dy, dfinal, checkpoints, inputs, ctx.flags)
+    return (*grads, *[None] * (ctx.n_inputs - len(grads)))
+
+
+def _output_gradients(
+    dy: Tensor | None, dfinal: Tensor | None, inputs: Sequence[Tensor | None], flags: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the outputs, zero for one that nobody uses."""
+    u, A, cu_seqlens = inputs[0], inputs[2], inputs[10]
+    assert u is not None and A is not None
     if dy is None:
-        dy = inputs[0].new_zeros(inputs[0].shape, dtype=ctx.flags[2])
+        dy = u.new_zeros(u.shape, dtype=flags[2])
     if dfinal is None:
-        cu_seqlens, A = inputs[10], inputs[2]
-        n_states = inputs[0].shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dfinal = A.new_zeros(n_states, *A.shape)
-    grads = torch.ops.selectra.selective_scan_backward(dy, dfinal, checkpoints, *inputs, *ctx.flags)
-    kept = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
-    return (*kept, *[None] * (ctx.n_inputs - len(kept)))
+        n_states = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dfinal = A.new_zeros((n_states, *A.shape))
+    return dy, dfinal
+
+
+def _registered_gradients(
+    dy: Tensor, dfinal: Tensor, checkpoints: Tensor, inputs: Sequence[Tensor | None], flags: Sequence[Any]
+) -> list[Tensor | None]:
+    """The gradients of the first inputs by way of the dispatcher, None for those that are None."""
+    refuse_tangents("selective_scan", (dy, dfinal, *inputs))
+    grads = torch.ops.selectra.selective_scan_backward(dy, dfinal, checkpoints, *inputs, *flags)
+    return [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
 
 
 torch.library.register_autograd("selectra::selective_scan", _autograd, setup_context=_setup_context, lib=library)

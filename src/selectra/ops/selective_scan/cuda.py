@@ -1,0 +1,281 @@
+"""The `cuda` backend of `selective_scan`: kernels compiled for the call's sizes at its first use.
+
+Tensors are read through their strides, without copies, where u, delta, z, B and C share one type; where they do not,
+they are turned into float32 first. Arithmetic and states are float32. A must be finite: a call that finds it not to be
+has not-a-number in its results, and the next call raises.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selectra.errors import BackendError
+from selectra.ops import cuda
+from selectra.ops.selective_scan import geometry, parts
+from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.selective_scan.faults import faults
+from selectra.ops.selective_scan.plans import PLACES, TYPES, Plan, fits, plan_backward, plan_forward, strides_fit
+
+MOST_STATES = 256
+# Kinds of calls whose plans are kept.
+MOST_PLANS = 1024
+# Where the addresses of ScanCall's tensors go: u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens.
+_INPUTS = tuple(PLACES[name] for name in ScanCall._fields[:11])
+_Y, _FINAL, _CHECKPOINTS, _CHUNK, _FAULT = (
+    PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk", "fault")
+)
+_DY, _DFINAL = PLACES["dy"], PLACES["dfinal"]
+_GRADIENTS = tuple(PLACES[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial"))
+
+ACTIVATIONS = ("u", "delta", "z", "B", "C")
+
+# By what a plan depends on; None where the kernels cannot read the tensors as they are.
+forward_plans: dict[Any, Plan | None] = {}
+backward_plans: dict[Any, Plan | None] = {}
+
+
+def refuse(call: Any) -> str | None:
+    """Why these kernels do not take `call`, or None."""
+    u = call.u
+    if not u.is_cuda:
+        return f"tensors are on {u.device.type}, it needs cuda"
+    if u.dtype not in TYPES:
+        return f"it takes float32, bfloat16 and float16, not {u.dtype}"
+    if call.A.shape[1] > MOST_STATES:
+        return f"it takes up to {MOST_STATES} states, not {call.A.shape[1]}"
+    return cuda.refusal(u.device.index)
+
+
+def require_cuda(tensors: Iterable[Tensor | None]) -> None:
+    """Raise before a kernel on a device's pointers meets a tensor that is not in the device's memory."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cuda:
+            raise BackendError(
+                f"selective_scan: backend 'cuda' is written into this program and a tensor is on {tensor.device}, "
+                "it needs cuda; move the tensors and the module to the GPU, or compile or export on this device."
+            )
+
+
+def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gated: bool) -> tuple[int, ...]:
+    """The shape of the saved states, (checkpoints, d, n); an upper bound of their number for packed sequences.
+
+    With more states than a block holds, those of all parts one after the other.
+    """
+    if A.shape[1] > geometry.MOST_STATES_AT_ONCE:
+        return parts.checkpoint_shape(u, A, n_seqs)
+    return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
+
+
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the scan.
+
+    Args:
+        save: Keep what `backward` needs in the third result.
+
+    Returns:
+        The output, the final state and the checkpoints.
+    """
+    n = call.A.shape[1]
+    if n > geometry.MOST_STATES_AT_ONCE:
+        return parts.forward(call, save, forward_at_once)
+    interval = geometry.interval(call.u.dtype.itemsize, n, call.z is not None)
+    checkpoints = parts.new_checkpoints(call, interval) if save else None
+    y, final = forward_at_once(call, interval, checkpoints)
+    return y, final, checkpoints
+
+
+def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, in the types of these.
+
+    Args:
+        dy: Gradient of the output.
+        dfinal: Gradient of the final state.
+        checkpoints: As `forward` kept them.
+
+    Returns:
+        One gradient each, None for an input that is None.
+    """
+    n = call.A.shape[1]
+    if n > geometry.MOST_STATES_AT_ONCE:
+        return parts.backward(call, dy, dfinal, checkpoints, forward_at_once, backward_at_once)
+    interval = geometry.interval(call.u.dtype.itemsize, n, call.z is not None)
+    return backward_at_once(call, dy, dfinal, checkpoints, interval)
+
+
+def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run the scan of so many states as a block holds.
+
+    Args:
+        interval: Steps between two checkpoints.
+        checkpoints: Where they go, if anywhere.
+
+    Returns:
+        The output and the final state.
+    """
+    u, A, out_dtype = call.u, call.A, call.out_dtype
+    if u.numel() == 0:
+        return torch.empty_like(u, dtype=out_dtype), _unchanged_state(call)
+    y = torch.empty_like(u) if out_dtype == u.dtype else torch.empty_like(u, dtype=torch.float32)
+    pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
+    key = (interval, y.dtype, *_signature(call, pointers))
+    try:
+        plan = forward_plans[key]
+    except KeyError:
+        plan = plan_forward(call, y, interval) if fits(call) else None
+        _keep(forward_plans, key, plan)
+    if plan is None:
+        y, final = forward_at_once(_fitting(call), interval, checkpoints)
+        return y, final
+    words = plan.words.copy()
+    for place, pointer in zip(_INPUTS, pointers, strict=True):
+        words[place] = pointer
+    final = A.new_empty((words[0], *A.shape))
+    words[_Y], words[_FINAL] = y.data_ptr(), final.data_ptr()
+    if checkpoints is not None:
+        words[_CHECKPOINTS] = checkpoints.data_ptr()
+    _launch(plan, words, A)
+    return (y if y.dtype == out_dtype else y.to(out_dtype)), final
+
+
+def backward_at_once(
+    call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor, interval: int
+) -> tuple[Tensor | None, ...]:
+    """`backward` for so many states as a block holds; `interval` steps lie between two checkpoints."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state = call[:9]
+    if u.numel() == 0:
+        return _no_gradients(call, dfinal)
+    if dy.dtype != u.dtype:
+        if u.dtype != torch.float32:
+            # Rounding the output's gradient to the inputs' type would cost digits or overflow.
+            grads = backward_at_once(_in_float32(call), dy.float(), dfinal, checkpoints, interval)
+            return _in_types_of(call, grads)
+        dy = dy.float()
+    if 0 in dy.stride():
+        # As a sum's backward makes it: not worth a kernel of its own, which would read number by number.
+        dy = dy.contiguous()
+    if not dfinal.is_contiguous():
+        dfinal = dfinal.contiguous()
+    du, ddelta = torch.empty_like(u), torch.empty_like(delta)
+    dz = None if z is None else torch.empty_like(z)
+    pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
+    key = (interval, dy.stride(), dy.data_ptr() & 15, *_signature(call, pointers))
+    try:
+        plan = backward_plans[key]
+    except KeyError:
+        plan = plan_backward(call, dy, du, ddelta, dz, interval) if fits(call) and strides_fit(dy) else None
+        _keep(backward_plans, key, plan)
+    if plan is None:
+        grads = backward_at_once(_fitting(call), _countable(dy), dfinal, checkpoints, interval)
+        return _in_types_of(call, grads)
+    contiguous = torch.contiguous_format
+    dA = torch.empty_like(A, memory_format=contiguous)
+    dB, dC = torch.empty_like(B, memory_format=contiguous), torch.empty_like(C, memory_format=contiguous)
+    dD = None if D is None else torch.empty_like(D)
+    dbias = None if delta_bias is None else torch.empty_like(delta_bias)
+    dinitial = None if initial_state is None else torch.empty_like(initial_state)
+    words = plan.words.copy()
+    for place, pointer in zip(_INPUTS, pointers, strict=True):
+        words[place] = pointer
+    words[_DY], words[_DFINAL], words[_CHECKPOINTS] = dy.data_ptr(), dfinal.data_ptr(), checkpoints.data_ptr()
+    grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    _launch(plan, words, A, grads)
+    return grads
+
+
+def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = ()) -> None:
+    """Fill in what is left of the words, and launch."""
+    # Kept until the launches are on their way; whoever has the memory next on this stream comes after them.
+    scratch = like.new_empty(plan.scratch) if plan.scratch else None
+    if scratch is not None:
+        start = scratch.data_ptr()
+        for place, offset in plan.scratch_words:
+            words[place] = start + offset
+    for place, grad in zip(_GRADIENTS, grads, strict=False):
+        if grad is not None:
+            words[place] = grad.data_ptr()
+    fault = faults.of(like.get_device())
+    if fault.word.value:
+        fault.report()
+    words[_FAULT] = fault.address
+    for kernel, grid, threads, chunk in plan.passes:
+        words[_CHUNK] = chunk
+        kernel.launch(grid, threads, words)
+
+
+def _signature(call: ScanCall, pointers: list[int]) -> tuple[Any, ...]:
+    """All that a plan depends on, besides what is asked for."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, softplus, reverse = call[:13]
+    return (
+        u.get_device(),
+        u.shape,
+        u.dtype,
+        u.stride(),
+        delta.dtype,
+        delta.stride(),
+        A.stride(),
+        B.shape,
+        B.dtype,
+        B.stride(),
+        C.dtype,
+        C.stride(),
+        None if z is None else (z.dtype, z.stride()),
+        None if D is None else D.stride(),
+        None if delta_bias is None else delta_bias.stride(),
+        None if initial_state is None else initial_state.stride(),
+        None if mask is None else mask.stride(),
+        None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.stride()),
+        softplus,
+        reverse,
+        # Of u, delta and z; of B and C.
+        (pointers[0] | pointers[1] | pointers[6]) & 15,
+        (pointers[3] | pointers[4]) & 7,
+    )
+
+
+def _keep(plans: dict[Any, Plan | None], key: Any, plan: Plan | None) -> None:
+    if len(plans) >= MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+def _fitting(call: ScanCall) -> ScanCall:
+    """The same call with tensors that the kernels can read."""
+    if any(x is not None and x.dtype != call.u.dtype for x in (call.delta, call.z, call.B, call.C)):
+        call = _in_float32(call)
+    changed: dict[str, Any] = {name: _countable(x) for name in ACTIVATIONS if (x := getattr(call, name)) is not None}
+    for name in ("D", "delta_bias", "initial_state", "mask", "cu_seqlens"):
+        tensor = getattr(call, name)
+        changed[name] = None if tensor is None else tensor.contiguous()
+    return call._replace(**changed)
+
+
+def _in_float32(call: ScanCall) -> ScanCall:
+    return call._replace(**{name: x.float() for name in ACTIVATIONS if (x := getattr(call, name)) is not None})
+
+
+def _countable(x: Tensor) -> Tensor:
+    return x if strides_fit(x) else x.contiguous()
+
+
+def _unchanged_state(call: ScanCall) -> Tensor:
+    """The final state of a call without positions."""
+    if call.initial_state is not None:
+        return call.initial_state.clone(memory_format=torch.contiguous_format)
+    n_seqs = call.u.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+    return call.A.new_zeros((n_seqs, *call.A.shape))
+
+
+def _no_gradients(call: ScanCall, dfinal: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of a call without positions: the final state is the initial one."""
+    *inputs, initial_state = call.tensors
+    zeros = [None if x is None else torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs]
+    return (*zeros, None if initial_state is None else dfinal.clone(memory_format=torch.contiguous_format))
+
+
+def _in_types_of(call: ScanCall, grads: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(
+        grad if grad is None or source is None else grad.to(source.dtype)
+        for grad, source in zip(grads, call.tensors, strict=True)
+    )

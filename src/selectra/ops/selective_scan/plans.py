@@ -1,0 +1,199 @@
+"""What the sizes, types and strides of a call decide: kernels, their grids, memory for partial results, fixed words.
+
+A plan is made once for every kind of call and kept; a call itself only fills in its addresses.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from selectra.ops.selective_scan import geometry, narrow, wide
+from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.selective_scan.geometry import Macros
+from selectra.ops.selective_scan.passes import Launch, Pass, Sizes
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT_BYTES = 4
+# Kernels count steps, channels and the elements between them in 32 bits, and multiply the last two by up to 64.
+LARGEST_STRIDE, LARGEST_NARROW_STRIDE = 2**31 - 1, 2**25 - 1
+
+# The members of ScanCall in scan_call.cuh, in its order, and how many words each has.
+_MEMBERS = {
+    **dict.fromkeys(("n_seqs", "length", "channels", "groups", "reverse", "interval", "chunk", "n_chunks"), 1),
+    **dict.fromkeys(("u", "delta", "z"), 4),
+    **dict.fromkeys(("B", "C"), 5),
+    "A": 3,
+    **dict.fromkeys(("D", "delta_bias", "initial_state", "mask", "cu_seqlens"), 1),
+    "y": 4,
+    **dict.fromkeys(("final_state", "checkpoints", "chunk_state", "chunk_delta", "fault"), 1),
+    **dict.fromkeys(("dy", "du", "ddelta", "dz"), 4),
+    **dict.fromkeys(("dfinal", "dinitial", "partial_bc", "partial_a", "partial_d", "partial_bias"), 1),
+    **dict.fromkeys(("dB", "dC", "dA", "dD", "dbias"), 1),
+}
+N_WORDS = sum(_MEMBERS.values())
+
+
+def _places() -> dict[str, int]:
+    found, place = {}, 0
+    for name, words in _MEMBERS.items():
+        found[name] = place
+        place += words
+    return found
+
+
+PLACES = _places()
+
+
+class Plan(NamedTuple):
+    """All launches of a forward or backward call."""
+
+    words: list[int]
+    """The kernels' argument without addresses."""
+    passes: tuple[Pass, ...]
+    scratch: int
+    """Numbers of float32 that the launches share and nobody else."""
+    scratch_words: tuple[tuple[int, int], ...]
+    """Words that are addresses in it, and the bytes from its start."""
+
+
+class _Room:
+    """Scratch memory, laid out part by part on 16 bytes."""
+
+    def __init__(self) -> None:
+        self.numbers = 0
+        self.words: list[tuple[int, int]] = []
+
+    def add(self, name: str, numbers: int) -> None:
+        self.words.append((PLACES[name], FLOAT_BYTES * self.numbers))
+        self.numbers += -(-numbers // 4) * 4
+
+
+def fits(call: ScanCall) -> bool:
+    """Whether kernels can read the tensors as they lie: one type, whole parameters, strides in 32 bits."""
+    dtype = call.u.dtype
+    if any(x is not None and x.dtype != dtype for x in (call.delta, call.B, call.C, call.z)):
+        return False
+    parameters = (call.D, call.delta_bias, call.initial_state, call.mask, call.cu_seqlens)
+    if not all(x is None or x.is_contiguous() for x in parameters):
+        return False
+    return all(strides_fit(x) for x in (call.u, call.delta, call.z, call.B, call.C) if x is not None)
+
+
+def strides_fit(x: Tensor) -> bool:
+    """Whether kernels can count from one position, and from one channel or state, to the next."""
+    rows_fit = x.shape[1] == 1 or x.stride(1) <= LARGEST_STRIDE
+    return rows_fit and (x.shape[-1] == 1 or x.stride(-1) <= LARGEST_NARROW_STRIDE)
+
+
+def plan_forward(call: ScanCall, y: Tensor, interval: int) -> Plan:
+    """The plan of a forward call whose tensors fit.
+
+    Args:
+        interval: Steps between two checkpoints.
+    """
+    index, sizes = call.u.get_device(), Sizes.of(call)
+    macros = _macros(call, TYPES[y.dtype], (call.u, call.delta, call.z, y))
+    if sizes.states <= geometry.NARROW_STATES:
+        launch = narrow.forward(sizes, macros, y.element_size(), index)
+    else:
+        launch = wide.forward(sizes, macros, interval, index)
+    room = _Room()
+    if launch.n_chunks > 1:
+        _add_chunks(room, sizes, launch.n_chunks)
+    words = _words(call, sizes, interval, launch)
+    _set_strides(words, "y", y)
+    return Plan(words, launch.passes, room.numbers, tuple(room.words))
+
+
+def plan_backward(call: ScanCall, dy: Tensor, du: Tensor, ddelta: Tensor, dz: Tensor | None, interval: int) -> Plan:
+    """The plan of a backward call whose tensors fit."""
+    index, sizes = call.u.get_device(), Sizes.of(call)
+    macros = _macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz))
+    if sizes.states <= geometry.NARROW_STATES:
+        launch = narrow.backward(sizes, macros, index)
+    else:
+        launch = wide.backward(sizes, macros, interval, index)
+    d, n, rows = sizes.channels, sizes.states, sizes.n_seqs * launch.n_chunks
+    room = _Room()
+    room.add("partial_bc", sizes.batch * sizes.length * launch.n_blocks * 2 * n)
+    room.add("partial_a", rows * d * n)
+    room.add("partial_d", rows * d)
+    room.add("partial_bias", rows * d)
+    # Written in any case; a call that wants them puts its own addresses there.
+    room.add("dD", d)
+    room.add("dbias", d)
+    if launch.n_chunks > 1:
+        _add_chunks(room, sizes, launch.n_chunks)
+    words = _words(call, sizes, interval, launch)
+    for name, tensor in (("dy", dy), ("du", du), ("ddelta", ddelta), ("dz", dz)):
+        _set_strides(words, name, tensor)
+    passes = (*launch.passes, wide.reduce(sizes, macros, launch.n_blocks, index))
+    return Plan(words, passes, room.numbers, tuple(room.words))
+
+
+def _add_chunks(room: _Room, sizes: Sizes, n_chunks: int) -> None:
+    room.add("chunk_state", sizes.n_seqs * n_chunks * sizes.channels * sizes.states)
+    room.add("chunk_delta", sizes.n_seqs * n_chunks * sizes.channels)
+
+
+def _words(call: ScanCall, sizes: Sizes, interval: int, launch: Launch) -> list[int]:
+    words = [0] * N_WORDS
+    head = (
+        sizes.n_seqs,
+        sizes.length,
+        sizes.channels,
+        sizes.groups,
+        int(call.reverse),
+        interval,
+        launch.chunk,
+        launch.n_chunks,
+    )
+    words[: len(head)] = head
+    for name in ("u", "delta", "z", "B", "C", "A"):
+        _set_strides(words, name, getattr(call, name))
+    return words
+
+
+def _set_strides(words: list[int], name: str, tensor: Tensor | None) -> None:
+    """Behind the address, which a call fills in."""
+    if tensor is not None:
+        place = PLACES[name] + 1
+        words[place : place + tensor.dim()] = tensor.stride()
+
+
+def _macros(call: ScanCall, out_type: int, activations: Sequence[Tensor | None]) -> Macros:
+    u, B, C = call.u, call.B, call.C
+    vectors = (u.shape[2] // B.shape[2]) % 8 == 0 and all(x is None or _in_eights(x) for x in activations)
+    facts = {
+        "STATES": B.shape[3],
+        "TYPE": TYPES[u.dtype],
+        "OUT_TYPE": out_type,
+        "GATED": call.z is not None,
+        "SOFTPLUS": call.delta_softplus,
+        "MASKED": call.mask is not None,
+        "PACKED": call.cu_seqlens is not None,
+        "ALONG_TIME": not vectors and _along_time(u) and _along_time(call.delta),
+        "VECTORS": vectors,
+        "PAIRS": B.shape[3] % 2 == 0 and _in_pairs(B) and _in_pairs(C),
+    }
+    return tuple((name, int(fact)) for name, fact in facts.items())
+
+
+def _along_time(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(2) > 1
+
+
+def _in_eights(x: Tensor) -> bool:
+    """Whether any eight neighbouring channels can be read 16 bytes at a time."""
+    batch, row, channel = x.stride()
+    rows_fit = (row % 8 == 0 or x.shape[1] == 1) and (batch % 8 == 0 or x.shape[0] == 1)
+    return channel == 1 and rows_fit and x.data_ptr() % 16 == 0
+
+
+def _in_pairs(x: Tensor) -> bool:
+    """Whether any two neighbouring states can be read at once."""
+    batch, row, group, state = x.stride()
+    aligned = x.data_ptr() % (2 * x.element_size()) == 0
+    return state == 1 and batch % 2 == 0 and row % 2 == 0 and group % 2 == 0 and aligned

@@ -1,0 +1,374 @@
+// The forward scan for five states and more. README.md, "CUDA", derives the layout.
+//
+// Constants beyond those of scan_call.cuh and scan_tiles.cuh:
+//   UNROLLED      groups of eight steps that are written out one after the other
+//   INTERVAL      steps between two checkpoints
+//   RESIDENT      blocks of a multiprocessor that the registers must suffice for
+#include "scan_tiles.cuh"
+
+// A float32 output keeps its digits whatever comes in.
+#define EXACT_OUTPUT (EXACT || OUT_TYPE == FLOAT32)
+
+constexpr int WARPS = CHANNEL_WARPS * STATE_WARPS;
+constexpr int THREADS = WARP * WARPS;
+constexpr int TILE = 32;
+constexpr int GROUP = 8;
+// A row of the partial outputs: four numbers more than channels, so that a warp's writes meet all banks.
+constexpr int ROW = WIDTH + 4;
+constexpr int HALF_STATES = PADDED_STATES / 2;
+// Four pairs more than states, so that eight rows meet all banks.
+constexpr int C_ROW = HALF_STATES + 4;
+
+struct Shared {
+    // (dt, dt u) of every step and channel: see step_place.
+    float4 steps[TILE * STEP_ROW];
+    // Pairs of neighbouring states.
+    float2 B[TILE * HALF_STATES], C[TILE * C_ROW];
+    float outputs[STATE_WARPS * TILE * ROW];
+    float bias[WIDTH], skip[WIDTH];
+    // Whether a warp's states need what lies further back.
+    int alive[WARPS + 4 - WARPS % 4];
+};
+
+typedef Units<TILE, THREADS> Elements;
+
+// A tile's activations on their way from memory.
+struct Loads {
+    Packed u[Elements::EACH], delta[Elements::EACH];
+#if GATED
+    Packed z[Elements::EACH];
+#endif
+    Projections<TILE, THREADS> projections;
+};
+
+struct Strips {
+    Strip<const Number> u, delta, z;
+    ProjectionStrip B, C;
+    Strip<Output> y;
+};
+
+DEVICE void load(Loads& loads, const Elements& elements, const Strips& strips, const ScanCall& call,
+                 const Sequence& sequence, const Channels& channels, const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < Elements::EACH; ++i) {
+        const Unit& unit = elements.units[i];
+        Marks marks = find_marks(unit, call, sequence, channels, tile);
+        loads.u[i] = load_unit(strips.u, unit, marks);
+        loads.delta[i] = load_unit(strips.delta, unit, marks);
+#if GATED
+        loads.z[i] = load_unit(strips.z, unit, marks);
+#endif
+    }
+    loads.projections.load(strips.B, strips.C, call, sequence, tile);
+}
+
+// Put dt, dt u, B and C where the warps read them.
+DEVICE void prepare(Shared& shared, const Elements& elements, const Loads& loads, const ScanCall& call,
+                    const Sequence& sequence, const Channels& channels, const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < Elements::EACH; ++i) {
+        const Unit& unit = elements.units[i];
+        if (!unit.inside) continue;
+        Marks marks = find_marks(unit, call, sequence, channels, tile);
+        float u[UNIT], delta[UNIT], bias[UNIT];
+        unpack(loads.u[i], u);
+        unpack(loads.delta[i], delta);
+        read_channels(bias, shared.bias, unit);
+#pragma unroll
+        for (int k = 0; k < UNIT; ++k) {
+            delta[k] = find_step(delta[k], bias[k], marks.of(k).part);
+            u[k] *= delta[k];
+        }
+        write_steps(shared.steps, delta, u, unit);
+    }
+    loads.projections.store(shared.B, shared.C, C_ROW);
+}
+
+// A step's decays, of the four numbers of every tile: 2^(dt A log2 e).
+DEVICE void find_decays(States& decay, const States& a, float4 step) {
+#pragma unroll
+    for (int tile = 0; tile < STATE_TILES; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) decay[tile][i] = find_decay(i % 2 ? step.z : step.x, a[tile][i]);
+}
+
+// h = decay h + dt u B.
+DEVICE void advance(States& h, const States& decay, float4 step, const float2* Bs) {
+#pragma unroll
+    for (int tile = 0; tile < STATE_TILES; ++tile) {
+        float2 B = Bs[4 * tile];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B.y : B.x, decay[tile][i] * h[tile][i]);
+    }
+}
+
+// Outputs of eight steps: column j of a product over the states is C . h of step j.
+struct Outputs {
+    float sums[4];
+#if !EXACT_OUTPUT
+    // C of step g, of this lane's states.
+    float2 C[STATE_TILES];
+#endif
+
+    MEMBER void begin(const float2* Cs, const Lane& at) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i] = 0.0f;
+#if !EXACT_OUTPUT
+#pragma unroll
+        for (int tile = 0; tile < STATE_TILES; ++tile)
+            C[tile] = Cs[at.g * C_ROW + 4 * tile];
+#endif
+    }
+
+    MEMBER void add(const States& h, int j, const float2* Cs, const Lane& at) {
+        bool mine = at.g == j;
+#if !EXACT_OUTPUT
+        // C has few digits and the output is rounded to as many: h goes in as the tensor cores read it.
+#pragma unroll
+        for (int tile = 0; tile < STATE_TILES; ++tile)
+            multiply_add(sums, h[tile][0], h[tile][1], h[tile][2], h[tile][3], mine ? C[tile].x : 0.0f,
+                         mine ? C[tile].y : 0.0f);
+#else
+        // Sums over the lane's own states in float32; upper and lower digits of the rest meet a column of ones.
+        float first = 0.0f, second = 0.0f;
+#pragma unroll
+        for (int tile = 0; tile < STATE_TILES; ++tile) {
+            float2 C = Cs[j * C_ROW + 4 * tile];
+            first = fma(h[tile][2], C.y, fma(h[tile][0], C.x, first));
+            second = fma(h[tile][3], C.y, fma(h[tile][1], C.x, second));
+        }
+        float one = mine ? 1.0f : 0.0f;
+        multiply_add(sums, upper(first), upper(second), first - upper(first), second - upper(second), one, one);
+#endif
+    }
+
+    // to: the row of the group's first step at this warp's first channel.
+    MEMBER void store(float* to, const Lane& at) const {
+        *reinterpret_cast<float2*>(to + 2 * at.q * ROW + 2 * at.g) = {sums[0], sums[2]};
+        *reinterpret_cast<float2*>(to + (2 * at.q + 1) * ROW + 2 * at.g) = {sums[1], sums[3]};
+    }
+};
+
+// Where a lane reads and a warp writes, from a step of the tile on.
+DEVICE const float4* steps_from(const Shared& shared, const Lane& at, int step) {
+    return &shared.steps[step_place(step, at.channel / 2)];
+}
+
+DEVICE const float2* B_from(const Shared& shared, const Lane& at, int step) {
+    return &shared.B[step * HALF_STATES + at.state / 2];
+}
+
+DEVICE const float2* C_from(const Shared& shared, const Lane& at, int step) {
+    return &shared.C[step * C_ROW + at.state / 2];
+}
+
+DEVICE float* outputs_from(Shared& shared, const Lane& at, int step) {
+    return &shared.outputs[(at.state_warp * TILE + step) * ROW + 16 * at.channel_warp];
+}
+
+// Run a tile's steps in order.
+DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at) {
+#pragma unroll UNROLLED
+    for (int group = 0; group < TILE; group += GROUP) {
+        const float4* steps = steps_from(shared, at, group);
+        const float2 *Bs = B_from(shared, at, group), *Cs = C_from(shared, at, group);
+        Outputs outputs;
+        outputs.begin(Cs, at);
+#pragma unroll
+        for (int j = 0; j < GROUP; ++j) {
+            States decay;
+            float4 step = steps[j * STEP_ROW];
+            find_decays(decay, a, step);
+            advance(h, decay, step, Bs + j * HALF_STATES);
+            outputs.add(h, j, Cs, at);
+        }
+        outputs.store(outputs_from(shared, at, group), at);
+    }
+}
+
+// Add the states' parts and the skip, gate, and write y. What takes no part has zeros in u, z and C: y is 0 there.
+DEVICE void finish(const Shared& shared, const Elements& elements, const Packed* us, const Packed* zs,
+                   const Strip<Output>& strip, const ScanCall& call, const Sequence& sequence,
+                   const Channels& channels, const Tile& tile) {
+#pragma unroll
+    for (int i = 0; i < Elements::EACH; ++i) {
+        const Unit& unit = elements.units[i];
+        if (!unit.inside) continue;
+        float u[UNIT], z[UNIT], y[UNIT], skip[UNIT];
+        const float* from = &shared.outputs[unit.step * ROW + unit.channel];
+        read_unit(y, from, ROW);
+#pragma unroll
+        for (int warp = 1; warp < STATE_WARPS; ++warp) {
+            float more[UNIT];
+            read_unit(more, from + warp * TILE * ROW, ROW);
+#pragma unroll
+            for (int k = 0; k < UNIT; ++k) y[k] += more[k];
+        }
+        read_channels(skip, shared.skip, unit);
+        unpack(us[i], u);
+        if (GATED) unpack(zs[i], z);
+#pragma unroll
+        for (int k = 0; k < UNIT; ++k) {
+            y[k] = fma(skip[k], u[k], EXACT_OUTPUT ? y[k] : y[k] * CUT);
+            if (GATED) y[k] *= z[k] * sigmoid(z[k]);
+        }
+        Marks marks = find_marks(unit, call, sequence, channels, tile);
+        // A state that is not finite would leave not-a-numbers where nothing is.
+#pragma unroll
+        for (int k = 0; k < UNIT; ++k)
+            if (MASKED && !marks.of(k).part) y[k] = 0.0f;
+        store_unit(strip, y, unit, marks);
+    }
+}
+
+// Saves the state every INTERVAL steps, a multiple of TILE; asked at every start of a tile.
+struct Checkpoints {
+    float* next;
+    int64 size;
+    int phase;
+
+    // step: where the first tile starts, a multiple of the interval.
+    MEMBER Checkpoints(const ScanCall& call, const Sequence& sequence, int step) {
+        phase = 0;
+        size = call.channels * STATES;
+        int64 index = sequence.first_checkpoint + step / INTERVAL;
+        next = call.checkpoints == nullptr ? nullptr : call.checkpoints + index * size;
+    }
+
+    MEMBER void save(const States& h, const Channels& channels, const Lane& at) {
+        if (next != nullptr && phase == 0) {
+            store_states(next, h, channels, at);
+            next += size;
+        }
+        phase = (phase + TILE) % INTERVAL;
+    }
+};
+
+// What a block starts with.
+struct Block {
+    Lane at;
+    Sequence sequence;
+    Channels channels;
+    Elements elements;
+    Strips strips;
+    int chunk, begin, end;
+    int64 states_size, chunk_index;
+
+    MEMBER void find(Shared& shared, const ScanCall& call) {
+        int n_blocks = count_blocks<WIDTH>(call);
+        at = find_lane();
+        channels = find_channels<WIDTH>(call, block_x() % n_blocks);
+        sequence = find_sequence(call, block_x() / n_blocks);
+        elements.find();
+        chunk = block_y();
+        begin = chunk * int(call.chunk);
+        end = sequence.length;
+        if (call.n_chunks > 1 && begin + int(call.chunk) < end) end = begin + int(call.chunk);
+        states_size = call.channels * STATES;
+        chunk_index = int64(sequence.index) * call.n_chunks + chunk;
+        strips.u = find_strip(call.u, sequence, channels);
+        strips.delta = find_strip(call.delta, sequence, channels);
+        strips.z = find_strip(call.z, sequence, channels);
+        strips.B = find_strip(call.B, sequence, channels);
+        strips.C = find_strip(call.C, sequence, channels);
+        strips.y = find_strip(call.y, sequence, channels);
+        for (int i = thread_index(); i < WIDTH; i += THREADS) {
+            bool there = channels.first + i < channels.end;
+            shared.bias[i] = there && call.delta_bias != nullptr ? call.delta_bias[channels.first + i] : 0.0f;
+            shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] : 0.0f;
+        }
+    }
+};
+
+KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__ ScanCall call) {
+    SHARED_MEMORY(memory);
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Block my;
+    my.find(shared, call);
+    States a, h;
+    load_decays(a, call, my.channels, my.at);
+    const float* before =
+        call.initial_state == nullptr ? nullptr : call.initial_state + my.sequence.index * my.states_size;
+    if (call.n_chunks > 1) before = call.chunk_state + my.chunk_index * my.states_size;
+    load_states(h, before, my.channels, my.at);
+    Checkpoints checkpoints(call, my.sequence, my.begin);
+    Loads loads;
+    Tile tile = {my.begin, my.end};
+    if (tile.first < tile.end) load(loads, my.elements, my.strips, call, my.sequence, my.channels, tile);
+    synchronize_block();
+
+#pragma unroll 1
+    for (; tile.first < tile.end; tile.first += TILE) {
+        prepare(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+        Packed u[Elements::EACH], z[Elements::EACH];
+#pragma unroll
+        for (int i = 0; i < Elements::EACH; ++i) {
+            u[i] = loads.u[i];
+#if GATED
+            z[i] = loads.z[i];
+#endif
+        }
+        Tile next = {tile.first + TILE, tile.end};
+        if (next.first < next.end) load(loads, my.elements, my.strips, call, my.sequence, my.channels, next);
+        synchronize_block();
+        checkpoints.save(h, my.channels, my.at);
+        run(shared, h, a, my.at);
+        synchronize_block();
+        finish(shared, my.elements, u, z, my.strips.y, call, my.sequence, my.channels, tile);
+    }
+    if (my.chunk == last_chunk(call, my.sequence))
+        store_states(call.final_state + my.sequence.index * my.states_size, h, my.channels, my.at);
+}
+
+// What a chunk makes of a zero state, and the sum of its steps: from these the chunks are chained. The chunk is walked
+// from its end, each step's part decayed by the steps behind it, until nothing of what lies further back is left.
+KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ ScanCall call) {
+    SHARED_MEMORY(memory);
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    Block my;
+    my.find(shared, call);
+    States a, h;
+    load_decays(a, call, my.channels, my.at);
+    load_states(h, nullptr, my.channels, my.at);
+    float sums[2] = {0.0f, 0.0f};
+    Loads loads;
+    Tile tile = {my.begin + (my.end - my.begin - 1) / TILE * TILE, my.end};
+    if (my.end <= my.begin) tile.first = my.begin - TILE;
+    if (tile.first >= my.begin) load(loads, my.elements, my.strips, call, my.sequence, my.channels, tile);
+    synchronize_block();
+
+#pragma unroll 1
+    for (; tile.first >= my.begin; tile.first -= TILE) {
+        prepare(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+        Tile next = {tile.first - TILE, tile.end};
+        if (next.first >= my.begin) load(loads, my.elements, my.strips, call, my.sequence, my.channels, next);
+        synchronize_block();
+        const float4* steps = steps_from(shared, my.at, 0);
+        const float2* Bs = B_from(shared, my.at, 0);
+#pragma unroll 8
+        for (int j = TILE - 1; j >= 0; --j) {
+            float4 step = steps[j * STEP_ROW];
+#pragma unroll
+            for (int tile = 0; tile < STATE_TILES; ++tile) {
+                float2 B = Bs[j * HALF_STATES + 4 * tile];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float left = exp2_fast(sums[i % 2] * a[tile][i]) * (i % 2 ? step.w : step.y);
+                    h[tile][i] = fma(left, i / 2 ? B.y : B.x, h[tile][i]);
+                }
+            }
+            sums[0] += step.x;
+            sums[1] += step.z;
+        }
+        bool decayed = has_decayed(a, sums[0], sums[1], my.channels, my.at);
+        if (my.at.lane == 0) shared.alive[thread_index() / WARP] = !decayed;
+        synchronize_block();
+        int alive = 0;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; ++warp) alive |= shared.alive[warp];
+        if (!alive) break;
+    }
+    store_states(call.chunk_state + my.chunk_index * my.states_size, h, my.channels, my.at);
+    store_steps(call.chunk_delta + my.chunk_index * call.channels, sums, my.channels, my.at);
+}

@@ -1,0 +1,72 @@
+// What comes between and after the passes: states are handed from chunk to chunk, partial gradients are summed in a
+// fixed order, which gives the same bits in every run. A warp's threads read neighbouring numbers.
+#include "scan_call.cuh"
+
+// The gradients of B and of C: over the blocks of channels of a group.
+DEVICE void reduce_projection(const ScanCall& call, int64 index, int blocks) {
+    int state = int(index % STATES), which = int(index / STATES % 2);
+    int64 row_group = index / (2 * STATES);
+    const float* from = call.partial_bc + (row_group * blocks * 2 + which) * STATES + state;
+    float sum = 0.0f;
+    // A state that is not finite would leave not-a-numbers where nothing is.
+    if (call.mask != nullptr && call.mask[row_group / call.groups] == 0) blocks = 0;
+#pragma unroll 4
+    for (int block = 0; block < blocks; ++block) sum += from[int64(block) * 2 * STATES];
+    put((which == 0 ? call.dB : call.dC) + row_group * STATES + state, sum);
+}
+
+// A parameter's gradient: over the sequences and their chunks.
+DEVICE float reduce_rows(const float* from, int64 rows, int64 stride) {
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int64 row = 0; row < rows; ++row) sum += from[row * stride];
+    return sum;
+}
+
+// call.chunk here: blocks of channels of a group.
+KERNEL __launch_bounds__(256) scan_reduce(const __grid_constant__ ScanCall call) {
+    int64 index = int64(block_x()) * 256 + thread_index();
+    int64 batch = PACKED ? 1 : call.n_seqs, rows = call.n_seqs * call.n_chunks;
+    int64 n_projections = batch * call.length * call.groups * 2 * STATES, n_states = call.channels * STATES;
+    if (index < n_projections) {
+        reduce_projection(call, index, int(call.chunk));
+        return;
+    }
+    index -= n_projections;
+    if (index < n_states) {
+        call.dA[index] = reduce_rows(call.partial_a + index, rows, n_states);
+        return;
+    }
+    index -= n_states;
+    if (index < call.channels) {
+        call.dD[index] = reduce_rows(call.partial_d + index, rows, call.channels);
+        return;
+    }
+    index -= call.channels;
+    if (index < call.channels) call.dbias[index] = reduce_rows(call.partial_bias + index, rows, call.channels);
+}
+
+// Hand the state, or the adjoint, through a sequence's chunks: chunk_state holds what each makes of zero, and gets what
+// stands before it; before the first stands `begin`, which may be null.
+DEVICE void chain(const ScanCall& call, const float* begin, bool back) {
+    int64 index = int64(block_x()) * 256 + thread_index(), n_states = call.channels * STATES;
+    if (index >= call.n_seqs * n_states) return;
+    int64 sequence = index / n_states, place = index % n_states;
+    int64 channel = place / STATES, state = place % STATES;
+    float a = call.A[channel * call.A_channel + state * call.A_state] * LOG2_E;
+    float h = begin == nullptr ? 0.0f : begin[index];
+    for (int64 step = 0; step < call.n_chunks; ++step) {
+        int64 chunk = sequence * call.n_chunks + (back ? call.n_chunks - 1 - step : step);
+        float end = call.chunk_state[chunk * n_states + place];
+        call.chunk_state[chunk * n_states + place] = h;
+        h = fma(exp2_fast(a * call.chunk_delta[chunk * call.channels + channel]), h, end);
+    }
+}
+
+KERNEL __launch_bounds__(256) scan_chain_forward(const __grid_constant__ ScanCall call) {
+    chain(call, call.initial_state, false);
+}
+
+KERNEL __launch_bounds__(256) scan_chain_backward(const __grid_constant__ ScanCall call) {
+    chain(call, call.dfinal, true);
+}
