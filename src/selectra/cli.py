@@ -1,12 +1,9 @@
 """The command line: one function for each command. Heavy imports happen inside them, so that help comes at once."""
 
-import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -60,9 +57,14 @@ class Split(StrEnum):
 
 
 class Benchmark(StrEnum):
-    """What can be timed."""
+    """What can be timed, and what is made from the records."""
 
     scan = "scan"
+    lengths = "lengths"
+    block = "block"
+    model = "model"
+    plot = "plot"
+    tables = "tables"
 
 
 class Stamps(StrEnum):
@@ -327,33 +329,29 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    what: Annotated[Benchmark, typer.Argument(help="What to time.")] = Benchmark.scan,
+    what: Annotated[
+        Benchmark, typer.Argument(help="What to time; `plot` and `tables` only read records.")
+    ] = Benchmark.scan,
+    file: Annotated[
+        Path | None, typer.Argument(help="For `plot` a record of `lengths`, for `tables` a Markdown file.")
+    ] = None,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
     seconds: Annotated[
-        float, typer.Option(min=0, help="Time for each measurement: a shape, forward or training.")
-    ] = 2.0,
-    out: Annotated[Path | None, typer.Option(help="Folder for the record; default: none is written.")] = None,
+        float | None,
+        typer.Option(min=0, help="Time for each measurement; default: 2 on a CPU, 1 on a GPU (`lengths`: 0.5)."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the record (default: none is written); for `plot` the picture.")
+    ] = None,
+    record: Annotated[Path | None, typer.Option(help="The record's own path, instead of --out.")] = None,
+    tags: Annotated[
+        str | None, typer.Option(help="Only these: shapes of `scan` on a GPU (lm,vim-t), or models of `model`.")
+    ] = None,
 ) -> None:
     """Time operators against the reference and other packages, after checking that they agree."""
-    from selectra.bench.scan import bench_scan  # noqa: PLC0415
-    from selectra.train.checkpoint import replacing, writable_folder  # noqa: PLC0415
-    from selectra.train.parallel import pick_device  # noqa: PLC0415
+    from selectra.bench.command import Wish, bench_command  # noqa: PLC0415
 
-    if out is not None:
-        writable_folder(out)
-    console = _console()
-
-    def save(record: dict[str, Any]) -> None:
-        if out is not None:
-            hardware = record["environment"]["hardware"]
-            name = hardware["gpus"][0] if record["device"].startswith("cuda") else hardware["processor"]
-            words = [what.value, *re.findall(r"[a-z0-9]+", name.lower()), datetime.now(UTC).strftime("%Y-%m-%d")]
-            with replacing(out / f"{'-'.join(words)}.json") as partial:
-                partial.write_text(json.dumps({"command": shlex.join(["selectra", *sys.argv[1:]]), **record}, indent=2))
-
-    {Benchmark.scan: bench_scan}[what](pick_device(device), seconds, console, save)
-    if out is not None:
-        console.print(f"Written to {out}/", soft_wrap=True, highlight=False)
+    bench_command(Wish(what.value, file, device, seconds, out, record, tags), _console())
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`selectra bench scan`: the selective scan's backends beside other packages' ways to compute it, in one run."""
+"""`selectra bench scan` on a CPU: the scan's backends beside other packages' ways to compute it, in one run."""
 
 import importlib
 import importlib.util
@@ -30,10 +30,7 @@ class Shape(NamedTuple):
     n: int
 
 
-SHAPES = {
-    "cpu": (Shape(8, 384, 196, 16), Shape(1, 768, 1024, 16), Shape(1, 256, 4096, 16)),
-    "cuda": (Shape(8, 2048, 2048, 16), Shape(128, 384, 197, 16)),
-}
+SHAPES = (Shape(8, 384, 196, 16), Shape(1, 768, 1024, 16), Shape(1, 256, 4096, 16))
 FLAGS: dict[str, Any] = {"delta_softplus": True}
 # Of each tensor's maximum, in float32: what other packages may differ from ours.
 PEERS_AT_MOST = 1e-4
@@ -77,7 +74,7 @@ def bench_scan(
         "seconds for each measurement": seconds,
         "rows": [],
     }
-    for shape in shapes or SHAPES.get(device.type, SHAPES["cpu"]):
+    for shape in shapes or SHAPES:
         running = {name: c for name, c in contenders.items() if c.longest is None or shape.l <= c.longest}
         rows = _measure(shape, running, seconds, device)
         record["rows"] += rows

@@ -1,0 +1,84 @@
+"""Tables inside Markdown files, filled from the records that they name.
+
+A table stands between `<!-- table KIND from PATTERN -->` and `<!-- end -->`. The pattern is a path relative to the
+Markdown file and may hold `*`; of several records the newest counts. Two patterns are divided by a comma.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from selectra.bench.block_table import block_table, model_table
+from selectra.bench.length_table import findings, length_table
+from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
+from selectra.bench.targets import target_table
+from selectra.errors import ConfigError, DataError
+
+MARK = re.compile(r"(<!-- table (\w+) from ([^>]+?) -->\n).*?(<!-- end -->)", re.S)
+NO_RECORD = "No record yet."
+
+TABLES: dict[str, Callable[..., str]] = {
+    "scan": lambda record: f"{table(record['rows'])}\n\nGeometric means: {summary(record['rows'])}.",
+    "precision": precision_table,
+    "memory": memory_table,
+    "host": host_table,
+    "lengths": length_table,
+    "findings": lambda record: "\n".join(f"- {line}" for line in findings(record)["words"]),
+    "targets": target_table,
+    "block": block_table,
+    "model": model_table,
+    "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
+}
+
+
+def filled(text: str, folder: Path) -> str:
+    """The text with every table as its records give it.
+
+    Args:
+        folder: Where the Markdown file lies.
+
+    Raises:
+        ConfigError: A table of an unknown kind.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        start, kind, patterns, end = match.groups()
+        if kind not in TABLES:
+            raise ConfigError(f"there is no table '{kind}'; there are {', '.join(TABLES)}.")
+        records = [newest(folder, pattern.strip()) for pattern in patterns.split(",")]
+        body = NO_RECORD if records[0] is None else TABLES[kind](*records)
+        return f"{start}\n{body}\n\n{end}"
+
+    return MARK.sub(fill, text)
+
+
+def newest(folder: Path, pattern: str) -> dict[str, Any] | None:
+    """The record of the latest date among the files that fit, or None where there is none."""
+    start, name = (folder / pattern).parent, Path(pattern).name
+    found = [read_record(path) for path in sorted(start.glob(name))]
+    return max(found, key=lambda record: record["date"], default=None)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        DataError: It is absent or damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' is no record of `selectra bench`: {error}") from error
+    if not isinstance(record, dict) or "benchmark" not in record:
+        raise DataError(f"'{path}' is no record of `selectra bench`; it says no benchmark.")
+    return record
+
+
+def _versions(record: dict[str, Any]) -> str:
+    facts = record["environment"]
+    gpus = facts["hardware"]["gpus"]
+    where = gpus[0] if record["device"].startswith("cuda") and gpus else facts["hardware"]["processor"]
+    peers = ", ".join(f"{name} {peer['version']}" for name, peer in record.get("peers", {}).items())
+    return f"{where}, PyTorch {facts['versions']['torch']}{', ' + peers if peers else ''}"
