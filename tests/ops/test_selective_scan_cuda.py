@@ -341,3 +341,26 @@ def test_a_dimension_of_one_may_have_any_stride(emulated_gpu: EmulatedGpu) -> No
     calls = [prepare(x, u, A, BC, BC, delta_softplus=True) for x in (u, wide)]
     first, second = (cuda.forward(call, False)[0] for call in calls)
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("n", "shared_limit"), [(64, 163 * 1024), (20, 99 * 1024), (64, 99 * 1024)])
+def test_smaller_blocks_where_there_is_less_shared_memory(gpu: EmulatedGpu, n: int, shared_limit: int) -> None:
+    gpu.shared_limit = shared_limit
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tensors = {name: normal(1, 70, 24) for name in ("u", "delta", "z")} | {name: normal(1, 70, n) for name in "BC"}
+    tensors["A"] = -normal(24, n).exp()
+
+    def found(op: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
+        y = op(**leaves, delta_softplus=True)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+    with selective_scan.using("reference"):
+        want = found(selective_scan, torch.float64)
+    for got, truth in zip(found(scan, torch.float32), want, strict=True):
+        assert (got.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+    assert max(kernel.shared_bytes for kernel in gpu.kernels) <= shared_limit

@@ -83,7 +83,7 @@ BACKWARD_LAYOUTS = {
     1: (Layout(4, 1, resident=2),),
     2: (Layout(4, 1, state_tiles=2, resident=2), Layout(2, 1, state_tiles=2, resident=2)),
     4: (Layout(4, 2, state_tiles=2), Layout(2, 2, state_tiles=2), Layout(1, 2, state_tiles=2)),
-    8: (Layout(2, 4, state_tiles=2), Layout(1, 4, state_tiles=2)),
+    8: (Layout(2, 4, state_tiles=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
 }
 
 
