@@ -23,6 +23,8 @@ inline unsigned char* new_stack() {
   return static_cast<unsigned char*>(pages) + kGuardPage;
 }
 
+inline void free_stack(unsigned char* stack) { munmap(stack - kGuardPage, kGuardPage + kStackBytes); }
+
 #if defined(__x86_64__) && defined(__ELF__)
 
 // ucontext saves the signal mask by a system call at every switch; here a switch is a dozen instructions.

@@ -236,6 +236,14 @@ const char* wrong_words(int got, int wanted) {
   return message;
 }
 
+// A process may have 65,530 pieces of memory on Linux, two of them a stack, and every source keeps stacks of its own.
+void free_stacks() {
+  for (auto& thread : threads) {
+    if (thread.stack != nullptr) free_stack(thread.stack);
+    thread.stack = nullptr;
+  }
+}
+
 const char* run(const Launch& launch, Body kernel, const void* call) {
   failed = false;
   if (refused(launch)) return message;
@@ -260,6 +268,7 @@ const char* run(const Launch& launch, Body kernel, const void* call) {
     run_block(launch);
     index = (index + stride) % n_blocks;
   }
+  free_stacks();
 #if !defined(__SANITIZE_ADDRESS__)
   leave_faults();
 #endif
