@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 from selectra.errors import BackendError
@@ -73,15 +74,18 @@ def architectures() -> tuple[int, ...]:
 def read_unit(source: str) -> Unit:
     """Read a source and, through its include lines, the headers."""
     root = _root()
-    file = root.joinpath(source)
-    folder = root.joinpath(source.rpartition("/")[0]) if "/" in source else root
+    # What an editable install has as its root does not take absolute paths.
+    own = Path("/") if source.startswith("/") else root
+    place = source.strip("/")
+    file = own.joinpath(place)
+    folder = own.joinpath(place.rpartition("/")[0]) if "/" in place else own
     text = file.read_bytes()
     headers: dict[str, bytes] = {}
     pending = list(_includes(text))
     while pending:
         name = pending.pop()
         found = next(
-            (path for place in (folder, root.joinpath(SHARED_FOLDER)) if (path := place / name).is_file()), None
+            (path for where in (folder, root.joinpath(SHARED_FOLDER)) if (path := where / name).is_file()), None
         )
         # One that is not there may stand in a branch that is not compiled; where it is, NVRTC names it.
         if name not in headers and found is not None:
