@@ -74,11 +74,12 @@ def architectures() -> tuple[int, ...]:
 def read_unit(source: str) -> Unit:
     """Read a source and, through its include lines, the headers."""
     root = _root()
-    # What an editable install has as its root does not take absolute paths.
-    own = Path("/") if source.startswith("/") else root
-    place = source.strip("/")
-    file = own.joinpath(place)
-    folder = own.joinpath(place.rpartition("/")[0]) if "/" in place else own
+    # What an editable install has as its root takes neither absolute paths nor several names at once.
+    folder: Traversable = Path("/") if source.startswith("/") else root
+    *folders, file_name = source.strip("/").split("/")
+    for name in folders:
+        folder = folder.joinpath(name)
+    file = folder.joinpath(file_name)
     text = file.read_bytes()
     headers: dict[str, bytes] = {}
     pending = list(_includes(text))
