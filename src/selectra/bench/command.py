@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from selectra.bench import scan
+from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block
+from selectra.bench.docs import filled, read_record
+from selectra.bench.length_plot import length_figure
+from selectra.bench.lengths import bench_lengths
+from selectra.bench.model import bench_model
+from selectra.bench.scan_gpu import bench_scan_gpu
+from selectra.bench.shapes import chosen_cases
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
@@ -62,20 +70,13 @@ def _seconds(wish: Wish, device: torch.device) -> float:
 
 def _scan(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     if device.type == "cuda":
-        from selectra.bench.scan_gpu import bench_scan_gpu  # noqa: PLC0415
-        from selectra.bench.shapes import chosen_cases  # noqa: PLC0415
-
         bench_scan_gpu(device, _seconds(wish, device), console, save, chosen_cases(wish.only))
         return
     _refuse_only(wish, f"chooses among the shapes of a GPU, and this runs on {device}")
-    from selectra.bench import scan  # noqa: PLC0415
-
     scan.bench_scan(device, _seconds(wish, device), console, save)
 
 
 def _lengths(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
-    from selectra.bench.lengths import bench_lengths  # noqa: PLC0415
-
     _refuse_only(wish, "has nothing to choose from here")
     if device.type != "cuda":
         raise ConfigError(f"`bench lengths` needs a CUDA device for lengths up to 65,536, and this is {device}.")
@@ -83,16 +84,12 @@ def _lengths(wish: Wish, device: torch.device, console: Console, save: Save) -> 
 
 
 def _block(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
-    from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block  # noqa: PLC0415
-
     _refuse_only(wish, "has nothing to choose from here")
     study = BlockStudy() if device.type == "cuda" else CPU_STUDY
     bench_block(device, _seconds(wish, device), console, save, study)
 
 
 def _model(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
-    from selectra.bench.model import bench_model  # noqa: PLC0415
-
     bench_model(device, _seconds(wish, device), console, save, wish.only)
 
 
@@ -105,8 +102,6 @@ RUNNERS = {"scan": _scan, "lengths": _lengths, "block": _block, "model": _model}
 
 
 def _plot(wish: Wish) -> Path:
-    from selectra.bench.docs import read_record  # noqa: PLC0415
-    from selectra.bench.length_plot import length_figure  # noqa: PLC0415
 
     if wish.file is None or wish.out is None:
         raise ConfigError("a picture is made by `selectra bench plot RECORD.json --out FILE.png`; give both files.")
@@ -122,8 +117,6 @@ def _plot(wish: Wish) -> Path:
 
 
 def _tables(wish: Wish) -> Path:
-    from selectra.bench.docs import filled  # noqa: PLC0415
-
     if wish.file is None or not wish.file.is_file():
         raise ConfigError(
             f"`selectra bench tables FILE.md` fills the tables of a Markdown file; there is no '{wish.file}'."
