@@ -99,6 +99,15 @@ def test_targets_are_judged_by_the_record() -> None:
     assert "float32 gradients against float64" not in found
 
 
+def test_float32_targets_look_at_the_benchmarked_sizes_too() -> None:
+    error = {"ours": {"largest": 1e-7, "rms": 1e-7}}
+    record = scan_record() | {"precision": [{"dtype": "fp32", "errors": {"y": error, "du": error}}]}
+    record["rows"] = [row | {"dtype": "fp32", "errors at size": {"y": 2e-6, "du": 3e-6}} for row in record["rows"]]
+    table = targets.target_table(record, None)
+    assert "| float32 output against float64 | at most 1e-6 | 2.0e-06 | no |" in table
+    assert "| float32 gradients against float64 | at most 5e-6 | 3.0e-06 | yes |" in table
+
+
 def run(*words: object) -> int:
     with pytest.raises(SystemExit) as stopped:
         main([str(word) for word in words])
