@@ -32,8 +32,10 @@ struct Steps {
     PerState decay[STEPS];
     // The state before every step, and after the last.
     PerState h[STEPS + 1];
+#if GATED
     // The gradient of the output before the gate.
     PerChannel dy[STEPS];
+#endif
 
     // h[0] is known. The gradient of z takes z's place in the tile.
     MEMBER void run(Tile& tile, int lane, const Parameters& own) {
@@ -51,7 +53,6 @@ struct Steps {
         PerChannel u, delta;
         read(tile.tiles[U] + place, u);
         read(tile.tiles[DELTA] + place, delta);
-        read(tile.tiles[DY] + place, dy[t]);
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
             dt[t][e] = rows.step_size(delta[e] + own.bias[e], j);
@@ -63,10 +64,12 @@ struct Steps {
             }
         }
 #if GATED
+        read(tile.tiles[DY] + place, dy[t]);
         ungate(t, tile.tiles[Z] + place, rows.C + j * STATES, u, own);
 #endif
     }
 
+#if GATED
     // From the gradient of y to that of the output before the gate; the gradient of z takes z's place.
     MEMBER void ungate(int t, Number* place, const float* C, const PerChannel& u, const Parameters& own) {
         PerChannel z, dz;
@@ -81,20 +84,32 @@ struct Steps {
         }
         write<TYPE>(place, dz);
     }
+#endif
+
+    MEMBER void output_gradient(PerChannel& x, int t, const Tile& tile, int lane) const {
+#if GATED
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) x[e] = dy[t][e];
+#else
+        read(tile.tiles[DY] + t * Tile::Cut::PITCH + lane * EACH, x);
+#endif
+    }
 
     // What reaches h[0] when nothing reaches the last state, and the sums of dt.
-    MEMBER void reach(PerState& arriving, PerChannel& sums, const Tile& tile) const {
+    MEMBER void reach(PerState& arriving, PerChannel& sums, const Tile& tile, int lane) const {
 #pragma unroll
         for (int t = STEPS - 1; t >= 0; --t) {
             Rows rows;
             rows.read(tile, t / AT_ONCE * AT_ONCE);
+            PerChannel from_output;
+            output_gradient(from_output, t, tile, lane);
 #pragma unroll
             for (int e = 0; e < EACH; ++e) {
                 sums[e] += dt[t][e];
 #pragma unroll
                 for (int n = 0; n < STATES; ++n)
                     arriving[e][n] =
-                        decay[t][e][n] * fma(rows.C[t % AT_ONCE * STATES + n], dy[t][e], arriving[e][n]);
+                        decay[t][e][n] * fma(rows.C[t % AT_ONCE * STATES + n], from_output[e], arriving[e][n]);
             }
         }
     }
@@ -160,8 +175,8 @@ struct Adjoint {
                      float (&dB)[STATES], float (&dC)[STATES]) {
         int place = t * Tile::Cut::PITCH + lane * EACH;
         const float *B = rows.B + j * STATES, *C = rows.C + j * STATES;
-        const PerChannel& dy = steps.dy[t];
-        PerChannel u, delta, du, ddelta;
+        PerChannel u, delta, dy, du, ddelta;
+        steps.output_gradient(dy, t, tile, lane);
         read(tile.tiles[U] + place, u);
         read(tile.tiles[DELTA] + place, delta);
 #pragma unroll
@@ -305,7 +320,7 @@ KERNEL __launch_bounds__(WARP * WARPS, (RESIDENT) / WARPS) scan_backward(const _
         PerState carried, made = {};
         PerChannel sums = {};
         copy_states(carried, adjoint.arriving);
-        if (there) steps.reach(made, sums, tile);
+        if (there) steps.reach(made, sums, tile, work.lane);
         hand_over(carried, adjoint.arriving, made, sums, shared.messages[turn % 2], work, own);
 #endif
         if (there) {
