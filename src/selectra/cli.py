@@ -63,6 +63,7 @@ class Benchmark(StrEnum):
     lengths = "lengths"
     block = "block"
     model = "model"
+    start = "start"
     plot = "plot"
     tables = "tables"
 
