@@ -180,12 +180,25 @@ DEVICE void chain(const ScanCall& call, const float* first, bool backwards) {
     int64 sequence = index / of_sequence, place = index % of_sequence, channel = place / STATES;
     float rate = call.A[channel * call.A_channel + place % STATES * call.A_state] * LOG2_E;
     float state = first == nullptr ? 0.0f : first[index];
-#pragma unroll 4
-    for (int i = 0; i < int(call.n_chunks); ++i) {
-        int64 chunk = sequence * call.n_chunks + (backwards ? int(call.n_chunks) - 1 - i : i);
-        float* own = call.chunk_state + chunk * of_sequence + place;
-        float end = *own;
-        *own = state;
-        state = fma(exp2_fast(call.chunk_delta[chunk * call.channels + channel] * rate), state, end);
+    // Many chunks are on their way at once.
+    constexpr int AHEAD = 8;
+    int n_chunks = int(call.n_chunks);
+#pragma unroll 1
+    for (int start = 0; start < n_chunks; start += AHEAD) {
+        float *places[AHEAD], ends[AHEAD], sums[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            int step = smaller(start + i, n_chunks - 1);
+            int64 chunk = sequence * n_chunks + (backwards ? n_chunks - 1 - step : step);
+            places[i] = call.chunk_state + chunk * of_sequence + place;
+            ends[i] = *places[i];
+            sums[i] = call.chunk_delta[chunk * call.channels + channel];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (start + i >= n_chunks) return;
+            *places[i] = state;
+            state = fma(exp2_fast(sums[i] * rate), state, ends[i]);
+        }
     }
 }

@@ -30,7 +30,7 @@ struct Work {
     Sequence sequence;
     Channels channels;
     int lane, warp, first_tile, n_tiles;
-    // How often all warps take a tile; at the last turn some find none.
+    // How often all warps take a tile. At the last turn some find none: theirs has no rows.
     int n_turns;
     bool last_chunk;
     // Among the chunks of all sequences.
@@ -171,9 +171,9 @@ struct RowValues {
                 work.lane % STEPS * step + work.channels.group * from.group;
     }
 
+    // `mark` is 0 before.
     MEMBER void fetch(const ScanCall& call, const Work& work, int tile) {
         int row = tile * STEPS + work.lane % STEPS;
-        mark = 0;
         if (row >= work.sequence.length) return;
 #pragma unroll
         for (int n = 0; n < STATES; ++n) values[n] = place[tile * STEPS * step + n * state];
@@ -281,20 +281,22 @@ struct Pipeline {
         return work.first_tile + (BACKWARDS ? work.n_tiles - 1 - index : index);
     }
 
-    // Rows of a tile, given this lane's.
-    MEMBER Presence presence(const Work& work, int tile, float mine) const {
-        return {smaller(work.sequence.length - tile * STEPS, STEPS), mine};
+    // Rows of a turn's tile, given this lane's.
+    MEMBER Presence presence(const Work& work, int turn, float mine) const {
+        int left = work.sequence.length - tile_at(work, turn) * STEPS;
+        return {WARPS == 1 || has(work, turn) ? smaller(left, STEPS) : 0, mine};
     }
 
     MEMBER void fetch(const ScanCall& call, const Work& work, int turn) {
+        rows.mark = 0;
         if (has(work, turn)) rows.fetch(call, work, tile_at(work, turn));
     }
 
     MEMBER void ask(Slot<TENSORS>* slots, const ScanCall& call, const Work& work, int turn) {
-        if (has(work, turn)) {
+        if (turn < work.n_turns) {
             Slot<TENSORS>& slot = slots[turn % DEPTH];
             int tile = tile_at(work, turn);
-            Presence there = presence(work, tile, rows.there() ? 1.0f : 0.0f);
+            Presence there = presence(work, turn, rows.there() ? 1.0f : 0.0f);
             slot.put_rows(rows, work.lane);
             if (there.whole(work))
                 load<true>(slot, tile, there, work);

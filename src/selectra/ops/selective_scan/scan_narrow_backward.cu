@@ -205,16 +205,17 @@ struct Adjoint {
     }
 };
 
-// Write the sums over the block's channels that this lane holds of SUMMED steps, walked from `last` down.
-DEVICE void store_projection_sums(float sum, int last, const ScanCall& call, const Work& work) {
+// Write the sums over the block's channels that this lane holds of SUMMED steps, walked from `last` down; there are
+// none from step `end` on.
+DEVICE void store_projection_sums(float sum, int last, int end, const ScanCall& call, const Work& work) {
     int pair = work.lane % 16, n = pair % PADDED_STATES, step = last - pair / PADDED_STATES;
-    if (n >= STATES || step >= work.sequence.length) return;
+    if (n >= STATES || step >= end) return;
     int64 row = work.sequence.batch * call.length + position(call, work.sequence, step);
     call.partial_bc[((row * work.n_blocks + work.block) * 2 + work.lane / 16) * STATES + n] = sum;
 }
 
-// Walk a tile back.
-DEVICE void walk_back(Adjoint& adjoint, const Steps& steps, Tile& tile, int first_step, const ScanCall& call,
+// Walk a tile of the steps from `first_step` to `end` back.
+DEVICE void walk_back(Adjoint& adjoint, const Steps& steps, Tile& tile, int first_step, int end, const ScanCall& call,
                       const Work& work, const Parameters& own) {
     // Sums over the length by tiles: rounding grows with the number of tiles, not of steps.
     Adjoint here = adjoint;
@@ -234,7 +235,7 @@ DEVICE void walk_back(Adjoint& adjoint, const Steps& steps, Tile& tile, int firs
                 sums.add(walked % SUMMED * PADDED_STATES + n, n < STATES ? dB[n] : 0.0f, n < STATES ? dC[n] : 0.0f,
                          work.lane);
             if (walked % SUMMED == SUMMED - 1)
-                store_projection_sums(sums.sum, first_step + t + SUMMED - 1, call, work);
+                store_projection_sums(sums.sum, first_step + t + SUMMED - 1, end, call, work);
         }
     }
     here.add_sums(adjoint);
@@ -304,36 +305,35 @@ KERNEL __launch_bounds__(WARP * WARPS, (RESIDENT) / WARPS) scan_backward(const _
     adjoint.clear_sums();
     load_states(adjoint.arriving, first_states(call.dfinal, call, work), own);
     const float* checkpoints = states_at(call.checkpoints, call, work.sequence.first_checkpoint);
-    if (tiles.has(work, 0)) load_states(checkpoint, states_at(checkpoints, call, tiles.tile_at(work, 0)), own);
+    // Zero where this warp has no tile.
+    auto load_checkpoint = [&](int turn) {
+        const float* from = tiles.has(work, turn) ? states_at(checkpoints, call, tiles.tile_at(work, turn)) : nullptr;
+        load_states(checkpoint, from, own);
+    };
+    load_checkpoint(0);
 #pragma unroll 1
     for (int turn = 0; turn < work.n_turns; ++turn) {
         Tile& tile = tiles.take(slots, call, work, turn);
-        bool there = WARPS == 1 || tiles.has(work, turn);
+        Presence there = tiles.presence(work, turn, tile.presence[work.lane % STEPS]);
+        int first_step = tiles.tile_at(work, turn) * STEPS;
         Steps steps;
-        if (there) {
-            copy_states(steps.h[0], checkpoint);
-            if (tiles.has(work, turn + 1))
-                load_states(checkpoint, states_at(checkpoints, call, tiles.tile_at(work, turn + 1)), own);
-            steps.run(tile, work.lane, own);
-        }
+        copy_states(steps.h[0], checkpoint);
+        load_checkpoint(turn + 1);
+        steps.run(tile, work.lane, own);
 #if WARPS > 1
         PerState carried, made = {};
         PerChannel sums = {};
         copy_states(carried, adjoint.arriving);
-        if (there) steps.reach(made, sums, tile, work.lane);
+        steps.reach(made, sums, tile, work.lane);
         hand_over(carried, adjoint.arriving, made, sums, shared.messages[turn % 2], work, own);
 #endif
-        if (there) {
-            int t = tiles.tile_at(work, turn);
-            walk_back(adjoint, steps, tile, t * STEPS, call, work, own);
-            synchronize_warp();
-            Presence rows = tiles.presence(work, t, tile.presence[work.lane % STEPS]);
-            store_tile(tile.tiles[U], to_du, t * STEPS, rows, work);
-            store_tile(tile.tiles[DELTA], to_ddelta, t * STEPS, rows, work);
+        walk_back(adjoint, steps, tile, first_step, first_step + there.count, call, work, own);
+        synchronize_warp();
+        store_tile(tile.tiles[U], to_du, first_step, there, work);
+        store_tile(tile.tiles[DELTA], to_ddelta, first_step, there, work);
 #if GATED
-            store_tile(tile.tiles[Z], to_dz, t * STEPS, rows, work);
+        store_tile(tile.tiles[Z], to_dz, first_step, there, work);
 #endif
-        }
 #if WARPS > 1
         copy_states(adjoint.arriving, carried);
 #endif

@@ -141,29 +141,26 @@ KERNEL __launch_bounds__(WARP * WARPS) scan_forward(const __grid_constant__ Scan
     for (int turn = 0; turn < work.n_turns; ++turn) {
         Tile& tile = tiles.take(slots, call, work, turn);
         const Steps* known = nullptr;
-        bool there = WARPS == 1 || tiles.has(work, turn);
 #if WARPS > 1
         PerState carried, made = {};
         PerChannel sums = {};
         Steps steps;
         copy_states(carried, h);
-        if (there) steps.find_all(made, sums, tile, work.lane, own);
+        steps.find_all(made, sums, tile, work.lane, own);
         hand_over(carried, h, made, sums, shared.messages[turn % 2], work, own);
         known = &steps;
 #endif
-        if (there) {
-            int t = tiles.tile_at(work, turn);
-            if (checkpoints != nullptr) store_states(states_at(checkpoints, call, t), h, own);
+        int t = tiles.tile_at(work, turn);
+        if (checkpoints != nullptr && tiles.has(work, turn)) store_states(states_at(checkpoints, call, t), h, own);
 #if Y_APART
-            Output* out_tile = shared.y[work.warp];
+        Output* out_tile = shared.y[work.warp];
 #else
-            Output* out_tile = tile.tiles[U];
+        Output* out_tile = tile.tiles[U];
 #endif
-            run_tile(h, tile, out_tile, work.lane, own, known);
-            synchronize_warp();
-            Presence rows = tiles.presence(work, t, tile.presence[work.lane % STEPS]);
-            store_tile(out_tile, out, t * STEPS, rows, work);
-        }
+        run_tile(h, tile, out_tile, work.lane, own, known);
+        synchronize_warp();
+        Presence there = tiles.presence(work, turn, tile.presence[work.lane % STEPS]);
+        store_tile(out_tile, out, t * STEPS, there, work);
 #if WARPS > 1
         copy_states(h, carried);
 #endif
