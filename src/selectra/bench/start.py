@@ -93,7 +93,7 @@ def start_table(record: Record) -> str:
 
 def _scan(device: torch.device, backward: bool) -> Prepared:
     arguments: dict[str, Any] = CASE.arguments(device)
-    leaves = {k: v if v is None else v.requires_grad_(backward) for k, v in arguments.items()}
+    leaves: dict[str, Any] = {k: v if v is None else v.requires_grad_(backward) for k, v in arguments.items()}
 
     def run() -> None:
         y = selective_scan(**leaves, delta_softplus=True)
