@@ -16,7 +16,6 @@ from selectra.errors import BackendError
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry, parts
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.selective_scan.faults import faults
 from selectra.ops.selective_scan.plans import PLACES, TYPES, Plan, fits, plan_backward, plan_forward, strides_fit
 
 MOST_STATES = 256
@@ -24,9 +23,7 @@ MOST_STATES = 256
 MOST_PLANS = 1024
 # Where the addresses of ScanCall's tensors go: u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens.
 _INPUTS = tuple(PLACES[name] for name in ScanCall._fields[:11])
-_Y, _FINAL, _CHECKPOINTS, _CHUNK, _FAULT = (
-    PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk", "fault")
-)
+_Y, _FINAL, _CHECKPOINTS, _CHUNK = (PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk"))
 _DY, _DFINAL = PLACES["dy"], PLACES["dfinal"]
 _GRADIENTS = tuple(PLACES[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial"))
 
@@ -203,10 +200,8 @@ def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor |
     for place, grad in zip(_GRADIENTS, grads, strict=False):
         if grad is not None:
             words[place] = grad.data_ptr()
-    fault = faults.of(like.get_device())
-    if fault.word.value:
-        fault.report()
-    words[_FAULT] = fault.address
+    if plan.fault.word.value:
+        plan.fault.report()
     for kernel, grid, threads, chunk in plan.passes:
         words[_CHUNK] = chunk
         kernel.launch(grid, threads, words)
