@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from selectra.ops.add_norm.call import NormCall
+from selectra.ops.dispatch import say_slow_path
 
 
 def refuse(call: NormCall) -> str | None:
@@ -14,6 +15,8 @@ def refuse(call: NormCall) -> str | None:
 
 def run(call: NormCall) -> tuple[Tensor, Tensor]:
     """The normalised sum and the sum."""
+    if call.x.is_cuda and not torch.compiler.is_compiling():
+        say_slow_path("add_norm", "portable", call, "cuda")
     residual = call.x if call.residual is None else call.x + call.residual
     residual = residual.to(call.residual_dtype)
     # At least as wide as both: a stream in float32 is not rounded before the norm, nor is a float32 norm's result.

@@ -11,13 +11,13 @@ from selectra.ops.add_norm.call import NormCall
 from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
 
-FLAGS = "float eps, bool centred, ScalarType residual_dtype"
-N_TENSORS = 4
+FLAGS = "float eps, bool centred, ScalarType residual_dtype, str backend"
 
 library = torch.library.Library("selectra", "FRAGMENT")
 library.define(
     f"add_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, {FLAGS}) -> (Tensor, Tensor, Tensor)"
 )
+# `backend` is "cuda": records find out by its name what ran.
 # Of the residual's gradient an empty tensor is given where it is that of x.
 library.define(
     "add_norm_backward(Tensor dy, Tensor? dsum, Tensor total, Tensor stats, Tensor? weight, Tensor? bias, "
@@ -28,12 +28,12 @@ library.define(
 def run(call: NormCall) -> tuple[Tensor, Tensor]:
     """The normalised sum and the sum."""
     refuse_transforms("add_norm", call.tensors)
-    y, total, _ = torch.ops.selectra.add_norm(*call)
+    y, total, _ = torch.ops.selectra.add_norm(*call, "cuda")
     return y, total if cuda.keeps(call) else call.x
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = NormCall._make(args)
+    call = NormCall._make(args[:-1])
     cuda.require_cuda(call.tensors)
     return cuda.forward(call)
 
@@ -60,7 +60,7 @@ library.impl("add_norm_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("selectra::add_norm", lib=library)
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = NormCall._make(args)
+    call = NormCall._make(args[:-1])
     x = call.x
     total = x.new_empty(x.shape if cuda.keeps(call) else (0,), dtype=call.residual_dtype)
     stats = x.new_empty((1 + call.centred, x.numel() // x.shape[-1]), dtype=torch.float32)
@@ -80,7 +80,7 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    call = NormCall._make(inputs)
+    call = NormCall._make(inputs[:-1])
     _, total, stats = output
     ctx.save_for_backward(total if cuda.keeps(call) else call.x, stats, call.weight, call.bias)
     ctx.mark_non_differentiable(stats)
@@ -104,7 +104,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None) -> tupl
         dresidual = None
     elif residual_dtype == x_dtype:
         dresidual = dx
-    return dx, dresidual, None if weight is None else dweight, None if bias is None else dbias, None, None, None
+    return dx, dresidual, None if weight is None else dweight, None if bias is None else dbias, None, None, None, None
 
 
 torch.library.register_autograd("selectra::add_norm", _autograd, setup_context=_setup_context, lib=library)
