@@ -93,7 +93,9 @@ def drawn(
     return tensors, {"kind": kind, "residual_dtype": stream}
 
 
-def results(run: Any, tensors: list[Tensor | None], flags: dict[str, Any], grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+def results(
+    run: Any, tensors: list[Tensor | None], flags: dict[str, Any], grads: tuple[Tensor, Tensor]
+) -> list[Tensor]:
     """Both outputs and all gradients."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     outputs = run(*leaves, **flags)
@@ -154,9 +156,9 @@ def test_slices_are_read_right(kernels: Any) -> None:
 def test_one_use_of_the_results_is_enough(kernels: Any) -> None:
     for index in (0, 1):
         tensors, flags = drawn((3, 24), TYPES[0], "rms")
-        leaves = [t.requires_grad_() for t in tensors if t is not None]
-        (got,) = torch.autograd.grad(kernels(*leaves, None, **flags)[index].sum(), leaves[:1])
-        (want,) = torch.autograd.grad(reference.run(prepare(*leaves, None, **flags))[index].sum(), leaves[:1])
+        leaves: list[Any] = [None if t is None else t.requires_grad_() for t in tensors]
+        (got,) = torch.autograd.grad(kernels(*leaves, **flags)[index].sum(), leaves[:1])
+        (want,) = torch.autograd.grad(reference.run(prepare(*leaves, **flags))[index].sum(), leaves[:1])
         torch.testing.assert_close(got, want)
 
 
@@ -199,8 +201,9 @@ def test_reference_is_differentiated_right() -> None:
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict[str, Any], said: str) -> None:
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 4), **changes}
     with pytest.raises(ConfigError, match=said):
-        add_norm(**({"x": torch.zeros(2, 4)} | changes))
+        add_norm(**arguments)
 
 
 def test_backends_say_why_not() -> None:

@@ -55,6 +55,8 @@ def ours(kind: Literal["rms", "layer"]) -> Step:
 
 def steps(kind: Literal["rms", "layer"]) -> dict[str, Step]:
     """By name."""
+    # One function is compiled for a few kinds of calls only.
+    torch.compiler.reset()
     return {"eager": plain(kind), "compiled": torch.compile(plain(kind), dynamic=False), "ours": ours(kind)}
 
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from selectra.layers.norm import AddNorm, PreNorm
@@ -78,7 +78,7 @@ def parts(block: PreNorm, run: Callable[[], object]) -> dict[str, float]:
             run()
         torch.cuda.synchronize()
     events = list(found.events() or [])
-    times = dict.fromkeys(PARTS, 0.0)
+    times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     everything = 0.0
     for event in events:
         if event.device_type != DeviceType.CUDA:

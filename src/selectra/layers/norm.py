@@ -28,7 +28,8 @@ class AddNorm(nn.Module):
             raise ConfigError(f"d_model={d_model}: needs at least 1")
         if kind not in ("rms", "layer"):
             raise ConfigError(f"kind={kind!r}: takes 'rms' or 'layer'")
-        self.eps, self.kind, self.residual_in_fp32 = eps, kind, residual_in_fp32
+        self.eps, self.residual_in_fp32 = eps, residual_in_fp32
+        self.kind: Literal["rms", "layer"] = kind
         self.weight = nn.Parameter(torch.ones(d_model))
         self.bias = nn.Parameter(torch.zeros(d_model)) if kind == "layer" else None
 
@@ -64,5 +65,5 @@ class PreNorm(nn.Module):
         self, x: Float[Tensor, "b l d_model"], residual: Float[Tensor, "b l d_model"] | None = None, **options: Any
     ) -> tuple[Float[Tensor, "b l d_model"], Float[Tensor, "b l d_model"]]:
         """What the mixer makes of the normalised sum, not yet added, and the sum; `options` go to the mixer."""
-        x, residual = self.norm(x, residual)
-        return self.mixer(x, **options), residual
+        x, stream = self.norm(x, residual)
+        return self.mixer(x, **options), stream

@@ -14,12 +14,15 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+from selectra.ops import selective_scan
 
 # Where memory's speed bounds what is saved here.
 _DEVICES: tuple[str, ...] = ("cuda",)
 
 
-def linear_halves(linear: nn.Linear, x: Float[Tensor, "b l d"]) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "b l e"]]:
+def linear_halves(
+    linear: nn.Linear, x: Float[Tensor, "b l d"]
+) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "b l e"]]:
     """`linear(x)`, cut in two halves along the channels."""
     if linear.bias is not None or not _in_place(x, linear):
         first, second = linear(x).chunk(2, dim=-1)
@@ -31,7 +34,8 @@ def select(
     x_proj: nn.Linear, dt_proj: nn.Linear, u: Float[Tensor, "b l e"], sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u, the step before its bias, B and C of a selective scan: `x_proj(u)`, cut by `sizes`, and `dt_proj`."""
-    if not _in_place(u, x_proj, dt_proj):
+    # The reference's gradients are autograd's, which may share memory; a kernel's are new.
+    if selective_scan.asked == "reference" or not _in_place(u, x_proj, dt_proj):
         dt, B, C = x_proj(u).split(list(sizes), dim=-1)
         return u, F.linear(dt, dt_proj.weight), B, C
     return _Selection.apply(*_cast(u, x_proj.weight, dt_proj.weight), tuple(sizes))  # pyright: ignore[reportReturnType]

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from selectra.ops.add_norm import cuda, portable, reference, registration
-from selectra.ops.add_norm.call import AddNorm, prepare
-from selectra.ops.dispatch import Backend
+from selectra.ops.add_norm.call import prepare
+from selectra.ops.dispatch import Backend, Op
 
-add_norm = AddNorm(
+add_norm = Op(
     "add_norm",
     prepare,
     [

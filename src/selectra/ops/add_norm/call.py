@@ -1,6 +1,6 @@
 """The arguments of `add_norm`: checked, and brought to one form that every backend takes."""
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -8,9 +8,7 @@ from torch import Tensor
 
 from selectra.errors import ConfigError
 from selectra.ops import checks
-from selectra.ops.dispatch import Op
 
-P = ParamSpec("P")
 KINDS = ("rms", "layer")
 
 
@@ -78,21 +76,3 @@ def prepare(
     if residual_dtype not in checks.FLOATS or (residual_dtype == torch.float64) != (x.dtype == torch.float64):
         raise ConfigError(f"residual_dtype is {residual_dtype} and x is {x.dtype}; float64 goes with float64 alone.")
     return NormCall(x, residual, weight, bias, eps, kind == "layer", residual_dtype)
-
-
-class AddNorm(Op[P, NormCall, Any]):
-    """The operator's type."""
-
-    if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            x: Tensor,
-            residual: Tensor | None = ...,
-            weight: Tensor | None = ...,
-            bias: Tensor | None = ...,
-            eps: float = ...,
-            *,
-            kind: Literal["rms", "layer"] = ...,
-            residual_dtype: torch.dtype | None = ...,
-        ) -> tuple[Tensor, Tensor]: ...

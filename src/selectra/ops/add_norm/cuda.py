@@ -21,13 +21,11 @@ NONE = -1
 FORWARD, BACKWARD = (f"add_norm/norm_{name}.cu" for name in ("forward", "backward"))
 WARP, THREADS, MOST_THREADS = 32, 128, 512
 VECTOR, VECTOR_BYTES, FLOAT_BYTES = 8, 16, 4
-# Numbers of a row that a thread holds, where the row has threads enough; with fewer, twice and four times as many.
-FORWARD_NUMBERS, BACKWARD_NUMBERS = 16, 16
-MOST_NUMBERS = 32
+# Numbers of a row that a thread holds, where the row has threads enough; twice and four times as many where not.
+NUMBERS, MOST_NUMBERS = 8, 32
 MOST_WIDTH = MOST_THREADS * MOST_NUMBERS
-# Numbers that all threads of a multiprocessor hold, which its registers suffice for.
-RESIDENT_NUMBERS = 16384
-MOST_RESIDENT_THREADS = 2048
+# Threads of a multiprocessor, and the numbers that all of them hold, which its registers suffice for.
+RESIDENT_THREADS, RESIDENT_NUMBERS = 1024, 12288
 
 
 class Shape(NamedTuple):
@@ -170,7 +168,7 @@ def backward(
 @functools.lru_cache(1024)
 def forward_launch(shape: Shape) -> Launch:
     """The kernel of such a forward, a block for every few rows."""
-    defines, threads, rows, _ = _layout(shape, FORWARD_NUMBERS)
+    defines, threads, rows, _ = _layout(shape)
     room = max(threads // WARP, 1) * FLOAT_BYTES
     kernel = cuda.kernel(FORWARD, "norm_forward", (*defines, ("KEEP", int(shape.keep))), shape.device_index, room)
     return Launch(kernel, -(-shape.rows // rows), threads)
@@ -179,7 +177,7 @@ def forward_launch(shape: Shape) -> Launch:
 @functools.lru_cache(1024)
 def backward_launch(shape: Shape) -> Launch:
     """The kernel of such a backward, as many blocks as the device holds at once."""
-    defines, threads, rows, resident = _layout(shape, BACKWARD_NUMBERS)
+    defines, threads, rows, resident = _layout(shape)
     defines += (("DSUM", int(shape.dsum)), ("DRESIDUAL", int(shape.dresidual)))
     chunks = dict(defines)["CHUNKS"]
     vector = dict(defines)["VECTOR"]
@@ -190,16 +188,16 @@ def backward_launch(shape: Shape) -> Launch:
     return Launch(kernel, blocks, threads)
 
 
-def _layout(shape: Shape, numbers: int) -> tuple[tuple[tuple[str, str | int], ...], int, int, int]:
+def _layout(shape: Shape) -> tuple[tuple[tuple[str, str | int], ...], int, int, int]:
     """Constants of a compilation, threads and rows of a block, and blocks of a multiprocessor."""
     vector = VECTOR if shape.aligned else 1
     vectors = -(-shape.width // vector)
     row_threads = 1
-    while row_threads < MOST_THREADS and row_threads * max(numbers // vector, 1) < vectors:
+    while row_threads < MOST_THREADS and row_threads * (NUMBERS // vector) < vectors:
         row_threads *= 2
     chunks = -(-vectors // row_threads)
     threads = max(THREADS, row_threads) if row_threads <= WARP else row_threads
-    resident = min(RESIDENT_NUMBERS // (chunks * vector), MOST_RESIDENT_THREADS, 1024) // threads or 1
+    resident = min(RESIDENT_NUMBERS // (chunks * vector), RESIDENT_THREADS) // threads or 1
     defines = (
         ("TYPE", TYPES[shape.x]),
         ("RESIDUAL", _code(shape.residual)),
