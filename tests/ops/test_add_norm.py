@@ -10,14 +10,13 @@ from torch import Tensor
 
 from selectra.errors import BackendError, ConfigError
 from selectra.ops import add_norm
-from selectra.ops.add_norm import cuda, reference
+from selectra.ops.add_norm import cuda, reference, registration
 from selectra.ops.add_norm.call import prepare
 from tests.ops.emulator.fixture import EmulatedGpu, emulated_gpu
 
 __all__ = ["emulated_gpu"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 GPU = pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])
-NAMES = ("x", "residual", "weight", "bias")
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # Relative to the largest number; half a unit in the last place of the result's type, and float32 sums.
 CLOSE = {torch.float64: 1e-12, F32: 3e-6, BF16: 4.5e-3, F16: 6e-4}
@@ -32,29 +31,9 @@ TYPES = (
 )
 
 
-class _Emulated(torch.autograd.Function):
-    """The backend's two functions without the registration, which takes no CPU tensor for it."""
-
-    @staticmethod
-    def forward(ctx: Any, flags: dict[str, Any], *tensors: Tensor | None) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.set_materialize_grads(False)
-        call = ctx.call = prepare(*tensors, **flags)  # pyright: ignore[reportArgumentType]
-        y, total, ctx.stats = cuda.forward(call)
-        ctx.total = total if cuda.keeps(call) else call.x
-        return y, total if cuda.keeps(call) else call.x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        call = ctx.call
-        residual = None if call.residual is None else call.residual.dtype
-        dy = torch.zeros_like(call.x) if dy is None else dy
-        rest = (call.weight, call.bias, call.centred, call.x.dtype, residual)
-        dx, dresidual, dweight, dbias = cuda.backward(ctx.total, ctx.stats, dy, dtotal, *rest)
-        return None, dx, (None if residual is None else dx if dresidual is None else dresidual), dweight, dbias
-
-
-def _emulated(x: Tensor, residual: Any, weight: Any, bias: Any, **flags: Any) -> tuple[Tensor, Tensor]:
-    return _Emulated.apply(flags, x, residual, weight, bias)  # pyright: ignore[reportReturnType]
+def _emulated(*tensors: Tensor | None, **flags: Any) -> tuple[Tensor, Tensor]:
+    """Past the dispatcher, which takes no CPU tensor for this backend."""
+    return registration.run_with_gradient(prepare(*tensors, **flags))  # pyright: ignore[reportArgumentType]
 
 
 def _on_gpu(*tensors: Tensor | None, **flags: Any) -> tuple[Tensor, Tensor]:
@@ -227,11 +206,28 @@ def test_gpu_opcheck(types: tuple[Any, ...]) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("types", TYPES)
+def test_gpu_with_and_without_the_dispatcher(types: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, flags = drawn((3, 5, 24), types, "rms")
+    grads = (torch.randn(3, 5, 24), torch.randn(3, 5, 24))
+    got = results(_on_gpu, tensors, flags, grads)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(_on_gpu(*tensors, **flags), got, strict=False))
+    monkeypatch.setattr(registration, "needs_dispatcher", lambda tensors: True)
+    assert all(torch.equal(a, b) for a, b in zip(results(_on_gpu, tensors, flags, grads), got, strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_gpu_refusals() -> None:
     wide = torch.zeros(1, cuda.MOST_WIDTH + 1, device="cuda")
     assert "rows of up to" in add_norm.explain(wide)["cuda"]
     assert add_norm.explain(wide[:, :8].double())["cuda"].startswith("it takes float32, bfloat16 and float16")
     assert add_norm.backend_for(wide) == "portable"
+    x = torch.zeros(2, 4, device="cuda", requires_grad=True)
+    (dx,) = torch.autograd.grad(add_norm(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(BackendError, match="a gradient of its gradient"):
+        dx.sum().backward()
 
 
 @pytest.mark.gpu

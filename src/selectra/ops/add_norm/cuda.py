@@ -113,10 +113,10 @@ def forward(call: NormCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    total: Tensor,
-    stats: Tensor,
     dy: Tensor,
     dsum: Tensor | None,
+    total: Tensor,
+    stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     centred: bool,
@@ -128,10 +128,10 @@ def backward(
     That of the residual is None too where it equals that of x in value and type.
 
     Args:
-        total: What was normalised.
-        stats: As `forward` gave them.
         dy: Gradient of the normalised sum.
         dsum: Gradient of the sum; None is zero.
+        total: What was normalised.
+        stats: As `forward` gave them.
         x_dtype: Type of x.
         residual_dtype: Type of the incoming residual; None where there is none.
     """

@@ -1,5 +1,6 @@
 """The CUDA kernels of `add_norm` as an operator of PyTorch; the other backends are PyTorch's own functions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,9 +10,10 @@ from torch.utils.flop_counter import register_flop_formula
 from selectra.ops.add_norm import cuda
 from selectra.ops.add_norm.call import NormCall
 from selectra.ops.autocast import keep_types_under_autocast
-from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
+from selectra.ops.transforms import needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 FLAGS = "float eps, bool centred, ScalarType residual_dtype, str backend"
+N_TENSORS = 4
 
 library = torch.library.Library("selectra", "FRAGMENT")
 library.define(
@@ -26,10 +28,37 @@ library.define(
 
 
 def run(call: NormCall) -> tuple[Tensor, Tensor]:
-    """The normalised sum and the sum."""
-    refuse_transforms("add_norm", call.tensors)
-    y, total, _ = torch.ops.selectra.add_norm(*call, "cuda")
+    """The normalised sum and the sum. A plain call goes to its kernel without PyTorch's dispatcher, as in the scan."""
+    tensors = call.tensors
+    if needs_dispatcher(tensors):
+        refuse_transforms("add_norm", tensors)
+        y, total, _ = torch.ops.selectra.add_norm(*call, "cuda")
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return run_with_gradient(call)
+    else:
+        y, total, _ = cuda.forward(call)
     return y, total if cuda.keeps(call) else call.x
+
+
+def run_with_gradient(call: NormCall) -> tuple[Tensor, Tensor]:
+    """A plain call with a gradient."""
+    found = _AddNorm.apply(call[N_TENSORS:], *call.tensors)
+    return found if cuda.keeps(call) else (found, call.x)  # pyright: ignore[reportReturnType]
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, flags: tuple[Any, ...], *tensors: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        call = NormCall._make((*tensors, *flags))
+        y, total, stats = cuda.forward(call)
+        _save(ctx, call, total, stats)
+        return (y, total) if ctx.keeps else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # A gradient that shall have one itself is refused in words by the registration.
+        direct = not torch.is_grad_enabled() and not needs_dispatcher((dy, dsum, *ctx.saved_tensors))
+        return (None, *_gradients(ctx, dy, dsum, cuda.backward if direct else torch.ops.selectra.add_norm_backward))
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,19 +67,9 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return cuda.forward(call)
 
 
-def _backward(
-    dy: Tensor,
-    dsum: Tensor | None,
-    total: Tensor,
-    stats: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    centred: bool,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    cuda.require_cuda((dy, dsum, total, stats, weight, bias))
-    grads = cuda.backward(total, stats, dy, dsum, weight, bias, centred, x_dtype, residual_dtype)
+def _backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    cuda.require_cuda((dy, *args[:5]))
+    grads = cuda.backward(dy, *args)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -80,31 +99,39 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    call = NormCall._make(inputs[:-1])
-    _, total, stats = output
-    ctx.save_for_backward(total if cuda.keeps(call) else call.x, stats, call.weight, call.bias)
-    ctx.mark_non_differentiable(stats)
+    _save(ctx, NormCall._make(inputs[:-1]), *output[1:])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _save(ctx: Any, call: NormCall, total: Tensor, stats: Tensor) -> None:
+    ctx.keeps = cuda.keeps(call)
+    ctx.save_for_backward(total if ctx.keeps else call.x, stats, call.weight, call.bias)
     ctx.set_materialize_grads(False)
     ctx.flags = (call.centred, call.x.dtype, None if call.residual is None else call.residual.dtype)
-    ctx.keeps = cuda.keeps(call)
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    grads = _gradients(ctx, dy, dsum, torch.ops.selectra.add_norm_backward)
+    return (*grads, None, None, None, None)
+
+
+def _gradients(
+    ctx: Any, dy: Tensor | None, dsum: Tensor | None, backward: Callable[..., tuple[Tensor | None, ...]]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, residual, weight and bias, None for those that are None."""
     total, stats, weight, bias = ctx.saved_tensors
     refuse_tangents("add_norm", (dy, dsum, total))
     centred, x_dtype, residual_dtype = ctx.flags
-    # Without a sum of its own the stream's gradient goes to x past this operator.
-    dsum = dsum if ctx.keeps else None
     if dy is None:
         dy = total.new_zeros(total.shape, dtype=x_dtype)
-    dx, dresidual, dweight, dbias = torch.ops.selectra.add_norm_backward(
-        dy, dsum, total, stats, weight, bias, centred, x_dtype, residual_dtype
-    )
+    # Without a sum of its own the stream's gradient goes to x past this operator.
+    dsum = dsum if ctx.keeps else None
+    dx, dresidual, dweight, dbias = backward(dy, dsum, total, stats, weight, bias, centred, x_dtype, residual_dtype)
     if residual_dtype is None:
         dresidual = None
     elif residual_dtype == x_dtype:
         dresidual = dx
-    return dx, dresidual, None if weight is None else dweight, None if bias is None else dbias, None, None, None, None
+    return dx, dresidual, None if weight is None else dweight, None if bias is None else dbias
 
 
 torch.library.register_autograd("selectra::add_norm", _autograd, setup_context=_setup_context, lib=library)
