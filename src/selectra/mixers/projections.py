@@ -34,8 +34,9 @@ def select(
     x_proj: nn.Linear, dt_proj: nn.Linear, u: Float[Tensor, "b l e"], sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u, the step before its bias, B and C of a selective scan: `x_proj(u)`, cut by `sizes`, and `dt_proj`."""
-    # The reference's gradients are autograd's, which may share memory; a kernel's are new.
-    if selective_scan.asked == "reference" or not _in_place(u, x_proj, dt_proj):
+    # The reference's gradients are autograd's, which may share memory; a kernel's are new. Autocast rounds what goes
+    # into a product, and u goes into the scan too.
+    if selective_scan.asked == "reference" or u.dtype != _product_dtype(u) or not _in_place(u, x_proj, dt_proj):
         dt, B, C = x_proj(u).split(list(sizes), dim=-1)
         return u, F.linear(dt, dt_proj.weight), B, C
     return _Selection.apply(*_cast(u, x_proj.weight, dt_proj.weight), tuple(sizes))  # pyright: ignore[reportReturnType]
@@ -64,13 +65,17 @@ def _plain(linear: nn.Linear) -> bool:
     )
 
 
-def _cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast does, where it is on: what is saved for the backward shall have the type of the product."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(tensor.to(dtype) for tensor in tensors)
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x goes into a product: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _cast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does: what is saved for the backward shall have the type of the product."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *weights
+    return tuple(tensor.to(_product_dtype(x)) for tensor in (x, *weights))
 
 
 def _flat(tensor: Tensor) -> Tensor:

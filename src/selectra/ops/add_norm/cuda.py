@@ -107,7 +107,7 @@ def forward(call: NormCall) -> tuple[Tensor, Tensor, Tensor]:
             _type(weight), _type(bias), call.centred, keep,
         )
     )  # fmt: skip
-    words = (rows, width, *pointers, *_stats(stats), _double(call.eps))
+    words = (rows, width, *pointers, *_stats(stats, rows, call.centred), _double(call.eps))
     launch.kernel.launch((launch.blocks, 1, 1), launch.threads, words)
     return y, total, stats
 
@@ -155,7 +155,7 @@ def backward(
         None if like is None else torch.empty((launch.blocks, width), dtype=torch.float32, device=dy.device)
         for like in (weight, bias)
     ]
-    words = (rows, width, *pointers[:2], *_stats(stats), *pointers[2:])
+    words = (rows, width, *pointers[:2], *_stats(stats, rows, centred), *pointers[2:])
     words += tuple(0 if share is None else share.data_ptr() for share in shares)
     launch.kernel.launch((launch.blocks, 1, 1), launch.threads, words)
     dweight, dbias = (
@@ -235,9 +235,10 @@ def _aligned(width: int, pointers: Iterable[int]) -> bool:
     return width % VECTOR == 0 and all(pointer % VECTOR_BYTES == 0 for pointer in pointers)
 
 
-def _stats(stats: Tensor) -> tuple[int, int]:
+def _stats(stats: Tensor, rows: int, centred: bool) -> tuple[int, int]:
     """Pointers to scale and mean, the second null without one."""
-    return stats[0].data_ptr(), stats[1].data_ptr() if len(stats) > 1 else 0
+    start = stats.data_ptr()
+    return start, start + rows * FLOAT_BYTES if centred else 0
 
 
 @functools.lru_cache(64)
