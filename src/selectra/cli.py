@@ -62,6 +62,7 @@ class Benchmark(StrEnum):
     scan = "scan"
     lengths = "lengths"
     block = "block"
+    block_parts = "block_parts"
     model = "model"
     start = "start"
     plot = "plot"
