@@ -64,6 +64,7 @@ class Benchmark(StrEnum):
     block = "block"
     block_parts = "block_parts"
     model = "model"
+    start = "start"
     plot = "plot"
     tables = "tables"
 

@@ -265,6 +265,28 @@ def test_the_length_in_chunks(n: int, gpu: EmulatedGpu, monkeypatch: pytest.Monk
     compare(tensors, cu_seqlens=torch.tensor([0, 3, 3, 250, 261], dtype=torch.int32))
 
 
+@pytest.mark.parametrize(("n", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (3, torch.float32)])
+def test_warps_of_a_block_take_tiles_in_turn(n: int, dtype: torch.dtype, gpu: EmulatedGpu) -> None:
+    gpu.multiprocessors = 1
+    # Nine tiles: at the last turn most warps have none.
+    tensors = drawn(1, 131, 72, n, dtype)
+    compare(tensors, dtype)
+    compare(tensors, dtype, reverse=True, out_dtype=torch.float32)
+    plans_made = [plan for plan in (*cuda.forward_plans.values(), *cuda.backward_plans.values()) if plan is not None]
+    assert {max(one.threads for one in plan.passes if "reduce" not in one.kernel.name) > 32 for plan in plans_made} == {
+        True
+    }
+    tensors["initial_state"] = tensors["initial_state"].repeat(4, 1, 1)
+    compare(tensors, dtype, cu_seqlens=torch.tensor([0, 3, 3, 100, 131], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_many_blocks(n: int, gpu: EmulatedGpu) -> None:
+    gpu.multiprocessors = 1
+    tensors = drawn(3, 35, 136, n)
+    compare(tensors)
+
+
 @pytest.mark.parametrize("n", [3, 16])
 def test_results_are_equal_bit_by_bit_in_any_order(n: int, gpu: EmulatedGpu) -> None:
     found = []

@@ -22,6 +22,7 @@ from selectra.bench.lengths import bench_lengths
 from selectra.bench.model import bench_model
 from selectra.bench.scan_gpu import bench_scan_gpu
 from selectra.bench.shapes import chosen_cases
+from selectra.bench.start import bench_start
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
@@ -101,12 +102,28 @@ def _model(wish: Wish, device: torch.device, console: Console, save: Save) -> No
     bench_model(device, _seconds(wish, device), console, save, wish.only)
 
 
+def _start(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cuda":
+        raise ConfigError(
+            f"`bench start` times kernels that are compiled at first use on a CUDA device, this is {device}."
+        )
+    bench_start(device, console, save)
+
+
 def _refuse_only(wish: Wish, why: str) -> None:
     if wish.only is not None:
         raise ConfigError(f"--tags {why}.")
 
 
-RUNNERS = {"scan": _scan, "lengths": _lengths, "block": _block, "block_parts": _block_parts, "model": _model}
+RUNNERS = {
+    "scan": _scan,
+    "lengths": _lengths,
+    "block": _block,
+    "block_parts": _block_parts,
+    "model": _model,
+    "start": _start,
+}
 
 
 def _plot(wish: Wish) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
+from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
 from selectra.errors import ConfigError, DataError
 
@@ -32,6 +33,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "parts": parts_table,
     "norms": norms_table,
     "model": model_table,
+    "start": start_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
 }
 

@@ -5,6 +5,7 @@ they are turned into float32 first. Arithmetic and states are float32. A must be
 has not-a-number in its results, and the next call raises.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +16,6 @@ from selectra.errors import BackendError
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry, parts
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.selective_scan.faults import faults
 from selectra.ops.selective_scan.plans import PLACES, TYPES, Plan, fits, plan_backward, plan_forward, strides_fit
 
 MOST_STATES = 256
@@ -23,9 +23,7 @@ MOST_STATES = 256
 MOST_PLANS = 1024
 # Where the addresses of ScanCall's tensors go: u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens.
 _INPUTS = tuple(PLACES[name] for name in ScanCall._fields[:11])
-_Y, _FINAL, _CHECKPOINTS, _CHUNK, _FAULT = (
-    PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk", "fault")
-)
+_Y, _FINAL, _CHECKPOINTS, _CHUNK = (PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk"))
 _DY, _DFINAL = PLACES["dy"], PLACES["dfinal"]
 _GRADIENTS = tuple(PLACES[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial"))
 
@@ -68,19 +66,19 @@ def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gate
     return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
 
 
-def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run the scan.
 
     Args:
         save: Keep what `backward` needs in the third result.
 
     Returns:
-        The output, the final state and the checkpoints.
+        The output, the final state if the call asks for it, and the checkpoints.
     """
     n = call.A.shape[1]
     if n > geometry.MOST_STATES_AT_ONCE:
         return parts.forward(call, save, forward_at_once)
-    interval = geometry.interval(call.u.dtype.itemsize, n, call.z is not None)
+    interval = _interval(call.u.dtype, n, call.z is not None)
     checkpoints = parts.new_checkpoints(call, interval) if save else None
     y, final = forward_at_once(call, interval, checkpoints)
     return y, final, checkpoints
@@ -100,11 +98,16 @@ def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor) ->
     n = call.A.shape[1]
     if n > geometry.MOST_STATES_AT_ONCE:
         return parts.backward(call, dy, dfinal, checkpoints, forward_at_once, backward_at_once)
-    interval = geometry.interval(call.u.dtype.itemsize, n, call.z is not None)
+    interval = _interval(call.u.dtype, n, call.z is not None)
     return backward_at_once(call, dy, dfinal, checkpoints, interval)
 
 
-def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _interval(dtype: torch.dtype, n: int, gated: bool) -> int:
+    return geometry.interval(dtype.itemsize, n, gated)
+
+
+def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Run the scan of so many states as a block holds.
 
     Args:
@@ -112,27 +115,29 @@ def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -
         checkpoints: Where they go, if anywhere.
 
     Returns:
-        The output and the final state.
+        The output, and the final state if the call asks for it.
     """
     u, A, out_dtype = call.u, call.A, call.out_dtype
     if u.numel() == 0:
         return torch.empty_like(u, dtype=out_dtype), _unchanged_state(call)
     y = torch.empty_like(u) if out_dtype == u.dtype else torch.empty_like(u, dtype=torch.float32)
     pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
-    key = (interval, y.dtype, *_signature(call, pointers))
+    key = (interval, out_dtype, *_signature(call, pointers))
     try:
         plan = forward_plans[key]
     except KeyError:
         plan = plan_forward(call, y, interval) if fits(call) else None
         _keep(forward_plans, key, plan)
     if plan is None:
-        y, final = forward_at_once(_fitting(call), interval, checkpoints)
-        return y, final
+        return forward_at_once(_fitting(call), interval, checkpoints)
     words = plan.words.copy()
     for place, pointer in zip(_INPUTS, pointers, strict=True):
         words[place] = pointer
-    final = A.new_empty((words[0], *A.shape))
-    words[_Y], words[_FINAL] = y.data_ptr(), final.data_ptr()
+    words[_Y] = y.data_ptr()
+    final = None
+    if call.return_final_state:
+        final = A.new_empty((words[0], *A.shape))
+        words[_FINAL] = final.data_ptr()
     if checkpoints is not None:
         words[_CHECKPOINTS] = checkpoints.data_ptr()
     _launch(plan, words, A)
@@ -195,10 +200,8 @@ def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor |
     for place, grad in zip(_GRADIENTS, grads, strict=False):
         if grad is not None:
             words[place] = grad.data_ptr()
-    fault = faults.of(like.get_device())
-    if fault.word.value:
-        fault.report()
-    words[_FAULT] = fault.address
+    if plan.fault.word.value:
+        plan.fault.report()
     for kernel, grid, threads, chunk in plan.passes:
         words[_CHUNK] = chunk
         kernel.launch(grid, threads, words)

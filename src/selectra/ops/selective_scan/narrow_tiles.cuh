@@ -1,17 +1,21 @@
 // How the narrow scan moves activations: tiles of 16 steps of a warp's channels, several tiles ahead.
 //
-// Every warp has its own tiles, so that no warp waits for another.
+// Every warp has its own tiles in shared memory, so that no warp waits for another's.
 #pragma once
 #include "scan_call.cuh"
 
 // Constants of a compilation beyond those of scan_call.cuh:
 //   EACH     channels of a lane, 1 or 2
 //   DEPTH    tiles of a warp in shared memory; all but one of them are on their way
+//   WARPS    warps of a block, which take the tiles of the same channels in turn
 #ifndef EACH
 #define EACH 2
 #endif
 #ifndef DEPTH
 #define DEPTH 3
+#endif
+#ifndef WARPS
+#define WARPS 1
 #endif
 
 constexpr int WARP = 32;
@@ -21,11 +25,13 @@ constexpr int WIDTH = WARP * EACH;
 constexpr int STEPS = 16;
 static_assert(STATES >= 1 && STATES <= 4, "scan_forward.cu and scan_backward.cu have the rest");
 
-// What a warp works on: the tiles of one chunk of a sequence.
+// What a block works on: the tiles of one chunk of a sequence, of which each warp has every WARPS-th.
 struct Work {
     Sequence sequence;
     Channels channels;
-    int lane, first_tile, n_tiles;
+    int lane, warp, first_tile, n_tiles;
+    // How often all warps take a tile. At the last turn some find none: theirs has no rows.
+    int n_turns;
     bool last_chunk;
     // Among the chunks of all sequences.
     int64 chunk;
@@ -39,6 +45,7 @@ DEVICE Work find_work(const ScanCall& call) {
     int per_group = int(call.channels / call.groups);
     Work work;
     work.lane = thread_index() % WARP;
+    work.warp = thread_index() / WARP;
     work.n_blocks = int(call.groups) * ((per_group + WIDTH - 1) / WIDTH);
     work.block = block_x() % work.n_blocks;
     work.channels = find_channels<WIDTH>(call, work.block);
@@ -48,6 +55,7 @@ DEVICE Work find_work(const ScanCall& call) {
     int tiles_of_chunk = call.n_chunks > 1 ? int(call.chunk) / STEPS : end;
     work.first_tile = block_y() * tiles_of_chunk;
     work.n_tiles = smaller(work.first_tile + tiles_of_chunk, end) - work.first_tile;
+    work.n_turns = (work.n_tiles + WARPS - 1) / WARPS;
     // A sequence without steps has its end in its first chunk.
     work.last_chunk = end == 0 ? block_y() == 0 : work.n_tiles > 0 && work.first_tile + work.n_tiles == end;
     return work;
@@ -163,9 +171,9 @@ struct RowValues {
                 work.lane % STEPS * step + work.channels.group * from.group;
     }
 
+    // `mark` is 0 before.
     MEMBER void fetch(const ScanCall& call, const Work& work, int tile) {
         int row = tile * STEPS + work.lane % STEPS;
-        mark = 0;
         if (row >= work.sequence.length) return;
 #pragma unroll
         for (int n = 0; n < STATES; ++n) values[n] = place[tile * STEPS * step + n * state];
@@ -266,24 +274,29 @@ struct Pipeline {
     // Of the tile that is asked for next.
     RowValues rows;
 
+    MEMBER bool has(const Work& work, int turn) const { return turn * WARPS + work.warp < work.n_tiles; }
+
     MEMBER int tile_at(const Work& work, int turn) const {
-        return work.first_tile + (BACKWARDS ? work.n_tiles - 1 - turn : turn);
+        int index = turn * WARPS + work.warp;
+        return work.first_tile + (BACKWARDS ? work.n_tiles - 1 - index : index);
     }
 
-    // Rows of a tile, given this lane's.
-    MEMBER Presence presence(const Work& work, int tile, float mine) const {
-        return {smaller(work.sequence.length - tile * STEPS, STEPS), mine};
+    // Rows of a turn's tile, given this lane's.
+    MEMBER Presence presence(const Work& work, int turn, float mine) const {
+        int left = work.sequence.length - tile_at(work, turn) * STEPS;
+        return {WARPS == 1 || has(work, turn) ? smaller(left, STEPS) : 0, mine};
     }
 
     MEMBER void fetch(const ScanCall& call, const Work& work, int turn) {
-        if (turn < work.n_tiles) rows.fetch(call, work, tile_at(work, turn));
+        rows.mark = 0;
+        if (has(work, turn)) rows.fetch(call, work, tile_at(work, turn));
     }
 
     MEMBER void ask(Slot<TENSORS>* slots, const ScanCall& call, const Work& work, int turn) {
-        if (turn < work.n_tiles) {
+        if (turn < work.n_turns) {
             Slot<TENSORS>& slot = slots[turn % DEPTH];
             int tile = tile_at(work, turn);
-            Presence there = presence(work, tile, rows.there() ? 1.0f : 0.0f);
+            Presence there = presence(work, turn, rows.there() ? 1.0f : 0.0f);
             slot.put_rows(rows, work.lane);
             if (there.whole(work))
                 load<true>(slot, tile, there, work);

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from selectra.ops.selective_scan import geometry, narrow, wide
 from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.selective_scan.faults import Fault, faults
 from selectra.ops.selective_scan.geometry import Macros
 from selectra.ops.selective_scan.passes import Launch, Pass, Sizes
 
@@ -56,6 +57,8 @@ class Plan(NamedTuple):
     """Numbers of float32 that the launches share and nobody else."""
     scratch_words: tuple[tuple[int, int], ...]
     """Words that are addresses in it, and the bytes from its start."""
+    fault: Fault
+    """The device's word for what is wrong with A, whose address the words hold."""
 
 
 class _Room:
@@ -104,7 +107,7 @@ def plan_forward(call: ScanCall, y: Tensor, interval: int) -> Plan:
         _add_chunks(room, sizes, launch.n_chunks)
     words = _words(call, sizes, interval, launch)
     _set_strides(words, "y", y)
-    return Plan(words, launch.passes, room.numbers, tuple(room.words))
+    return Plan(words, launch.passes, room.numbers, tuple(room.words), faults.of(index))
 
 
 def plan_backward(call: ScanCall, dy: Tensor, du: Tensor, ddelta: Tensor, dz: Tensor | None, interval: int) -> Plan:
@@ -130,7 +133,7 @@ def plan_backward(call: ScanCall, dy: Tensor, du: Tensor, ddelta: Tensor, dz: Te
     for name, tensor in (("dy", dy), ("du", du), ("ddelta", ddelta), ("dz", dz)):
         _set_strides(words, name, tensor)
     passes = (*launch.passes, wide.reduce(sizes, macros, launch.n_blocks, index))
-    return Plan(words, passes, room.numbers, tuple(room.words))
+    return Plan(words, passes, room.numbers, tuple(room.words), faults.of(index))
 
 
 def _add_chunks(room: _Room, sizes: Sizes, n_chunks: int) -> None:
@@ -140,6 +143,7 @@ def _add_chunks(room: _Room, sizes: Sizes, n_chunks: int) -> None:
 
 def _words(call: ScanCall, sizes: Sizes, interval: int, launch: Launch) -> list[int]:
     words = [0] * N_WORDS
+    words[PLACES["fault"]] = faults.of(call.u.get_device()).address
     head = (
         sizes.n_seqs,
         sizes.length,

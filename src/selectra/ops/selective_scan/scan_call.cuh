@@ -59,7 +59,7 @@ struct ScanCall {
     const unsigned char* mask;
     const int* cu_seqlens;
     Activation<Output> y;
-    // (n_seqs, d, n); (checkpoints, d, n) or null; state at the start of every chunk (n_seqs, n_chunks, d, n) or null.
+    // (n_seqs, d, n) or null; (checkpoints, d, n) or null; state at the start of every chunk (n_seqs, n_chunks, d, n) or null.
     float *final_state, *checkpoints, *chunk_state;
     // Sum of delta over every chunk (n_seqs, n_chunks, d), beside chunk_state.
     float* chunk_delta;

@@ -317,7 +317,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
         synchronize_block();
         finish(shared, my.elements, u, z, my.strips.y, call, my.sequence, my.channels, tile);
     }
-    if (my.chunk == last_chunk(call, my.sequence))
+    if (call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
         store_states(call.final_state + my.sequence.index * my.states_size, h, my.channels, my.at);
 }
 
