@@ -102,7 +102,7 @@ KERNEL __launch_bounds__(WARP) scan_forward(const __grid_constant__ ScanCall cal
         store_tile(out_tile, out, t * STEPS, there, work);
         synchronize_warp();
     }
-    if (work.last_chunk) store_states(states_at(call.final_state, call, work.sequence.index), h, own);
+    if (!ROUTES && work.last_chunk) store_states(states_at(call.final_state, call, work.sequence.index), h, own);
 }
 
 // Every chunk's end state from a state of zero.
