@@ -64,7 +64,9 @@ def test_narrow_types(dtype: torch.dtype, backend: str) -> None:
 
 
 def test_the_sum_of_the_routes_is_rounded_once() -> None:
-    tensors: dict[str, Any] = {name: t.bfloat16() for name, t in drawn((1, 8, 8), 4, 8, 1, dtype=torch.bfloat16).items()}
+    tensors: dict[str, Any] = {
+        name: t.bfloat16() for name, t in drawn((1, 8, 8), 4, 8, 1, dtype=torch.bfloat16).items()
+    }
     wide: dict[str, Any] = {name: t.float() for name, t in tensors.items()}
     got, want = (cross_scan(**arguments, delta_softplus=True) for arguments in (tensors, wide))
     assert torch.equal(got, want.bfloat16())

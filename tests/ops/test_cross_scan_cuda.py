@@ -60,7 +60,9 @@ def test_odd_channels_and_a_gate_of_every_route(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 16])
-@pytest.mark.parametrize(("shape", "routes"), [((2, 1, 37), ("right", "left")), ((1, 35, 1), ALL), ((1, 2, 17), ("up",))])
+@pytest.mark.parametrize(
+    ("shape", "routes"), [((2, 1, 37), ("right", "left")), ((1, 35, 1), ALL), ((1, 2, 17), ("up",))]
+)
 def test_lines_and_single_routes(shape: tuple[int, int, int], routes: tuple[str, ...], n: int) -> None:
     compare(drawn(shape, len(routes), 8, n, gate="shared"), routes=routes)
 
@@ -169,7 +171,9 @@ def test_what_it_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.refuse(on_gpu) is None
     assert cuda.refuse(on_gpu._replace(A=torch.zeros(4, 6, 65))) == "it takes up to 64 states, not 65"
     assert cuda.refuse(on_gpu._replace(routes=(0,) * 17)) == "it takes up to 16 routes, not 17"
-    with pytest.raises(BackendError, match="cross_scan: backend 'cuda' is written into this program and a tensor is on"):
+    with pytest.raises(
+        BackendError, match="cross_scan: backend 'cuda' is written into this program and a tensor is on"
+    ):
         torch.ops.selectra.cross_scan(*call, False)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selectra.bench.block_table import block_table, model_table
+from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
 from selectra.bench.targets import target_table
@@ -28,6 +29,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "findings": lambda record: "\n".join(f"- {line}" for line in findings(record)["words"]),
     "targets": target_table,
     "block": block_table,
+    "cross": cross_table,
     "model": model_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
 }

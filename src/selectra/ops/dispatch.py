@@ -82,7 +82,6 @@ class Op(Generic[P, Call, Result]):
         last = self._entries[-1:]
         return last[0].backend if last else None
 
-    @property
     def wish(self) -> str | None:
         """The backend that a `using` block or the environment asks for."""
         return self.asked or _environment.choice(self.name)
@@ -93,7 +92,7 @@ class Op(Generic[P, Call, Result]):
         Raises:
             BackendError: The backend that was asked for refuses; the message is its reason.
         """
-        asked = self.wish
+        asked = self.wish()
         if asked is not None:
             backend = self.backends[asked]
             reason = backend.refuse(call)
@@ -203,7 +202,7 @@ def say_slow_path(op_name: str, backend: str, call: Any, device: str) -> None:
     """Log, once for each operator and kind of device, why a slower backend runs that nobody asked for."""
     key = (op_name, backend, device)
     op = OPS[op_name]
-    if key in _said or op.wish is not None:
+    if key in _said or op.wish() is not None:
         return
     faster = itertools.takewhile(lambda name: name != backend, op.backends)
     reasons = {name: op.backends[name].refuse(call) for name in faster}

@@ -151,10 +151,9 @@ class CrossScan(Op[..., CrossCall, Tensor]):
     ) -> None:
         super().__init__(name, prepare, backends, returns=Tensor)
 
-    @property
     def wish(self) -> str | None:
         """The backend that is asked for, here or of the scan."""
-        return super().wish or selective_scan.wish
+        return super().wish() or selective_scan.wish()
 
     if TYPE_CHECKING:
 
@@ -173,4 +172,3 @@ class CrossScan(Op[..., CrossCall, Tensor]):
             routes: Sequence[str] = ...,
             merge: bool = ...,
         ) -> Tensor: ...
-

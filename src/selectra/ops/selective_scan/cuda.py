@@ -207,9 +207,7 @@ def backward_at_once(
     return grads
 
 
-def launch(
-    plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = (), ends: Ends = _ENDS
-) -> None:
+def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = (), ends: Ends = _ENDS) -> None:
     """Fill in what is left of the words, and launch."""
     # Kept until the launches are on their way; whoever has the memory next on this stream comes after them.
     scratch = like.new_empty(plan.scratch) if plan.scratch else None
