@@ -33,9 +33,9 @@ def slow(
     merge: bool = True,
 ) -> Tensor:
     """As `cross_scan`."""
-    batch, height, width, k, d = delta.shape
-    u, z = (x if x is None or x.dim() == 5 else x.unsqueeze(3).expand_as(delta) for x in (u, z))
-    assert u is not None
+    batch, height, width, _, d = delta.shape
+    u = u if u.dim() == 5 else u.unsqueeze(3).expand_as(delta)
+    z = z if z is None or z.dim() == 5 else z.unsqueeze(3).expand_as(delta)
     of_routes = []
     for i, route in enumerate(routes):
         state, ys = torch.zeros(batch, d, A.shape[2], dtype=u.dtype), {}

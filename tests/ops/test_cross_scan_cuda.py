@@ -95,14 +95,14 @@ def test_the_length_in_chunks(n: int, gpu: EmulatedGpu, monkeypatch: pytest.Monk
 
 def test_mixed_types_are_computed_in_float32() -> None:
     tensors = drawn((1, 3, 5), 4, 8, 4, dtype=torch.bfloat16, gate="shared")
-    want = slow(**tensors, delta_softplus=True)
+    want = slow(**tensors, delta_softplus=True)  # pyright: ignore[reportArgumentType]
     leaves = {name: t.float().requires_grad_() for name, t in tensors.items()}
     leaves["u"] = tensors["u"].bfloat16().requires_grad_()
     y = scan(**leaves, delta_softplus=True)
     grads = torch.autograd.grad(y.float().sum(), list(leaves.values()))
     assert y.dtype == torch.bfloat16 and [g.dtype for g in grads] == [leaf.dtype for leaf in leaves.values()]
     torch.testing.assert_close(y, want.bfloat16(), rtol=1e-2, atol=1e-2)
-    double = {name: t.requires_grad_() for name, t in tensors.items()}
+    double: dict[str, Any] = {name: t.requires_grad_() for name, t in tensors.items()}
     truth = torch.autograd.grad(slow(**double, delta_softplus=True).sum(), list(double.values()))
     for name, got, grad in zip(leaves, grads, truth, strict=True):
         assert (got.double() - grad).abs().max() <= (1e-2 if name == "u" else 1e-5) * grad.abs().max(), name
@@ -125,7 +125,7 @@ def test_nothing_to_do(shape: tuple[int, int, int]) -> None:
 
 
 def test_one_scan_forward_and_one_back(gpu: EmulatedGpu) -> None:
-    tensors = {name: t.float().requires_grad_() for name, t in drawn((1, 2, 3), 4, 8, 16).items()}
+    tensors: dict[str, Any] = {name: t.float().requires_grad_() for name, t in drawn((1, 2, 3), 4, 8, 16).items()}
     for _ in range(3):
         scan(**tensors, delta_softplus=True).sum().backward()
     names = [kernel.name for kernel in gpu.kernels]
@@ -135,7 +135,7 @@ def test_one_scan_forward_and_one_back(gpu: EmulatedGpu) -> None:
 
 def test_large_grids_are_divided_exactly() -> None:
     for height, width in ((2, 2**29), (3, 10_007), (46_341, 46_340), (2**15, 2**16 - 1), (7, 5), (2**30, 1)):
-        call = prepare(*small_call(height, width))
+        call = prepare(*small_call(height, width))  # pyright: ignore[reportArgumentType]
         routes, grid_width, magic, shift = cuda._grid(call)
         assert grid_width == width and routes == (0x3210 if width > 1 else 0x1010)
         for s in (0, 1, height - 1, height, height + 1, height * width // 2, height * width - 1):
@@ -160,8 +160,8 @@ def test_a_decay_that_is_not_finite_is_told_at_the_next_call() -> None:
 
 
 def test_what_it_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = {name: t.float() for name, t in drawn((1, 2, 3), 4, 6, 2).items()}
-    call = prepare(**a)  # pyright: ignore[reportArgumentType]
+    a: dict[str, Any] = {name: t.float() for name, t in drawn((1, 2, 3), 4, 6, 2).items()}
+    call = prepare(**a)
     assert cuda.refuse(call) == "tensors are on cpu, it needs cuda"
 
     class OnGpu:

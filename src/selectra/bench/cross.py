@@ -125,8 +125,8 @@ class Copies(Contender):
             for x in (leaves["u"], leaves.get("z"))
         )
         assert u is not None
-        names = ("delta", "A", "B", "C", "D")
-        y = selective_scan(u, *(leaves[name] for name in names), z, leaves["delta_bias"], delta_softplus=True)
+        delta, A, B, C, D = (leaves[name] for name in ("delta", "A", "B", "C", "D"))
+        y = selective_scan(u, delta, A, B, C, D, z, leaves["delta_bias"], True)
         ys = y.unflatten(2, (len(self.routes), -1))
         return sum_of([_put_back(ys[:, :, i], route, grid) for i, route in enumerate(self.routes)])
 
@@ -158,11 +158,9 @@ class OneByOne(Contender):
         sums: dict[int, Tensor] = {}
         for i, route in enumerate(self.routes):
             kind = ROUTES[route] & DOWN
-            own = [leaves[f"{name}{i}"] for name in ("delta", "A", "B", "C", "D")]
-            y = selective_scan(
-                wide[kind]["u"], *own, wide[kind].get("z"), leaves[f"delta_bias{i}"], True,
-                reverse=bool(ROUTES[route] & BACK),
-            )  # fmt: skip
+            delta, A, B, C, D, bias = (leaves[f"{name}{i}"] for name in ("delta", "A", "B", "C", "D", "delta_bias"))
+            back = bool(ROUTES[route] & BACK)
+            y = selective_scan(wide[kind]["u"], delta, A, B, C, D, wide[kind].get("z"), bias, True, reverse=back)
             sums[kind] = sums[kind] + y if kind in sums else y
         return sum_of([_put_back(y, "down" if kind else "right", grid) for kind, y in sums.items()])
 
@@ -233,9 +231,10 @@ def check(case: CrossCase, device: torch.device) -> dict[str, float]:
         BackendError: It is wrong, or another contender computes something else.
     """
     worst: dict[str, float] = {}
-    for batch, height, width in SMALL:
-        height, width = (1, height * width) if case.h == 1 else (height, width)
-        small = case._replace(b=batch, h=height, w=width, d=min(case.d, 24 + height))
+    for batch, *grid in SMALL:
+        height, width = (1, grid[0] * grid[1]) if case.h == 1 else grid
+        # 29 or 32 channels.
+        small = case._replace(b=batch, h=height, w=width, d=24 + grid[0])
         arguments = small.arguments(device, gate.SEED)
         dy = arguments["u"].flip(0, 1, 2)
         double = {name: x.cpu().double() for name, x in arguments.items()}

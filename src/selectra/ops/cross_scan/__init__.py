@@ -5,7 +5,7 @@ from functools import partial
 from selectra.ops.cross_scan import composite, cuda, registration
 from selectra.ops.cross_scan.call import CrossScan, prepare
 from selectra.ops.dispatch import Backend
-from selectra.ops.selective_scan import cpu, portable, reference
+from selectra.ops.selective_scan import cpu
 
 cross_scan = CrossScan(
     "cross_scan",
@@ -13,8 +13,8 @@ cross_scan = CrossScan(
     [
         Backend("cuda", cuda.refuse, registration.run),
         Backend("cpu", cpu.refuse, partial(composite.run, backend="cpu")),
-        Backend("portable", portable.refuse, partial(composite.run, backend="portable")),
-        Backend("reference", reference.refuse, partial(composite.run, backend="reference"), only_when_asked=True),
+        Backend("portable", composite.refuse, partial(composite.run, backend="portable")),
+        Backend("reference", composite.refuse, partial(composite.run, backend="reference"), only_when_asked=True),
     ],
 )
 

@@ -13,6 +13,10 @@ from selectra.ops.selective_scan import selective_scan
 from selectra.ops.selective_scan.call import ScanCall
 
 
+def refuse(call: CrossCall) -> None:
+    """Plain PyTorch takes every call."""
+
+
 def run(call: CrossCall, backend: str) -> Tensor:
     """The outputs, added or side by side."""
     if backend == "portable" and not torch.compiler.is_compiling():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selectra.ops import cuda
 from selectra.ops.cross_scan.call import BACK, CrossCall
-from selectra.ops.selective_scan import geometry, parts
+from selectra.ops.selective_scan import geometry
 from selectra.ops.selective_scan.call import ScanCall
 from selectra.ops.selective_scan.cuda import MOST_PLANS, Ends, launch
 from selectra.ops.selective_scan.plans import (
@@ -172,7 +172,7 @@ def _plan(tensors: tuple[ScanCall, Tensor], call: CrossCall, interval: int, make
 
 def _words(plan: Plan, scan: ScanCall) -> list[int]:
     words = plan.words.copy()
-    for place, x in zip(_INPUTS, scan, strict=False):
+    for place, x in zip(_INPUTS, scan.tensors, strict=False):
         words[place] = 0 if x is None else x.data_ptr()
     return words
 
