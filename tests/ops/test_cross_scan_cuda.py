@@ -82,6 +82,10 @@ def test_layouts_in_memory(n: int) -> None:
     compare(tensors | first | {"delta": delta})
     routes_first = {name: tensors[name].movedim(3, 0).contiguous().movedim(0, 3) for name in ("delta", "B", "C")}
     compare(tensors | routes_first)
+    own = drawn((2, 5, 7), 4, 16, n, shared=False, gate="own")
+    columns_first = {name: own[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "z")}
+    got = compare(own | columns_first | {"delta": own["delta"].movedim(3, 0).contiguous().movedim(0, 3)})
+    assert got["u"].stride() == columns_first["u"].stride()
 
 
 @pytest.mark.parametrize("n", [2, 8])
@@ -180,9 +184,13 @@ def test_what_it_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "require_cuda", lambda tensors, op: None)
     for merge, gate in ((True, "shared"), (False, "own")):
-        tensors = {name: t.float().requires_grad_() for name, t in drawn((1, 2, 3), 4, 6, 2, gate=gate).items()}
+        a = drawn((1, 2, 3), 4, 6, 2, gate=gate, shared=merge)
+        tensors = {name: t.float().requires_grad_() for name, t in a.items()}
         call = prepare(**tensors, merge=merge, delta_softplus=True)  # pyright: ignore[reportArgumentType]
-        detached = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in call]
+        # Routes first, so that gradients lie in memory as inputs do.
+        laid = call._replace(delta=call.delta.movedim(3, 0).contiguous().movedim(0, 3))
+        laid = laid._replace(u=call.u.permute(0, 2, 1, 3, 4).contiguous().permute(0, 2, 1, 3, 4))
+        detached = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in laid]
         torch.library.opcheck(torch.ops.selectra.cross_scan.default, (*detached, True))
 
 

@@ -30,6 +30,8 @@ from selectra.ops.selective_scan.plans import (
 # Four bits of a word for each.
 MOST_ROUTES = 16
 SUM_THREADS, VECTOR_BYTES = 256, 16
+# Whether what the routes give lies route after route until it is added, not position after position.
+ROUTES_FIRST = True
 _INPUTS = tuple(GRID_PLACES[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
 _ENDS = Ends.of(GRID_PLACES)
 
@@ -67,20 +69,20 @@ def forward(call: CrossCall, save: bool) -> tuple[Tensor, Tensor | None]:
     Returns:
         The outputs, added or side by side, and the checkpoints.
     """
-    u, k = call.u, len(call.routes)
-    shape = (*u.shape[:3], k, u.shape[4])
+    u, shape = call.u, call.delta.shape
     checkpoints = call.A.new_empty(checkpoint_shape(call)) if save else None
     if call.delta.numel() == 0:
         return u.new_empty(u.shape[:3] + u.shape[4:] if call.merge else shape), checkpoints
     scan, interval = _scan(call), _interval(call)
-    y = scan.u.new_empty(shape)
-    plan = _plan((scan, y), call, interval, lambda: plan_forward(scan, y.flatten(1, 2), interval, _grid(call)))
+    y = _parts(scan, call) if call.merge else scan.u.new_empty(scan.u.shape)
+    plan = _plan(scan, y, call, interval, False, lambda: plan_forward(scan, y, interval, _grid(call)))
     words = _words(plan, scan)
     words[GRID_PLACES["y"]] = y.data_ptr()
     if checkpoints is not None:
         words[GRID_PLACES["checkpoints"]] = checkpoints.data_ptr()
     launch(plan, words, scan.A, ends=_ENDS)
-    return (_sum_routes(y).squeeze(3) if call.merge else y).to(u.dtype), checkpoints
+    found = _sum_routes(y).view(u.shape[:3] + u.shape[4:]) if call.merge else y.view(shape)
+    return found.to(u.dtype), checkpoints
 
 
 def backward(call: CrossCall, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,25 +101,59 @@ def backward(call: CrossCall, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor |
     dy = (dy.unsqueeze(3) if call.merge else dy).to(scan.u.dtype).flatten(1, 2).expand(scan.u.shape)
     if not strides_fit(dy):
         dy = dy.contiguous()
-    du, ddelta = (scan.delta.new_empty(scan.u.shape) for _ in range(2))
-    dz = None if scan.z is None else scan.delta.new_empty(scan.u.shape)
+    du, ddelta = (_room_for(x, scan, call) for x in (call.u, call.delta))
+    dz = None if call.z is None else _room_for(call.z, scan, call)
     grid = _grid(call)
-    plan = _plan((scan, dy), call, interval, lambda: plan_backward(scan, dy, du, ddelta, dz, interval, grid))
+    plan = _plan(scan, dy, call, interval, True, lambda: plan_backward(scan, dy, du, ddelta, dz, interval, grid))
     A, B, C, D, bias = scan.A, scan.B, scan.C, scan.D, scan.delta_bias
     dA, dB, dC = A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape)
     dD, dbias = (None if x is None else x.new_empty(x.shape) for x in (D, bias))
     words = _words(plan, scan)
     words[GRID_PLACES["dy"]], words[GRID_PLACES["checkpoints"]] = dy.data_ptr(), checkpoints.data_ptr()
     launch(plan, words, A, (du, ddelta, dA, dB, dC, dD, dz, dbias), _ENDS)
-    if call.u.shape[3] < du.shape[2]:
-        du = _sum_routes(du)
-    if dz is not None and call.z is not None and call.z.shape[3] < dz.shape[2]:
-        dz = _sum_routes(dz)
+    du, ddelta = _as(call.u, du), _as(call.delta, ddelta)
+    if dz is not None and call.z is not None:
+        dz = _as(call.z, dz)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias)
     return tuple(
-        None if grad is None or x is None else grad.view(x.shape).to(x.dtype)
+        None if grad is None or x is None else grad.view_as(x).to(x.dtype)
         for grad, x in zip(grads, call.tensors, strict=True)
     )
+
+
+def _parts(scan: ScanCall, call: CrossCall) -> Tensor:
+    """Room for what all routes give, to be added: (b, l, k, d)."""
+    batch, length, k, d = scan.u.shape
+    if ROUTES_FIRST:
+        return scan.u.new_empty((k, batch, length, d)).movedim(0, 2)
+    return scan.u.new_empty(scan.u.shape)
+
+
+def is_shared(x: Tensor, call: CrossCall) -> bool:
+    """Whether several routes read the same numbers of u or z."""
+    return x.shape[3] < len(call.routes)
+
+
+def _flattens(x: Tensor) -> bool:
+    """Whether (b, h, w, k, d) is (b, l, k, d) as it lies."""
+    return x.shape[1] == 1 or x.shape[2] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
+
+
+def _room_for(x: Tensor, scan: ScanCall, call: CrossCall) -> Tensor:
+    """Room for the gradient of u, delta or z, (b, l, k, d): lying as x does, where it can be returned as it is."""
+    if is_shared(x, call):
+        return _parts(scan, call)
+    like = torch.empty_like(x, dtype=scan.u.dtype)
+    return (like if _flattens(like) else like.new_empty(like.shape)).flatten(1, 2)
+
+
+def _as(x: Tensor, grad: Tensor) -> Tensor:
+    """A gradient of all routes as that of x; it lies as x does unless it is a sum: compiled programs rely on it."""
+    if x.shape[3] < grad.shape[2]:
+        return _sum_routes(grad).view(x.shape)
+    grad = grad.unflatten(1, x.shape[1:3])
+    like = torch.empty_like(x)
+    return grad if like.stride() == grad.stride() else like.copy_(grad)
 
 
 def _interval(call: CrossCall) -> int:
@@ -148,16 +184,16 @@ def _grid(call: CrossCall) -> Grid:
     return routes, width, -(-(1 << 31 + c) // height) & 0xFFFFFFFF, max(c - 1, 0)
 
 
-def _plan(tensors: tuple[ScanCall, Tensor], call: CrossCall, interval: int, make: Callable[[], Plan]) -> Plan:
-    """The plan of a call; `tensors` are the scan and y or its gradient, which tells a backward by its shape."""
-    scan, other = tensors
-    given = (*scan[:8], other)
+def _plan(scan: ScanCall, y: Tensor, call: CrossCall, interval: int, back: bool, make: Callable[[], Plan]) -> Plan:
+    """The plan of a call with the output or, `back`, its gradient."""
+    given = (*scan[:8], y)
     key = (
+        back,
+        tuple(None if x is None else x.stride() for x in (call.u, call.delta, call.z)),
         call.u.shape,
         tuple(call.routes),
         call.delta_softplus,
         interval,
-        other.dim(),
         scan.u.get_device(),
         tuple(None if x is None else (x.dtype, x.stride(), x.data_ptr() & 15) for x in given),
     )
@@ -189,17 +225,16 @@ def _fitting(scan: ScanCall) -> ScanCall:
 
 
 def _sum_routes(x: Tensor) -> Tensor:
-    """(..., k, d), contiguous, to (..., 1, d)."""
-    k, d = x.shape[-2:]
+    """(b, l, k, d) of `_parts` to (b, l, 1, d)."""
+    batch, length, k, d = x.shape
     if k == 1:
         return x
-    total = x.new_empty((*x.shape[:-2], 1, d))
+    total = x.new_empty((batch, length, 1, d))
     of_vector = VECTOR_BYTES // x.element_size()
-    aligned = (x.data_ptr() | total.data_ptr()) % VECTOR_BYTES == 0
-    vectors = d % of_vector == 0 and aligned
+    vectors = d % of_vector == 0 and (x.data_ptr() | total.data_ptr()) % VECTOR_BYTES == 0
     macros = (("TYPE", TYPES[x.dtype]), ("VECTORS", int(vectors)), ("ROUTES", k))
     kernel = cuda.kernel("cross_scan/sum_routes.cu", "sum_routes", macros, x.get_device())
     pieces = total.numel() // (of_vector if vectors else 1)
-    words = [x.data_ptr(), total.data_ptr(), total.numel() // d, d]
+    words = [x.data_ptr(), total.data_ptr(), batch * length, d, x.stride(1), x.stride(2)]
     kernel.launch((-(-pieces // SUM_THREADS), 1, 1), SUM_THREADS, words)
     return total

@@ -95,7 +95,14 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("selectra::cross_scan_backward", lib=library)
 def _backward_fake(dy: Tensor, checkpoints: Tensor, *words: Any) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0) if x is None else x.new_empty(x.shape) for x in words[:N_TENSORS])
+    call = CrossCall._make(words)
+    keep = [x is not None and x.dim() == 5 and not cuda.is_shared(x, call) for x in call.tensors]
+    # B and C have five dimensions too.
+    keep[3] = keep[4] = False
+    return tuple(
+        dy.new_empty(0) if x is None else torch.empty_like(x) if kept else x.new_empty(x.shape)
+        for x, kept in zip(call.tensors, keep, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
