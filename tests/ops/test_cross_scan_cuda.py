@@ -12,6 +12,7 @@ from selectra.ops.cross_scan import cuda, registration
 from selectra.ops.cross_scan.call import prepare
 from selectra.ops.selective_scan import plans, wide
 from selectra.ops.selective_scan.faults import faults
+from selectra.train.record import BackendWatch
 from tests.ops import cases
 from tests.ops.cross import ALL, drawn, results, slow
 from tests.ops.emulator.fixture import EmulatedGpu, emulated_gpu
@@ -178,7 +179,7 @@ def test_what_it_does_not_take_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         BackendError, match="cross_scan: backend 'cuda' is written into this program and a tensor is on"
     ):
-        torch.ops.selectra.cross_scan(*call, False)
+        torch.ops.selectra.cross_scan(*call, "cuda", False)
 
 
 def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,14 @@ def test_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
         laid = call._replace(delta=call.delta.movedim(3, 0).contiguous().movedim(0, 3))
         laid = laid._replace(u=call.u.permute(0, 2, 1, 3, 4).contiguous().permute(0, 2, 1, 3, 4))
         detached = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in laid]
-        torch.library.opcheck(torch.ops.selectra.cross_scan.default, (*detached, True))
+        torch.library.opcheck(torch.ops.selectra.cross_scan.default, (*detached, "cuda", True))
+
+
+def test_the_backend_that_ran_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "require_cuda", lambda tensors, op: None)
+    with BackendWatch() as watch:
+        scan(**{name: t.float() for name, t in drawn((1, 2, 3), 4, 6, 2).items()})
+    assert watch.ran == {"cross_scan": "cuda"}
 
 
 @pytest.mark.compile

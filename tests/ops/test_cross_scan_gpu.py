@@ -98,7 +98,7 @@ def test_a_graph_replays_forward_and_backward(n: int) -> None:
 def test_opcheck(n: int) -> None:
     call = prepare(**on_gpu(drawn((1, 2, 3), 4, 6, n, gate="own")), delta_softplus=True)  # pyright: ignore[reportArgumentType]
     detached = [x.detach().requires_grad_() if isinstance(x, Tensor) else x for x in call]
-    torch.library.opcheck(torch.ops.selectra.cross_scan.default, (*detached, True))
+    torch.library.opcheck(torch.ops.selectra.cross_scan.default, (*detached, "cuda", True))
 
 
 @pytest.mark.compile

@@ -153,7 +153,8 @@ def _as(x: Tensor, grad: Tensor) -> Tensor:
         return _sum_routes(grad).view(x.shape)
     grad = grad.unflatten(1, x.shape[1:3])
     like = torch.empty_like(x)
-    return grad if like.stride() == grad.stride() else like.copy_(grad)
+    same = all(a == b or size == 1 for a, b, size in zip(like.stride(), grad.stride(), x.shape, strict=True))
+    return grad if same else like.copy_(grad)
 
 
 def _interval(call: CrossCall) -> int:

@@ -16,8 +16,9 @@ from selectra.ops.selective_scan.cuda import require_cuda
 from selectra.ops.transforms import needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
-FLAGS = "bool delta_softplus, int[] routes, bool merge"
-N_TENSORS = 8
+# The backend is told to whoever watches which one ran.
+FLAGS = "bool delta_softplus, int[] routes, bool merge, str backend"
+N_TENSORS, BACKEND = 8, "cuda"
 
 library = torch.library.Library("selectra", "FRAGMENT")
 library.define(f"cross_scan({TENSORS}, {FLAGS}, bool save) -> (Tensor, Tensor)")
@@ -35,7 +36,7 @@ def run(call: CrossCall) -> Tensor:
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
     if needs_dispatcher(call.tensors):
         refuse_transforms("cross_scan", call.tensors)
-        return torch.ops.selectra.cross_scan(*call, save)[0]
+        return torch.ops.selectra.cross_scan(*call, BACKEND, save)[0]
     if save:
         return _CrossScan.apply(call[N_TENSORS:], *call.tensors)  # pyright: ignore[reportReturnType]
     return cuda.forward(call, False)[0]
@@ -61,7 +62,7 @@ class _CrossScan(torch.autograd.Function):
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    *words, save = args
+    *words, _, save = args
     call = CrossCall._make(words)
     # A compiled or exported program carries the kernels to tensors that `refuse` never saw.
     require_cuda(call.tensors, "cross_scan")
@@ -69,8 +70,8 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     return y, call.A.new_empty(0) if checkpoints is None else checkpoints
 
 
-def _backward(dy: Tensor, checkpoints: Tensor, *words: Any) -> tuple[Tensor, ...]:
-    call = CrossCall._make(words)
+def _backward(dy: Tensor, checkpoints: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = CrossCall._make(args[:-1])
     require_cuda(call.tensors, "cross_scan")
     if checkpoints.shape != cuda.checkpoint_shape(call):
         # The forward was traced where no gradient could be asked for, and kept nothing.
@@ -86,7 +87,7 @@ library.impl("cross_scan_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("selectra::cross_scan", lib=library)
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    *words, save = args
+    *words, _, save = args
     call = CrossCall._make(words)
     u, delta = call.u, call.delta
     y = u.new_empty(u.shape[:3] + u.shape[4:] if call.merge else delta.shape)
@@ -94,8 +95,8 @@ def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("selectra::cross_scan_backward", lib=library)
-def _backward_fake(dy: Tensor, checkpoints: Tensor, *words: Any) -> tuple[Tensor, ...]:
-    call = CrossCall._make(words)
+def _backward_fake(dy: Tensor, checkpoints: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    call = CrossCall._make(args[:-1])
     keep = [x is not None and x.dim() == 5 and not cuda.is_shared(x, call) for x in call.tensors]
     # B and C have five dimensions too.
     keep[3] = keep[4] = False
@@ -110,14 +111,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])
     # No zeros are made for the checkpoints' gradient, which nobody reads.
     ctx.set_materialize_grads(False)
-    # All flags but `save`.
-    ctx.flags = inputs[N_TENSORS:-1]
+    # All flags but the backend and `save`.
+    ctx.flags = inputs[N_TENSORS:-2]
 
 
 def _autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
     *inputs, checkpoints = ctx.saved_tensors
-    # The flags and `save` have none.
-    rest = (None,) * (len(ctx.flags) + 1)
+    # Flags have none.
+    rest = (None,) * (len(ctx.flags) + 2)
     if dy is None:
         return (*(None for _ in inputs), *rest)
     return (*_registered_gradients(dy, checkpoints, inputs, ctx.flags), *rest)
@@ -126,7 +127,7 @@ def _autograd(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
 def _registered_gradients(dy: Tensor, checkpoints: Tensor, inputs: list[Any], flags: Any) -> list[Tensor | None]:
     """The gradients by way of the dispatcher, None for inputs that are None."""
     refuse_tangents("cross_scan", (dy, *inputs))
-    grads = torch.ops.selectra.cross_scan_backward(dy, checkpoints, *inputs, *flags)
+    grads = torch.ops.selectra.cross_scan_backward(dy, checkpoints, *inputs, *flags, BACKEND)
     return [None if x is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
