@@ -30,8 +30,6 @@ from selectra.ops.selective_scan.plans import (
 # Four bits of a word for each.
 MOST_ROUTES = 16
 SUM_THREADS, VECTOR_BYTES = 256, 16
-# Whether what the routes give lies route after route until it is added, not position after position.
-ROUTES_FIRST = True
 _INPUTS = tuple(GRID_PLACES[name] for name in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias"))
 _ENDS = Ends.of(GRID_PLACES)
 
@@ -74,7 +72,7 @@ def forward(call: CrossCall, save: bool) -> tuple[Tensor, Tensor | None]:
     if call.delta.numel() == 0:
         return u.new_empty(u.shape[:3] + u.shape[4:] if call.merge else shape), checkpoints
     scan, interval = _scan(call), _interval(call)
-    y = _parts(scan, call) if call.merge else scan.u.new_empty(scan.u.shape)
+    y = scan.u.new_empty(scan.u.shape)
     plan = _plan(scan, y, call, interval, False, lambda: plan_forward(scan, y, interval, _grid(call)))
     words = _words(plan, scan)
     words[GRID_PLACES["y"]] = y.data_ptr()
@@ -121,14 +119,6 @@ def backward(call: CrossCall, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor |
     )
 
 
-def _parts(scan: ScanCall, call: CrossCall) -> Tensor:
-    """Room for what all routes give, to be added: (b, l, k, d)."""
-    batch, length, k, d = scan.u.shape
-    if ROUTES_FIRST:
-        return scan.u.new_empty((k, batch, length, d)).movedim(0, 2)
-    return scan.u.new_empty(scan.u.shape)
-
-
 def is_shared(x: Tensor, call: CrossCall) -> bool:
     """Whether several routes read the same numbers of u or z."""
     return x.shape[3] < len(call.routes)
@@ -142,7 +132,7 @@ def _flattens(x: Tensor) -> bool:
 def _room_for(x: Tensor, scan: ScanCall, call: CrossCall) -> Tensor:
     """Room for the gradient of u, delta or z, (b, l, k, d): lying as x does, where it can be returned as it is."""
     if is_shared(x, call):
-        return _parts(scan, call)
+        return scan.u.new_empty(scan.u.shape)
     like = torch.empty_like(x, dtype=scan.u.dtype)
     return (like if _flattens(like) else like.new_empty(like.shape)).flatten(1, 2)
 
@@ -226,7 +216,7 @@ def _fitting(scan: ScanCall) -> ScanCall:
 
 
 def _sum_routes(x: Tensor) -> Tensor:
-    """(b, l, k, d) of `_parts` to (b, l, 1, d)."""
+    """(b, l, k, d), contiguous, to (b, l, 1, d)."""
     batch, length, k, d = x.shape
     if k == 1:
         return x
@@ -236,6 +226,6 @@ def _sum_routes(x: Tensor) -> Tensor:
     macros = (("TYPE", TYPES[x.dtype]), ("VECTORS", int(vectors)), ("ROUTES", k))
     kernel = cuda.kernel("cross_scan/sum_routes.cu", "sum_routes", macros, x.get_device())
     pieces = total.numel() // (of_vector if vectors else 1)
-    words = [x.data_ptr(), total.data_ptr(), batch * length, d, x.stride(1), x.stride(2)]
+    words = [x.data_ptr(), total.data_ptr(), batch * length, d]
     kernel.launch((-(-pieces // SUM_THREADS), 1, 1), SUM_THREADS, words)
     return total

@@ -1,4 +1,4 @@
-// Adds the routes' results at every position: k of (rows, d) to one, contiguous, in float32, in the order of the routes.
+// Adds the routes' results at every position: (rows, k, d) to (rows, d), in float32, in the order of the routes.
 //
 // Constants of one compilation:
 //   TYPE       of the numbers: 0 float32, 1 bfloat16, 2 float16
@@ -17,8 +17,7 @@ typedef uint16 Number;
 struct SumCall {
     const Number* from;
     Number* to;
-    // Numbers from one row and from one route to the next.
-    int64 rows, d, row, route;
+    int64 rows, d;
 };
 
 constexpr int SIZE = VECTORS ? 16 / int(sizeof(Number)) : 1;
@@ -38,10 +37,10 @@ KERNEL __launch_bounds__(THREADS) sum_routes(const __grid_constant__ SumCall cal
     if (index >= call.rows * in_row) return;
     // A division of 64 bits takes a hundred instructions.
     int64 row = index >> 32 ? index / in_row : uint32(index) / uint32(in_row);
-    const Number* from = call.from + row * call.row + (index - row * in_row) * SIZE;
+    const Piece* from = reinterpret_cast<const Piece*>(call.from) + row * (ROUTES - 1) * in_row + index;
     Piece pieces[ROUTES];
 #pragma unroll
-    for (int k = 0; k < ROUTES; ++k) pieces[k] = *reinterpret_cast<const Piece*>(from + k * call.route);
+    for (int k = 0; k < ROUTES; ++k) pieces[k] = from[k * in_row];
     Piece sum;
 #pragma unroll
     for (int i = 0; i < SIZE; ++i) {
