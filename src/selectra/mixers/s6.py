@@ -127,12 +127,12 @@ class SelectivePath(nn.Module):
     def convolve(
         self,
         u: Float[Tensor, "b l d_inner"],
-        state: Float[Tensor, "b d_inner d_conv"] | None = None,
+        state: Float[Tensor, "states d_inner d_conv"] | None = None,
         *,
         reverse: bool = False,
         mask: Bool[Tensor, "b l"] | None = None,
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
-    ) -> tuple[Float[Tensor, "b l d_inner"], Float[Tensor, "b d_inner d_conv"]]:
+    ) -> tuple[Float[Tensor, "b l d_inner"], Float[Tensor, "states d_inner d_conv"]]:
         """The short convolution with SiLU, and its last inputs."""
         return causal_conv1d(
             u,
