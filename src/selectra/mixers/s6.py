@@ -249,6 +249,7 @@ def zero_absent(x: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> 
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is that: what decays are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
