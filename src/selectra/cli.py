@@ -63,6 +63,7 @@ class Benchmark(StrEnum):
     lengths = "lengths"
     block = "block"
     cross = "cross"
+    block_parts = "block_parts"
     model = "model"
     plot = "plot"
     tables = "tables"

@@ -114,6 +114,16 @@ def test_both_directions_at_once_are_the_sum_of_two_scans():
     assert all(close(a, b) for a, b in zip(found, want, strict=True))
 
 
+def test_adapted_projections_are_not_mixed_at_once():
+    mixer = build(Bidirectional)
+    assert mixer._is_plain()
+    handle = mixer.back.x_proj.register_forward_hook(lambda *_: None)
+    assert not mixer._is_plain()
+    handle.remove()
+    mixer.ahead.x_proj = nn.Sequential(mixer.ahead.x_proj)
+    assert not mixer._is_plain()
+
+
 def test_the_selective_channel_mixer_has_two_scans_and_one_gate_that_is_not_flipped():
     mixer, x = build(SelectiveChannel), inputs()
     w_ahead, w_back, w_gate = mixer.in_proj.weight.chunk(3)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from selectra.bench import scan
 from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block
+from selectra.bench.block_parts import bench_block_parts
 from selectra.bench.cross import CASES as CROSS_CASES
 from selectra.bench.cross import TINY_CASES as TINY_CROSS_CASES
 from selectra.bench.cross import bench_cross
@@ -28,7 +29,7 @@ from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
 
-CPU_SECONDS, GPU_SECONDS, LENGTH_SECONDS = 2.0, 1.0, 0.5
+CPU_SECONDS, GPU_SECONDS, LENGTH_SECONDS, PARTS_SECONDS = 2.0, 1.0, 0.5, 0.3
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -98,6 +99,13 @@ def _block(wish: Wish, device: torch.device, console: Console, save: Save) -> No
     bench_block(device, _seconds(wish, device), console, save, study)
 
 
+def _block_parts(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cuda":
+        raise ConfigError(f"`bench block_parts` needs a CUDA device, whose kernels it times; this is {device}.")
+    bench_block_parts(device, PARTS_SECONDS if wish.seconds is None else wish.seconds, console, save)
+
+
 def _model(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     bench_model(device, _seconds(wish, device), console, save, wish.only)
 
@@ -107,7 +115,14 @@ def _refuse_only(wish: Wish, why: str) -> None:
         raise ConfigError(f"--tags {why}.")
 
 
-RUNNERS = {"scan": _scan, "lengths": _lengths, "block": _block, "cross": _cross, "model": _model}
+RUNNERS = {
+    "scan": _scan,
+    "lengths": _lengths,
+    "block": _block,
+    "block_parts": _block_parts,
+    "cross": _cross,
+    "model": _model,
+}
 
 
 def _plot(wish: Wish) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from selectra.bench.block_table import block_table, model_table
+from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
 from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
@@ -29,6 +29,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "findings": lambda record: "\n".join(f"- {line}" for line in findings(record)["words"]),
     "targets": target_table,
     "block": block_table,
+    "ways": ways_table,
+    "parts": parts_table,
+    "norms": norms_table,
     "cross": cross_table,
     "model": model_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",

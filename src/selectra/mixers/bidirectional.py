@@ -60,12 +60,22 @@ class Bidirectional(nn.Module):
         require_input(x, self.d_model, mask, cu_seqlens)
         u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
         # On a GPU two small launches would leave it half empty; elsewhere putting both side by side is lost time.
-        if x.is_cuda and mask is None and cu_seqlens is None:
+        if x.is_cuda and mask is None and cu_seqlens is None and self._is_plain():
             return self.out_proj(self._mix_at_once(u, z))
         ahead, _ = self.ahead.mix(u, z, mask=mask, cu_seqlens=cu_seqlens)
         back, _ = self.back.mix(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)
         y = self.out_proj(ahead + back)
         return y if self.out_proj.bias is None else zero_absent(y, mask)
+
+    def _is_plain(self) -> bool:
+        """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called."""
+        linears = (linear for path in (self.ahead, self.back) for linear in (path.x_proj, path.dt_proj))
+        return all(
+            type(linear) is nn.Linear
+            and not (linear._forward_hooks or linear._forward_pre_hooks)
+            and not (linear._backward_hooks or linear._backward_pre_hooks)
+            for linear in linears
+        )
 
     def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         """Both paths in one launch of the scan, added."""

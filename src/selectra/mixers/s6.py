@@ -13,9 +13,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from selectra.errors import ConfigError
+from selectra.mixers.projections import linear_halves, select
 from selectra.mixers.sizes import mixer_sizes, require_sizes
 from selectra.ops import causal_conv1d, checks, selective_scan
 
@@ -104,10 +104,11 @@ class SelectivePath(nn.Module):
         u, conv = self.convolve(
             u, None if state is None else state.conv, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens
         )
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        sizes = (self.dt_rank, self.d_state, self.d_state)
+        u, delta, B, C = select(self.x_proj, self.dt_proj, u, sizes)
         y, ssm = selective_scan(
             u,
-            F.linear(dt, self.dt_proj.weight),
+            delta,
             -at_least_float32(self.A_log).exp(),
             B,
             C,
@@ -230,7 +231,7 @@ class S6(SelectivePath):
         reverse: bool = False,
     ) -> tuple[Tensor, State]:
         require_input(x, self.d_model, mask, cu_seqlens)
-        u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
+        u, z = linear_halves(self.in_proj, zero_absent(x, mask))
         y, state = self.mix(u, z, state, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
         y = self.out_proj(y)
         return (y if self.out_proj.bias is None else zero_absent(y, mask)), state

@@ -38,6 +38,7 @@ DEVICE float from_bits(uint32 x) { return __uint_as_float(x); }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float absolute(float x) { return fabsf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 
 // 2^x, within 2 units in the last place; numbers too small for float32 are 0.
 DEVICE float exp2_fast(float x) {
