@@ -4,6 +4,7 @@
 #pragma once
 
 typedef long long int64;
+typedef unsigned long long uint64;
 typedef unsigned int uint32;
 typedef unsigned short uint16;
 

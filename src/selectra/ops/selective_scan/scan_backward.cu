@@ -193,7 +193,7 @@ struct Block {
         n_blocks = count_blocks<WIDTH>(call);
         block = block_x() % n_blocks;
         channels = find_channels<WIDTH>(call, block);
-        sequence = find_sequence(call, block_x() / n_blocks);
+        sequence = find_sequence(call, block_x() / n_blocks, channels.group);
         elements.find();
         begin = block_y() * int(call.chunk);
         end = sequence.length;
@@ -235,6 +235,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
     Adjoint adjoint;
     load_decays(adjoint.a, call, my.channels, my.at);
     const float* after = call.n_chunks > 1 ? call.chunk_state + my.chunk_index * my.states_size
+                         : ROUTES          ? nullptr
                                            : call.dfinal + my.sequence.index * my.states_size;
     load_states(adjoint.g, after, my.channels, my.at);
     clear(adjoint.dA);

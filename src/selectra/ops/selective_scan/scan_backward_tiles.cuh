@@ -286,7 +286,7 @@ DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const
 #pragma unroll
             for (int k = 0; k < STEP; ++k) sum[k] += shared.gathered[warp][step][which * PADDED_STATES + state + k];
         step += tile.first;
-        int position = call.reverse ? sequence.length - 1 - step : step;
+        int position = position_in(call, sequence, step);
         if (MASKED && !present(call, sequence, sequence.start + position)) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
         int64 row = int64(sequence.batch) * call.length + sequence.start + position;
         float* to = call.partial_bc + ((row * n_blocks + block) * 2 + which) * STATES + state;

@@ -259,7 +259,7 @@ struct Block {
         int n_blocks = count_blocks<WIDTH>(call);
         at = find_lane();
         channels = find_channels<WIDTH>(call, block_x() % n_blocks);
-        sequence = find_sequence(call, block_x() / n_blocks);
+        sequence = find_sequence(call, block_x() / n_blocks, channels.group);
         elements.find();
         chunk = block_y();
         begin = chunk * int(call.chunk);
@@ -317,7 +317,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
         synchronize_block();
         finish(shared, my.elements, u, z, my.strips.y, call, my.sequence, my.channels, tile);
     }
-    if (call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
+    if (!ROUTES && call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
         store_states(call.final_state + my.sequence.index * my.states_size, h, my.channels, my.at);
 }
 

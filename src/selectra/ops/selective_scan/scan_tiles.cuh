@@ -131,7 +131,7 @@ struct Strip {
 
 template <typename T>
 DEVICE Strip<T> find_strip(const Activation<T>& x, const Sequence& sequence, const Channels& channels) {
-    T* data = x.data + sequence.batch * x.batch + sequence.start * x.row + channels.first * x.channel;
+    T* data = x.data + sequence.batch * x.batch + sequence.start * x.row + first_of(x, channels);
     return {data, int(x.row), int(x.channel)};
 }
 
@@ -167,7 +167,7 @@ DEVICE Marks find_marks(const Unit& unit, const ScanCall& call, const Sequence& 
     for (int i = 0; i < Marks::COUNT; ++i) {
         int step = tile.first + unit.step_of(i);
         Mark& mark = marks.marks[i];
-        mark.position = call.reverse ? sequence.length - 1 - step : step;
+        mark.position = position_in(call, sequence, step);
         mark.exists = unit.inside && step < tile.end && channels.first + unit.channel_of(i) < channels.end;
         mark.part = mark.exists && present(call, sequence, sequence.start + mark.position);
     }
@@ -412,7 +412,7 @@ struct Projections {
             int step = tile.first + index / All::HALF, state = 2 * (index % All::HALF);
             bool wanted = (All::COUNT % THREADS == 0 || index < All::COUNT) && step < tile.end &&
                           (PADDED_STATES == STATES || state < STATES);
-            int position = call.reverse ? sequence.length - 1 - step : step;
+            int position = position_in(call, sequence, step);
             wanted = wanted && present(call, sequence, sequence.start + position);
             B[i] = load_pair(B_strip, position, state, wanted);
             C[i] = load_pair(C_strip, position, state, wanted);

@@ -65,7 +65,7 @@ def _chain(sizes: Sizes, macros: Macros, name: str, chunk: int, device_index: in
 
 def _of_sums(macros: Macros) -> Macros:
     """The constants that scan_reduce.cu looks at as they are, the others alike for all calls."""
-    return tuple((name, value if name in ("STATES", "TYPE", "PACKED") else 0) for name, value in macros)
+    return tuple((name, value if name in ("STATES", "TYPE", "PACKED", "ROUTES") else 0) for name, value in macros)
 
 
 def _chunks(sizes: Sizes, n_blocks: int, layout: Layout, unit: int, share: float, device_index: int) -> tuple[int, int]:
