@@ -74,18 +74,14 @@ struct Adjoint {
 };
 
 // One group of four steps: forward once more, then back.
-DEVICE void walk_back(Shared& shared, Adjoint& adjoint, Gather& gather_B, Gather& gather_C, const Lane& at,
-                      const Choice& choice, int group) {
+DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Choice& choice, int group) {
     States h, decay[GROUP], decayed[GROUP];
     const float4* steps = steps_from(shared, at, group * GROUP);
     const float2* dys = dy_from(shared, at, group * GROUP);
     const float4* projections = projections_from(shared, at, group * GROUP);
     recall(h, shared.states[group][warp_of(at)], at);
-    // Columns of this group's pairs of steps among the eight that are gathered.
-    bool later = group % 2;
-    float columns[GROUP];
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) columns[j] = later ? choice.column[GROUP + j] : choice.column[j];
+    Gather gather;
+    gather.begin<OF_C>();
 #if GATED
     Sums outputs;
     outputs.begin();
@@ -107,18 +103,18 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, Gather& gather_B, Gather
             v[tile][0] = fma(dy.y, h[tile][1], dy.x * h[tile][0]);
             v[tile][1] = fma(dy.y, h[tile][3], dy.x * h[tile][2]);
         }
-        if (j % 2 == 0)
-            gather_C.add<true>(v, j, 0.0f, 0.0f, choice);
-        else
-            gather_C.add<false>(v, j, columns[j - 1], columns[j], choice);
+        gather.add<OF_C>(v, j, choice);
 #if GATED
         add_output(outputs, h, projections + j * HALF_STATES, j, at, choice);
 #endif
     }
 #if GATED
-    shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)] =
-         {outputs.values[0], outputs.values[2]};
+    float2& to = shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
+    to = EXACT ? float2{outputs.values[0] + outputs.values[1], outputs.values[2] + outputs.values[3]}
+               : float2{outputs.values[0], outputs.values[2]};
 #endif
+    gather.end<OF_C>(&shared.gathered[at.channel_warp][group * GROUP], at);
+    gather.begin<OF_B>();
     Sums sums;
     sums.begin();
 #pragma unroll
@@ -144,18 +140,12 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, Gather& gather_B, Gather
             for (int i = 0; i < 4; ++i) g[i] *= decay[j][tile][i];
         }
         sums.add(x[0], x[1], y[0], y[1], j, choice);
-        if (j % 2)
-            gather_B.add<true>(v, j, 0.0f, 0.0f, choice);
-        else
-            gather_B.add<false>(v, j, columns[j], columns[j + 1], choice);
+        gather.add<OF_B>(v, j, choice);
     }
     synchronize_warp();
     shared.states[group][warp_of(at)][0][sums_place(at.channel_warp, at.g, at.q)] = {sums.values[0], sums.values[1],
                                                                                     sums.values[2], sums.values[3]};
-    if (EXACT || !later) {
-        gather_B.end(&shared.gathered[at.channel_warp][group * GROUP], 0, at);
-        gather_C.end(&shared.gathered[at.channel_warp][group * GROUP], 1, at);
-    }
+    gather.end<OF_B>(&shared.gathered[at.channel_warp][group * GROUP], at);
 }
 
 // Run a tile: h is the state before it.
@@ -170,11 +160,8 @@ DEVICE void run(Shared& shared, Adjoint& adjoint, States& h, const Lane& at, con
         for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, steps[j * STEP_ROW], projections + j * HALF_STATES);
     }
     synchronize_warp();
-    Gather gather_B, gather_C;
-    gather_B.begin();
-    gather_C.begin();
 #pragma unroll UNROLLED
-    for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, gather_B, gather_C, at, choice, group);
+    for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, at, choice, group);
 }
 
 static_assert(ALONG_TIME || THREADS % (WIDTH / UNIT) == 0, "a thread's channels are the same in all its units");
@@ -206,8 +193,8 @@ struct Block {
             shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] : 0.0f;
         }
         if (thread_index() != 0) return;
-        shared.zero = 0.0f;
-        shared.one = 1.0f;
+        shared.zeros[0] = shared.zeros[1] = 0.0f;
+        shared.ones[0] = shared.ones[1] = 1.0f;
         shared.strips.u = find_strip(call.u, sequence, channels);
         shared.strips.delta = find_strip(call.delta, sequence, channels);
         shared.strips.dy = find_strip(call.dy, sequence, channels);
@@ -243,7 +230,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
     sums.keep(shared);
     synchronize_block();
     Choice choice;
-    choice.find(shared.zero, shared.one, my.at);
+    choice.find(shared.zeros, shared.ones, my.at);
 
     float4(*tile_states)[WARPS][STATE_TILES][WARP] =
         reinterpret_cast<float4(*)[WARPS][STATE_TILES][WARP]>(&shared.tiles);

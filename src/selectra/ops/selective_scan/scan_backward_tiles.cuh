@@ -30,7 +30,7 @@ struct Shared {
     float bias[WIDTH], skip[WIDTH];
     Strips strips;
     // Numbers that the compiler must not know: see Choice.
-    float zero, one;
+    float zeros[2], ones[2];
     // Whether a warp's adjoint needs what follows.
     int alive[WARPS + 4 - WARPS % 4];
     // Beyond this the adjoint pass needs nothing.
