@@ -99,29 +99,6 @@ def test_accesses_in_no_order_are_reported(name: str, line: str, seed: int) -> N
         run(kernel(name, seed=seed, barrier=False), x, 256, n=256, threads=256)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_blocks_of_a_cluster_read_each_others_memory(seed: int) -> None:
-    x = torch.randn(6 * 32)
-    out = run(in_clusters(3, barrier=1, seed=seed), x, 6 * 32, threads=32, blocks=6)
-    assert torch.equal(out.view(2, 3, 32), x.view(2, 3, 32).roll(-1, dims=1))
-
-
-def in_clusters(size: int, barrier: int, seed: int = 0) -> EmulatedKernel:
-    return emulated(EXAMPLES, {"BARRIER": barrier, "CLUSTER": size}, "next_block", SHARED_BYTES, seed)
-
-
-@watched
-@pytest.mark.parametrize("barrier", [0, 2])
-def test_blocks_that_do_not_wait_for_the_cluster_are_reported(barrier: int) -> None:
-    with pytest.raises(EmulatorError, match="no barrier between"):
-        run(in_clusters(2, barrier), torch.randn(64), 64, threads=32, blocks=2)
-
-
-def test_a_grid_of_no_whole_clusters_is_refused() -> None:
-    with pytest.raises(EmulatorError, match="clusters of 2 blocks in a grid of 3"):
-        run(in_clusters(2, barrier=1), torch.randn(96), 96, threads=32, blocks=3)
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_copies_in_the_background_are_there_after_the_wait_and_not_before(seed: int) -> None:
     x = torch.randn(256)

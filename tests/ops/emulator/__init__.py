@@ -58,7 +58,6 @@ class _Launch(ctypes.Structure):
         ("grid", ctypes.c_int * 3),
         ("threads", ctypes.c_int),
         ("shared_bytes", ctypes.c_int),
-        ("cluster", ctypes.c_int),
         ("seed", ctypes.c_uint),
     )
 
@@ -72,13 +71,11 @@ class EmulatedKernel:
     entry: Callable[..., bytes | None] = field(repr=False)
     shared_bytes: int = 0
     seed: int = 0
-    cluster: int = 1
-    """Blocks that run side by side."""
 
     def launch(self, grid: tuple[int, int, int], threads: int, words: Sequence[int]) -> None:
         """Run the kernel on all blocks, one after the other; `words` are its argument's 64-bit words."""
         packed = (ctypes.c_longlong * len(words))(*words)
-        launch = _Launch((ctypes.c_int * 3)(*grid), threads, self.shared_bytes, self.cluster, self.seed)
+        launch = _Launch((ctypes.c_int * 3)(*grid), threads, self.shared_bytes, self.seed)
         problem = self.entry(ctypes.byref(launch), packed, len(words))
         if problem is not None:
             raise EmulatorError(f"{self.name}: {PLACE.sub(self._line, problem.decode())}")
@@ -99,7 +96,7 @@ def emulated(
 
     Args:
         source: Path inside `selectra/ops`, or an absolute one.
-        defines: Names and values of the preprocessor; CLUSTER is also the number of blocks that run side by side.
+        defines: Names and values of the preprocessor.
         shared_bytes: Shared memory of a launch that does not say its own.
         seed: 0 runs lanes, warps and blocks in their natural order; another number draws the order.
         watched: Whether accesses that no barrier puts in order are errors.
@@ -114,7 +111,7 @@ def emulated(
         raise EmulatorError(f"{source} has no kernel {name!r} with {dict(pairs)}") from None
     entry.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(ctypes.c_longlong), ctypes.c_int)
     entry.restype = ctypes.c_char_p
-    return EmulatedKernel(name, library._name, entry, shared_bytes, seed, int(dict(pairs).get("CLUSTER", 1)))
+    return EmulatedKernel(name, library._name, entry, shared_bytes, seed)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ enum Group : uint8_t { kOneThread, kOneWarp, kManyWarps };
 
 // The last write of a byte, or its reads since the last barrier.
 struct Access {
-  unsigned of_block, of_warp, arrived, serial;
+  unsigned of_block, of_warp;
   uint16_t thread;
   Group group;
   const void* code;
@@ -36,18 +36,13 @@ struct Byte {
   Access write, read;
 };
 
-Byte bytes[kAllSharedBytes];
+Byte bytes[kMaxSharedBytes];
 
-int block_of(const Access& access) { return access.thread / current.threads; }
 int warp_of(const Access& access) { return access.thread / kLanes; }
 
 bool is_recent(const Access& earlier) { return earlier.code != nullptr && earlier.of_block == barriers.of_block; }
 
 bool in_order(const Access& earlier, const Access& now) {
-  if (earlier.code != nullptr && earlier.serial == now.serial && block_of(earlier) != block_of(now)) {
-    // Threads of two blocks: the earlier one has arrived at a barrier since, which this one has waited for.
-    return barriers.waited[warp_of(now)] > earlier.arrived;
-  }
   if (!is_recent(earlier)) return true;
   if (earlier.group == kManyWarps || warp_of(earlier) != warp_of(now)) return false;
   return earlier.of_warp != now.of_warp || (earlier.group == kOneThread && earlier.thread == now.thread);
@@ -90,12 +85,10 @@ void touch(Byte& byte, long index, bool writes, Access now) {
 
 inline void watch(const void* address, unsigned long size, bool writes, const void* code) {
   const long index = static_cast<const unsigned char*>(address) - shared_memory;
-  if (static_cast<unsigned long>(index) >= kAllSharedBytes) return;
-  const long in_block = index % current.shared_stride;
-  if (in_block + static_cast<long>(size) > shared_bytes) return report_outside(in_block, code);
-  const int warp = current.thread / kLanes;
-  const Access now = {barriers.of_block, barriers.of_warp[warp], barriers.arrived[warp], current.serial,
-                      static_cast<uint16_t>(current.thread), kOneThread, code};
+  if (static_cast<unsigned long>(index) >= kMaxSharedBytes + kGuardBytes) return;
+  if (index + static_cast<long>(size) > shared_bytes) return report_outside(index, code);
+  const unsigned of_warp = barriers.of_warp[current.thread / kLanes];
+  const Access now = {barriers.of_block, of_warp, static_cast<uint16_t>(current.thread), kOneThread, code};
   for (unsigned long i = 0; i < size; ++i) touch(bytes[index + i], index + i, writes, now);
 }
 

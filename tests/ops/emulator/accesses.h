@@ -5,19 +5,17 @@
 
 namespace emulator {
 
-constexpr int kMaxWarps = kMaxFibers / kLanes;
+constexpr int kMaxWarps = kMaxThreads / kLanes;
 
 // Two accesses are in order if one of these was counted up in between. They are never set back, so that what earlier
 // blocks left in the records needs no clearing.
 struct Barriers {
   unsigned of_block;
   unsigned of_warp[kMaxWarps];
-  // Of the cluster's barrier, by warps; from 0 for every cluster.
-  unsigned arrived[kMaxWarps], waited[kMaxWarps];
 };
 
 extern Barriers barriers;
-// Of a block of the launch that runs.
+// Of the launch that runs.
 extern int shared_bytes;
 
 // An address of code as an offset in this library, which Python turns into a line of the source. Given the address

@@ -164,23 +164,3 @@ KERNEL busy(const Call call) {
   }
   call.out[thread_index()] = d[0] + x;
 }
-
-#ifdef CLUSTER
-// out[i] = in[i] of the cluster's next block; BARRIER says whether the blocks wait for each other: 1 both times, 2 only
-// before they read.
-KERNEL CLUSTERS_OF(CLUSTER) next_block(const Call call) {
-  SHARED_MEMORY(memory);
-  float* shared = reinterpret_cast<float*>(memory);
-  const int rank = block_x() % CLUSTER, i = block_x() * 32 + thread_index();
-  for (int round = 0; round < 2; ++round) {
-    shared[thread_index()] = call.in[i];
-    arrive_at_cluster();
-    if (BARRIER) wait_for_cluster();
-    call.out[i] = *in_block(&shared[thread_index()], (rank + 1) % CLUSTER);
-    if (BARRIER == 1) {
-      arrive_at_cluster();
-      wait_for_cluster();
-    }
-  }
-}
-#endif

@@ -15,7 +15,7 @@
 namespace emulator {
 
 Current current;
-alignas(128) unsigned char shared_memory[kAllSharedBytes];
+alignas(128) unsigned char shared_memory[kMaxSharedBytes + kGuardBytes];
 
 namespace {
 
@@ -33,7 +33,7 @@ struct Turn {
 };
 
 Fiber scheduler;
-Thread threads[kMaxFibers];
+Thread threads[kMaxThreads];
 Turn turn;
 Body body;
 const void* argument;
@@ -153,10 +153,12 @@ void hold_meeting(int warp) {
   first.operation(operands);
 }
 
-bool waits(const Meeting& meeting) { return meeting.name == nullptr || meeting.scope != kOfWarp; }
+bool waits(const Meeting& meeting) { return meeting.name == nullptr || meeting.of_block; }
 
-// Runs warps until each waits for others. In a drawn order they overtake each other at warp operations.
-void run_warps(int (&running)[kMaxWarps], int n_running) {
+// Runs all warps until each waits for the others. In a drawn order they overtake each other at warp operations.
+void run_warps(int n_warps) {
+  int running[kMaxWarps], n_running = n_warps;
+  for (int i = 0; i < n_warps; ++i) running[i] = i;
   int chosen = 0;
   while (n_running > 0 && !failed) {
     if (shuffled() && draw(8) == 0) chosen = draw(n_running);
@@ -171,72 +173,34 @@ void run_warps(int (&running)[kMaxWarps], int n_running) {
   }
 }
 
-// Where a block's warps wait, all at the same place.
-const Meeting& place_of_block(int block, int n_warps) {
-  auto place = [&](int warp) -> const Meeting& { return lane_of(block * n_warps + warp, 0).at; };
-  for (int warp = 1; warp < n_warps; ++warp) {
-    if (same(place(0), place(warp))) continue;
-    report_astray("warp", -1, n_warps, place);
-    break;
-  }
-  return place(0);
-}
-
-// Lets go those who wait for the cluster if all blocks do; false where some never will.
-bool end_cluster_barrier(const Launch& launch, int n_warps) {
-  int waiting = 0, returned = 0;
-  for (int block = 0; block < launch.cluster; ++block) {
-    const Meeting& at = place_of_block(block, n_warps);
-    waiting += at.name != nullptr && at.scope == kOfCluster;
-    returned += at.name == nullptr;
-  }
-  if (waiting > 0 && returned > 0) report("%d blocks wait for the cluster, %d have returned", waiting, returned);
-  if (waiting < launch.cluster) return false;
-  for (int warp = 0; warp < launch.cluster * n_warps; ++warp) {
-    if (++barriers.waited[warp] != barriers.arrived[warp]) report("warp %d waits for the cluster, without arrival", warp);
-  }
-  return true;
-}
-
-void check_guards(const Launch& launch) {
-  for (int i = 0; i < launch.cluster * kGuardBytes && !failed; ++i) {
-    const int place = launch.shared_bytes + i % kGuardBytes;
-    if (shared_memory_of(i / kGuardBytes)[place] == kPoison) continue;
-    report("byte %d of shared memory was written, the launch has %d bytes", place, launch.shared_bytes);
-  }
-}
-
-// The blocks of a cluster side by side; a launch without clusters has one block in each.
-void run_cluster(const Launch& launch) {
+void run_block(const Launch& launch) {
   const int n_warps = launch.threads / kLanes;
   ++current.serial;
-  current.threads = launch.threads;
-  current.shared_stride = (launch.shared_bytes + kGuardBytes + 127) / 128 * 128;
-  memset(shared_memory, kPoison, launch.cluster * current.shared_stride);
-  memset(barriers.arrived, 0, sizeof barriers.arrived);
-  memset(barriers.waited, 0, sizeof barriers.waited);
-  start_threads(launch.cluster * launch.threads);
-  bool cluster_goes_on = true;
-  for (bool started = false; !failed; started = true) {
-    int running[kMaxWarps], n_running = 0;
-    for (int warp = 0; warp < launch.cluster * n_warps; ++warp) {
-      const Meeting& at = lane_of(warp, 0).at;
-      const bool stays = started && (at.name == nullptr || (at.scope == kOfCluster && !cluster_goes_on));
-      if (!stays) running[n_running++] = warp;
-    }
-    if (n_running == 0) break;
+  memset(shared_memory, kPoison, launch.shared_bytes + kGuardBytes);
+  start_threads(launch.threads);
+  auto place = [](int warp) -> const Meeting& { return lane_of(warp, 0).at; };
+  bool returned = false;
+  while (!failed && !returned) {
     ++barriers.of_block;
-    run_warps(running, n_running);
-    if (!failed) cluster_goes_on = end_cluster_barrier(launch, n_warps);
+    run_warps(n_warps);
+    bool together = true;
+    for (int warp = 1; warp < n_warps; ++warp) together = together && same(place(0), place(warp));
+    if (!failed && !together) report_astray("warp", -1, n_warps, place);
+    returned = place(0).name == nullptr;
   }
-  check_guards(launch);
+  for (int i = 0; i < kGuardBytes && !failed; ++i) {
+    if (shared_memory[launch.shared_bytes + i] != kPoison) {
+      report("byte %d of shared memory was written, the launch has %d bytes", launch.shared_bytes + i,
+             launch.shared_bytes);
+    }
+  }
 }
 
 int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
 // What the hardware refuses.
 bool refused(const Launch& launch) {
-  current = {0, {0, 0, 0}, {0, 0, 0}, kMaxThreads, 0, current.serial};
+  current = {0, {0, 0, 0}, {0, 0, 0}, current.serial};
   const int* grid = launch.grid;
   if (launch.threads < kLanes || launch.threads > kMaxThreads || launch.threads % kLanes != 0) {
     report("%d threads, a block has 32 to %d in whole warps", launch.threads, kMaxThreads);
@@ -245,11 +209,6 @@ bool refused(const Launch& launch) {
   } else if (grid[0] < 1 || grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
     report("grid (%d, %d, %d), it has at least 1 block each way and at most 65535 in y and z", grid[0], grid[1],
            grid[2]);
-  } else if (launch.cluster < 1 || launch.cluster > kMaxBlocks || grid[0] % launch.cluster != 0) {
-    report("clusters of %d blocks in a grid of %d, it has whole ones of at most %d", launch.cluster, grid[0],
-           kMaxBlocks);
-  } else if (launch.cluster * launch.threads > kMaxFibers) {
-    report("clusters of %d blocks with %d threads, this machine holds %d", launch.cluster, launch.threads, kMaxFibers);
   }
   return failed;
 }
@@ -264,11 +223,6 @@ void meet(const Meeting& meeting) {
   } else {
     mine.switch_to(scheduler);
   }
-}
-
-void arrive_at_cluster(const Site& site) {
-  auto count = [](void* const (&operands)[kLanes]) { ++*static_cast<unsigned*>(operands[0]); };
-  meet(Meeting{"arrive_at_cluster", site, kOfWarp, count, &barriers.arrived[current.thread / kLanes]});
 }
 
 void fail(const char* text) {
@@ -297,23 +251,22 @@ const char* run(const Launch& launch, Body kernel, const void* call) {
   argument = call;
   shared_bytes = launch.shared_bytes;
   random_state = launch.seed * 0x9e3779b97f4a7c15ull;
-  const int along_x = launch.grid[0] / launch.cluster;
-  const int64_t n_clusters = int64_t(along_x) * launch.grid[1] * launch.grid[2];
+  const int64_t n_blocks = int64_t(launch.grid[0]) * launch.grid[1] * launch.grid[2];
   int64_t index = 0, stride = 1;
   if (shuffled()) {
-    index = draw(n_clusters < 1000000 ? n_clusters : 1000000);
-    do stride = 1 + draw(1000000); while (common_divisor(stride, n_clusters) != 1);
+    index = draw(n_blocks < 1000000 ? n_blocks : 1000000);
+    do stride = 1 + draw(1000000); while (common_divisor(stride, n_blocks) != 1);
   }
 #if !defined(__SANITIZE_ADDRESS__)
   catch_faults();
 #endif
   memcpy(current.grid, launch.grid, sizeof current.grid);
-  for (int64_t done = 0; done < n_clusters && !failed; ++done) {
-    current.block[0] = index % along_x * launch.cluster;
-    current.block[1] = index / along_x % launch.grid[1];
-    current.block[2] = index / along_x / launch.grid[1];
-    run_cluster(launch);
-    index = (index + stride) % n_clusters;
+  for (int64_t done = 0; done < n_blocks && !failed; ++done) {
+    current.block[0] = index % launch.grid[0];
+    current.block[1] = index / launch.grid[0] % launch.grid[1];
+    current.block[2] = index / launch.grid[0] / launch.grid[1];
+    run_block(launch);
+    index = (index + stride) % n_blocks;
   }
   free_stacks();
 #if !defined(__SANITIZE_ADDRESS__)

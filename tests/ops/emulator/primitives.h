@@ -9,8 +9,7 @@
 #define DEVICE static inline
 #define MEMBER inline
 #define KERNEL extern "C" emulator::Kernel
-#define SHARED_MEMORY(name) unsigned char* const name = emulator::shared_memory_of(emulator::rank())
-#define CLUSTERS_OF(blocks)
+#define SHARED_MEMORY(name) static unsigned char* const name = emulator::shared_memory
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -39,7 +38,7 @@ namespace emulator {
 
 template <typename Operands>
 void meet_warp(const char* name, const Site& site, WarpOperation operation, Operands& mine) {
-  meet(Meeting{name, site, kOfWarp, operation, &mine});
+  meet(Meeting{name, site, false, operation, &mine});
 }
 
 struct Shuffle {
@@ -96,7 +95,7 @@ struct Copies {
   unsigned serial;
 };
 
-inline Copies copies[kMaxFibers];
+inline Copies copies[kMaxThreads];
 
 inline Copies& copies_of_this_thread() {
   Copies& mine = copies[current.thread];
@@ -111,30 +110,18 @@ inline float flush(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_
 
 }  // namespace emulator
 
-DEVICE int thread_index() { return emulator::current.thread % emulator::current.threads; }
-DEVICE int block_x() { return emulator::current.block[0] + emulator::rank(); }
+DEVICE int thread_index() { return emulator::current.thread; }
+DEVICE int block_x() { return emulator::current.block[0]; }
 DEVICE int block_y() { return emulator::current.block[1]; }
 DEVICE int block_z() { return emulator::current.block[2]; }
 DEVICE int grid_x() { return emulator::current.grid[0]; }
 
 DEVICE void synchronize_block(EMULATOR_SITE) {
-  emulator::meet(emulator::Meeting{"synchronize_block", site, emulator::kOfBlock, nullptr, nullptr});
+  emulator::meet(emulator::Meeting{"synchronize_block", site, true, nullptr, nullptr});
 }
 
 DEVICE void synchronize_warp(EMULATOR_SITE) {
-  emulator::meet(emulator::Meeting{"synchronize_warp", site, emulator::kOfWarp, nullptr, nullptr});
-}
-
-DEVICE void arrive_at_cluster(EMULATOR_SITE) { emulator::arrive_at_cluster(site); }
-
-DEVICE void wait_for_cluster(EMULATOR_SITE) {
-  emulator::meet(emulator::Meeting{"wait_for_cluster", site, emulator::kOfCluster, nullptr, nullptr});
-}
-
-template <typename T>
-DEVICE const T* in_block(const T* place, int rank) {
-  const long offset = reinterpret_cast<const unsigned char*>(place) - emulator::shared_memory_of(emulator::rank());
-  return reinterpret_cast<const T*>(emulator::shared_memory_of(rank) + offset);
+  emulator::meet(emulator::Meeting{"synchronize_warp", site, false, nullptr, nullptr});
 }
 
 DEVICE float shuffle_xor(float x, int lanes, EMULATOR_SITE) {

@@ -28,23 +28,6 @@ DEVICE T* global_pointer(T* x) {
 }
 
 DEVICE void synchronize_block() { __syncthreads(); }
-
-// From sm_90 on: a kernel whose blocks run side by side in clusters of so many neighbours along x.
-#define CLUSTERS_OF(blocks) __cluster_dims__(blocks, 1, 1)
-
-// A barrier of a cluster's blocks in two parts: what all threads did before the first is seen after the second. Each
-// thread calls them in turns, and the last of all may be no arrival.
-DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// A place in shared memory, in that of the cluster's block `rank`.
-template <typename T>
-DEVICE const T* in_block(const T* place, int rank) {
-    const T* there;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
-    return there;
-}
-
 DEVICE void synchronize_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 DEVICE float shuffle_from(float x, int lane) { return __shfl_sync(~0u, x, lane); }

@@ -13,10 +13,6 @@ NARROW_INTERVAL = 16
 # More states than this go through the kernels in parts, whose results are summed.
 MOST_STATES_AT_ONCE = 64
 
-# Blocks of a cluster see each other's shared memory; of so many on every device that has it.
-FIRST_WITH_CLUSTERS = (9, 0)
-LARGEST_CLUSTER = 8
-
 Macros = tuple[tuple[str, int], ...]
 
 
@@ -82,7 +78,7 @@ FORWARD_LAYOUTS = {
     4: (Layout(2, 2, state_tiles=2, resident=2),),
     8: (Layout(2, 2, state_tiles=4, resident=2), Layout(1, 4, state_tiles=2, resident=2)),
 }
-# Many channels in a block, for each cluster of blocks costs a partial sum of B's and C's gradients.
+# Many channels in a block, for each block costs a partial sum of B's and C's gradients.
 BACKWARD_LAYOUTS = {
     1: (Layout(4, 1, resident=2),),
     2: (Layout(4, 1, state_tiles=2, resident=2), Layout(2, 1, state_tiles=2, resident=2)),
@@ -107,13 +103,6 @@ def backward_layout(n: int, gated: bool, steps_of_interval: int, shared_limit: i
 def blocks(layout_width: int, channels: int, groups: int) -> int:
     """Blocks along the channels: all channels of a block are of one group."""
     return groups * -(-(channels // groups) // layout_width)
-
-
-def cluster(blocks_of_group: int, capability: tuple[int, int]) -> int:
-    """Blocks of the backward that sum the gradients of B and C together: so many divide those of a group."""
-    if capability < FIRST_WITH_CLUSTERS:
-        return 1
-    return next(size for size in range(LARGEST_CLUSTER, 0, -1) if blocks_of_group % size == 0)
 
 
 def _step_row(width: int) -> int:

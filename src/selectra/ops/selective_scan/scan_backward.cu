@@ -9,7 +9,6 @@
 //   INTERVAL      steps between two checkpoints, a multiple of 32
 //   UNROLLED      groups of four steps of the pass forward that are written out one after the other
 //   RESIDENT      blocks of a multiprocessor that the registers must suffice for
-//   CLUSTER       neighbouring blocks that sum the gradients of B and of C together; all of a cluster have one group
 #include "scan_backward_tiles.cuh"
 
 DEVICE int warp_of(const Lane& at) { return at.state_warp * CHANNEL_WARPS + at.channel_warp; }
@@ -165,20 +164,6 @@ DEVICE void run(Shared& shared, Adjoint& adjoint, States& h, const Lane& at, con
     for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, at, choice, group);
 }
 
-#if CLUSTER > 1
-#define CLUSTERED CLUSTERS_OF(CLUSTER)
-#else
-#define CLUSTERED
-#endif
-
-DEVICE void arrive_at_others() {
-    if constexpr (CLUSTER > 1) arrive_at_cluster();
-}
-
-DEVICE void wait_for_others() {
-    if constexpr (CLUSTER > 1) wait_for_cluster();
-}
-
 static_assert(ALONG_TIME || THREADS % (WIDTH / UNIT) == 0, "a thread's channels are the same in all its units");
 
 // What a block starts with.
@@ -229,7 +214,7 @@ DEVICE void clear(States& x) {
         for (int i = 0; i < 4; ++i) x[tile][i] = 0.0f;
 }
 
-KERNEL CLUSTERED __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant__ ScanCall call) {
+KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant__ ScanCall call) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Block my;
@@ -243,7 +228,6 @@ KERNEL CLUSTERED __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid
     ChannelSums sums;
     sums.clear();
     sums.keep(shared);
-    arrive_at_others();
     synchronize_block();
     Choice choice;
     choice.find(shared.zeros, shared.ones, my.at);
@@ -280,23 +264,16 @@ KERNEL CLUSTERED __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid
             load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
             prepare<true>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
             synchronize_block();
-            wait_for_others();
             run(shared, adjoint, h, my.at, choice);
             synchronize_block();
-            if constexpr (CLUSTER > 1) join_projections(shared);
-            arrive_at_others();
             finish(shared, my.elements, call, my.sequence, my.channels, tile);
-            wait_for_others();
             finish_projections(shared, call, my.sequence, my.block, my.n_blocks, tile);
-            arrive_at_others();
         }
     }
     if (call.dinitial != nullptr && my.begin == 0)
         store_states(call.dinitial + my.sequence.index * my.states_size, adjoint.g, my.channels, my.at);
     store_states(call.partial_a + my.chunk_index * my.states_size, adjoint.dA, my.channels, my.at);
     finish_channels(shared, call, my.channels, my.chunk_index);
-    // Until the others have read what they need of this block.
-    wait_for_others();
 }
 
 // What a chunk makes of a zero adjoint behind it, and the sum of its steps: from these the chunks are chained. The chunk

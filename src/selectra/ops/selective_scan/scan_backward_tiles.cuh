@@ -42,7 +42,7 @@ struct Shared {
     float2 outputs[GROUPS][WARPS][WARP];
 #endif
     // Sums over a warp's channels: the gradients of B and of C.
-    alignas(16) float gathered[CHANNEL_WARPS][TILE][GATHERED_ROW];
+    float gathered[CHANNEL_WARPS][TILE][GATHERED_ROW];
     float4 channel_sums[SUMS_WORDS][THREADS];
     // The state before every tile of the interval but the first.
     float4 tiles[1];
@@ -271,87 +271,31 @@ DEVICE void finish(Shared& shared, const Elements& elements, const ScanCall& cal
     sums.keep(shared);
 }
 
-// Some of a tile's gradients of B and of C that lie side by side: four, or one where four would cross the end of either.
-struct Piece {
-    static constexpr int SIZE = STATES % 4 == 0 ? 4 : 1, EACH_STEP = 2 * STATES / SIZE, COUNT = TILE * EACH_STEP;
-    int step, which, state;
-    float sum[SIZE];
-
-    MEMBER void find(int index) {
-        step = index / EACH_STEP;
-        which = index / (STATES / SIZE) % 2;
-        state = index % (STATES / SIZE) * SIZE;
-    }
-
-    MEMBER int place() const { return which * PADDED_STATES + state; }
-
-    MEMBER void clear() {
+// Write a tile's gradients of B and of C, summed over the block's channels.
+DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const Sequence& sequence, int block,
+                               int n_blocks, const Tile& tile) {
+    constexpr int STEP = STATES % 4 == 0 ? 4 : 1, EACH_STEP = 2 * STATES / STEP, COUNT = TILE * EACH_STEP;
 #pragma unroll
-        for (int k = 0; k < SIZE; ++k) sum[k] = 0.0f;
-    }
-
-    MEMBER void add(const float* from) {
-#if STATES % 4 == 0
-        float4 four = *reinterpret_cast<const float4*>(from);
-        sum[0] += four.x;
-        sum[1] += four.y;
-        sum[2] += four.z;
-        sum[3] += four.w;
-#else
-        sum[0] += *from;
-#endif
-    }
-
-    MEMBER void put(float* to, float factor) const {
+    for (int round = 0; round < (COUNT + THREADS - 1) / THREADS; ++round) {
+        int index = thread_index() + round * THREADS;
+        int step = index / EACH_STEP, which = index / (STATES / STEP) % 2, state = index % (STATES / STEP) * STEP;
+        if (index >= COUNT || tile.first + step >= tile.end) break;
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int warp = 0; warp < CHANNEL_WARPS; ++warp)
+#pragma unroll
+            for (int k = 0; k < STEP; ++k) sum[k] += shared.gathered[warp][step][which * PADDED_STATES + state + k];
+        step += tile.first;
+        int position = call.reverse ? sequence.length - 1 - step : step;
+        if (MASKED && !present(call, sequence, sequence.start + position)) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        int64 row = int64(sequence.batch) * call.length + sequence.start + position;
+        float* to = call.partial_bc + ((row * n_blocks + block) * 2 + which) * STATES + state;
+        float factor = EXACT ? 1.0f : CUT * CUT;
 #if STATES % 4 == 0
         *reinterpret_cast<float4*>(to) = {sum[0] * factor, sum[1] * factor, sum[2] * factor, sum[3] * factor};
 #else
         *to = sum[0] * factor;
 #endif
-    }
-};
-
-// Sum a tile's gradients of B and of C over the block's channels, for the cluster's blocks to read.
-DEVICE void join_projections(Shared& shared) {
-#pragma unroll
-    for (int round = 0; round < (Piece::COUNT + THREADS - 1) / THREADS; ++round) {
-        int index = thread_index() + round * THREADS;
-        if (index >= Piece::COUNT) break;
-        Piece piece;
-        piece.find(index);
-        piece.clear();
-#pragma unroll
-        for (int warp = 0; warp < CHANNEL_WARPS; ++warp) piece.add(&shared.gathered[warp][piece.step][piece.place()]);
-        piece.put(&shared.gathered[0][piece.step][piece.place()], 1.0f);
-    }
-}
-
-// Write a tile's gradients of B and of C, summed over the block's channels, or a part of those of the cluster.
-DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const Sequence& sequence, int block,
-                               int n_blocks, const Tile& tile) {
-    constexpr int PART = (Piece::COUNT + CLUSTER - 1) / CLUSTER;
-    int rank = block % CLUSTER;
-#pragma unroll
-    for (int round = 0; round < (PART + THREADS - 1) / THREADS; ++round) {
-        int index = thread_index() + round * THREADS;
-        if (index >= PART) break;
-        index += rank * PART;
-        Piece piece;
-        piece.find(index);
-        if (index >= Piece::COUNT || tile.first + piece.step >= tile.end) break;
-        piece.clear();
-#pragma unroll
-        for (int other = 0; other < (CLUSTER > 1 ? CLUSTER : CHANNEL_WARPS); ++other) {
-            const float* from = &shared.gathered[CLUSTER > 1 ? 0 : other][piece.step][piece.place()];
-            if constexpr (CLUSTER > 1) from = in_block(from, other);
-            piece.add(from);
-        }
-        int step = piece.step + tile.first;
-        int position = call.reverse ? sequence.length - 1 - step : step;
-        if (MASKED && !present(call, sequence, sequence.start + position)) piece.clear();
-        int64 row = int64(sequence.batch) * call.length + sequence.start + position;
-        int64 sums = row * (n_blocks / CLUSTER) + block / CLUSTER;
-        piece.put(call.partial_bc + (sums * 2 + piece.which) * STATES + piece.state, EXACT ? 1.0f : CUT * CUT);
     }
 }
 

@@ -40,16 +40,14 @@ def backward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> 
     layout = geometry.backward_layout(sizes.states, sizes.gated, interval, cuda.shared_limit(device_index))
     n_blocks = geometry.blocks(layout.width, sizes.channels, sizes.groups)
     chunk, n_chunks = _chunks(sizes, n_blocks, layout, interval, ADJOINT_SHARE, device_index)
-    cluster = geometry.cluster(n_blocks // sizes.groups, cuda.capability(device_index))
-    told = (*macros, *layout.macros, ("INTERVAL", interval), ("CLUSTER", cluster))
+    told = (*macros, *layout.macros, ("INTERVAL", interval))
     shared, grid = geometry.backward_shared(layout, sizes.gated, interval), (n_blocks * sizes.n_seqs, n_chunks, 1)
     last = Pass(cuda.kernel(BACKWARD, "scan_backward", told, device_index, shared), grid, layout.threads, chunk)
     if n_chunks == 1:
-        return Launch((last,), n_blocks // cluster, chunk, n_chunks)
+        return Launch((last,), n_blocks, chunk, n_chunks)
     kernel = cuda.kernel(BACKWARD, "scan_adjoint", told, device_index, geometry.adjoint_shared(layout))
     chain = _chain(sizes, macros, "scan_chain_backward", chunk, device_index)
-    passes = (Pass(kernel, grid, layout.threads, chunk), chain, last)
-    return Launch(passes, n_blocks // cluster, chunk, n_chunks)
+    return Launch((Pass(kernel, grid, layout.threads, chunk), chain, last), n_blocks, chunk, n_chunks)
 
 
 def reduce(sizes: Sizes, macros: Macros, n_blocks: int, device_index: int) -> Pass:
