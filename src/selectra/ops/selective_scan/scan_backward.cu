@@ -242,13 +242,11 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
         int n_tiles = (last - first + TILE - 1) / TILE;
         States h;
         load_states(h, call.checkpoints + checkpoint * my.states_size, my.channels, my.at);
-        Loads loads;
 #pragma unroll 1
         for (int k = 0; k + 1 < n_tiles; ++k) {
             Tile tile = {first + k * TILE, my.end};
             keep(tile_states[k][warp_of(my.at)], h, my.at);
-            load<false>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
-            prepare<false>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+            prepare<false>(shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
             const float4* steps = steps_from(shared, my.at, 0);
             const float4* projections = projections_from(shared, my.at, 0);
@@ -261,12 +259,14 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
         for (int k = n_tiles - 1; k >= 0; --k) {
             Tile tile = {first + k * TILE, my.end};
             if (k < n_tiles - 1) recall(h, tile_states[k][warp_of(my.at)], my.at);
-            load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
-            prepare<true>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+            prepare<true>(shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
             run(shared, adjoint, h, my.at, choice);
+            // Once more, which takes less than to keep them; all at once, before the barrier.
+            Loads loads;
+            load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
-            finish(shared, my.elements, call, my.sequence, my.channels, tile);
+            finish(shared, my.elements, loads, call, my.sequence, my.channels, tile);
             finish_projections(shared, call, my.sequence, my.block, my.n_blocks, tile);
         }
     }
@@ -290,9 +290,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_adjoint(const __grid_constant__
     synchronize_block();
 #pragma unroll 1
     for (Tile tile = {my.begin, my.end}; tile.first < tile.end; tile.first += TILE) {
-        Loads loads;
-        load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
-        prepare<true>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+        prepare<true>(shared, my.elements, call, my.sequence, my.channels, tile);
         synchronize_block();
         const float4* steps = steps_from(shared, my.at, 0);
         const float2* dys = dy_from(shared, my.at, 0);
