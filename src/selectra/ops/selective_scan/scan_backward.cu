@@ -13,17 +13,20 @@
 
 DEVICE int warp_of(const Lane& at) { return at.state_warp * CHANNEL_WARPS + at.channel_warp; }
 
-// One step of the states without anything kept.
-DEVICE void advance(States& h, const States& a, float4 step, const float4* projections) {
+DEVICE void read_B(float2 (&B)[STATE_TILES], const float4* projections) {
 #pragma unroll
-    for (int tile = 0; tile < STATE_TILES; ++tile) {
-        float2 B = *reinterpret_cast<const float2*>(projections + 4 * tile);
+    for (int tile = 0; tile < STATE_TILES; ++tile) B[tile] = *reinterpret_cast<const float2*>(projections + 4 * tile);
+}
+
+// One step of the states without anything kept.
+DEVICE void advance(States& h, const States& a, float4 step, const float2 (&B)[STATE_TILES]) {
+#pragma unroll
+    for (int tile = 0; tile < STATE_TILES; ++tile)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float decay = find_decay(i % 2 ? step.z : step.x, a[tile][i]);
-            h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B.y : B.x, decay * h[tile][i]);
+            h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B[tile].y : B[tile].x, decay * h[tile][i]);
         }
-    }
 }
 
 DEVICE void keep(float4 (&to)[STATE_TILES][WARP], const States& h, const Lane& at) {
@@ -108,12 +111,11 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Ch
         add_output(outputs, h, projections + j * HALF_STATES, j, at, choice);
 #endif
     }
-#if GATED
-    float2& to = shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
-    to = EXACT ? float2{outputs.values[0] + outputs.values[1], outputs.values[2] + outputs.values[3]}
-               : float2{outputs.values[0], outputs.values[2]};
-#endif
-    gather.end<OF_C>(&shared.gathered[at.channel_warp][group * GROUP], at);
+    float of_C[Gather::ENDS];
+    gather.end<OF_C>(of_C, at);
+    float(*rows)[GATHERED_ROW] = &shared.gathered[at.channel_warp][group * GROUP];
+    // Products take long, and no load passes a store: their results wait for the end.
+    if (EXACT) Gather::put<OF_C>(rows, of_C, at);
     gather.begin<OF_B>();
     Sums sums;
     sums.begin();
@@ -142,23 +144,39 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Ch
         sums.add(x[0], x[1], y[0], y[1], j, choice);
         gather.add<OF_B>(v, j, choice);
     }
+    float of_B[Gather::ENDS];
+    gather.end<OF_B>(of_B, at);
     synchronize_warp();
+#if GATED
+    float2& to = shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
+    to = EXACT ? float2{outputs.values[0] + outputs.values[1], outputs.values[2] + outputs.values[3]}
+               : float2{outputs.values[0], outputs.values[2]};
+#endif
     shared.states[group][warp_of(at)][0][sums_place(at.channel_warp, at.g, at.q)] = {sums.values[0], sums.values[1],
                                                                                     sums.values[2], sums.values[3]};
-    gather.end<OF_B>(&shared.gathered[at.channel_warp][group * GROUP], at);
+    if (!EXACT) Gather::put<OF_C>(rows, of_C, at);
+    Gather::put<OF_B>(rows, of_B, at);
 }
 
 // Run a tile: h is the state before it.
 DEVICE void run(Shared& shared, Adjoint& adjoint, States& h, const Lane& at, const Choice& choice) {
 #pragma unroll UNROLLED
-    for (int group = 0; group < GROUPS; ++group) {
-        keep(shared.states[group][warp_of(at)], h, at);
-        if (group == GROUPS - 1) break;
+    for (int group = 0; group < GROUPS - 1; ++group) {
         const float4* steps = steps_from(shared, at, group * GROUP);
         const float4* projections = projections_from(shared, at, group * GROUP);
+        float2 B[GROUP][STATE_TILES];
+        float4 step[GROUP];
+        // Before the store, which no load passes.
 #pragma unroll
-        for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, steps[j * STEP_ROW], projections + j * HALF_STATES);
+        for (int j = 0; j < GROUP; ++j) {
+            step[j] = steps[j * STEP_ROW];
+            read_B(B[j], projections + j * HALF_STATES);
+        }
+        keep(shared.states[group][warp_of(at)], h, at);
+#pragma unroll
+        for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, step[j], B[j]);
     }
+    keep(shared.states[GROUPS - 1][warp_of(at)], h, at);
     synchronize_warp();
 #pragma unroll UNROLLED
     for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, at, choice, group);
@@ -251,8 +269,11 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
             const float4* steps = steps_from(shared, my.at, 0);
             const float4* projections = projections_from(shared, my.at, 0);
 #pragma unroll 4
-            for (int step = 0; step < TILE; ++step)
-                advance(h, adjoint.a, steps[step * STEP_ROW], projections + step * HALF_STATES);
+            for (int step = 0; step < TILE; ++step) {
+                float2 B[STATE_TILES];
+                read_B(B, projections + step * HALF_STATES);
+                advance(h, adjoint.a, steps[step * STEP_ROW], B);
+            }
             synchronize_block();
         }
 #pragma unroll 1
@@ -261,6 +282,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
             if (k < n_tiles - 1) recall(h, tile_states[k][warp_of(my.at)], my.at);
             prepare<true>(shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
+            prefetch(shared, call, my.sequence, {tile.first - TILE, my.end});
             run(shared, adjoint, h, my.at, choice);
             // Once more, which takes less than to keep them; all at once, before the barrier.
             Loads loads;

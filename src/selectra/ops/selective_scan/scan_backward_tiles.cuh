@@ -78,6 +78,23 @@ DEVICE void load(Loads& loads, const Shared& shared, const Elements& elements, c
     }
 }
 
+// Ask for the activations of the tile that comes next.
+DEVICE void prefetch(const Shared& shared, const ScanCall& call, const Sequence& sequence, const Tile& tile) {
+#if VECTORS && !defined(NO_PREFETCH)
+    constexpr int LINE = 128 / sizeof(Number), LINES = (WIDTH + LINE - 1) / LINE, TENSORS = GATED ? 4 : 3;
+    constexpr int COUNT = TILE * LINES * TENSORS;
+#pragma unroll
+    for (int round = 0; round < (COUNT + THREADS - 1) / THREADS; ++round) {
+        int i = thread_index() + round * THREADS;
+        int step = tile.first + i % TILE, line = i / TILE % LINES;
+        if (i >= COUNT || step < 0) continue;
+        const Strip<const Number>& strip = (&shared.strips.u)[i / (TILE * LINES)];
+        int position = call.reverse ? sequence.length - 1 - step : step;
+        prefetch(strip.data + int64(position) * strip.row + line * LINE);
+    }
+#endif
+}
+
 // Put dt, dt u, the output's gradient before the gate, B and C where the warps read them.
 template <bool WITH_GRADIENT>
 DEVICE void prepare(Shared& shared, const Elements& elements, const ScanCall& call, const Sequence& sequence,

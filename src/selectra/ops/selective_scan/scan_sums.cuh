@@ -86,22 +86,32 @@ struct Gather {
         }
     }
 
-    // After a group: to is the row of its first step.
+    // A group's sums that a lane ends with.
+    static constexpr int ENDS = 2 * PRODUCTS;
+
     template <int WHICH>
-    MEMBER void end(float (*to)[GATHERED_ROW], const Lane& at) {
+    MEMBER void end(float (&x)[ENDS], const Lane&) const {
+        if (ALONE && WHICH == OF_C) return;
+#pragma unroll
+        for (int k = 0; k < PRODUCTS; ++k) {
+            x[2 * k] = sums[k][0] + sums[k][2];
+            x[2 * k + 1] = sums[k][1] + sums[k][3];
+        }
+    }
+
+    // rows: from the group's first step on.
+    template <int WHICH>
+    static MEMBER void put(float (*rows)[GATHERED_ROW], const float (&x)[ENDS], const Lane& at) {
         if (ALONE) {
             if (WHICH == OF_C) return;
-            int which = at.q < 2 ? OF_C : OF_B, step = at.q % 2 * 2, state = 8 * at.state_warp + at.g;
-            to[step][which * PADDED_STATES + state] = sums[0][0] + sums[0][2];
-            to[step + 1][which * PADDED_STATES + state] = sums[0][1] + sums[0][3];
+            int place = (at.q < 2 ? OF_C : OF_B) * PADDED_STATES + 8 * at.state_warp + at.g;
+            rows[at.q % 2 * 2][place] = x[0];
+            rows[at.q % 2 * 2 + 1][place] = x[1];
             return;
         }
 #pragma unroll
-        for (int k = 0; k < PRODUCTS; ++k) {
-            int place = WHICH * PADDED_STATES + 8 * (STATE_TILES * at.state_warp + 2 * k) + at.g;
-            to[at.q][place] = sums[k][0] + sums[k][2];
-            to[at.q][place + 8] = sums[k][1] + sums[k][3];
-        }
+        for (int i = 0; i < ENDS; ++i)
+            rows[at.q][WHICH * PADDED_STATES + 8 * (STATE_TILES * at.state_warp + i) + at.g] = x[i];
     }
 };
 #else
@@ -133,12 +143,20 @@ struct Gather {
         }
     }
 
+    static constexpr int ENDS = STATE_TILES;
+
     template <int WHICH>
-    MEMBER void end(float (*to)[GATHERED_ROW], const Lane& at) {
+    MEMBER void end(float (&x)[ENDS], const Lane& at) {
+#pragma unroll
+        for (int tile = 0; tile < STATE_TILES; ++tile) x[tile] = sum_transposing(values[tile], at.g);
+    }
+
+    template <int WHICH>
+    static MEMBER void put(float (*rows)[GATHERED_ROW], const float (&x)[ENDS], const Lane& at) {
 #pragma unroll
         for (int tile = 0; tile < STATE_TILES; ++tile) {
             int state = 8 * (STATE_TILES * at.state_warp + tile) + 2 * at.q + (at.g & 1);
-            to[at.g / 2][WHICH * PADDED_STATES + state] = sum_transposing(values[tile], at.g);
+            rows[at.g / 2][WHICH * PADDED_STATES + state] = x[tile];
         }
     }
 };
