@@ -29,13 +29,13 @@ DEVICE void advance(States& h, const States& a, float4 step, const float2 (&B)[S
         }
 }
 
-DEVICE void keep(float4 (&to)[STATE_TILES][WARP], const States& h, const Lane& at) {
+DEVICE void keep(float4 (*to)[WARP], const States& h, const Lane& at) {
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile)
         to[tile][at.lane] = {h[tile][0], h[tile][1], h[tile][2], h[tile][3]};
 }
 
-DEVICE void recall(States& h, const float4 (&from)[STATE_TILES][WARP], const Lane& at) {
+DEVICE void recall(States& h, const float4 (*from)[WARP], const Lane& at) {
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile) {
         float4 x = from[tile][at.lane];
@@ -76,13 +76,50 @@ struct Adjoint {
     States a, g, dA;
 };
 
+// A lane's places in shared memory, of a group of steps.
+struct Places {
+    const float4 *steps, *projections;
+    const float2* dys;
+    float4 (*states)[WARP];
+    float4* sums;
+#if GATED
+    float2* outputs;
+#endif
+    float (*rows)[GATHERED_ROW];
+
+    MEMBER void find(Shared& shared, const Lane& at, int group) {
+        steps = steps_from(shared, at, group * GROUP);
+        dys = dy_from(shared, at, group * GROUP);
+        projections = projections_from(shared, at, group * GROUP);
+        states = shared.states[group][warp_of(at)];
+        sums = &states[0][sums_place(at.channel_warp, at.g, at.q)];
+#if GATED
+        outputs = &shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
+#endif
+        rows = &shared.gathered[at.channel_warp][group * GROUP];
+    }
+
+    template <int GROUPS_ON>
+    MEMBER void go() {
+        steps += GROUPS_ON * GROUP * STEP_ROW;
+        dys += GROUPS_ON * GROUP * 2 * DY_ROW;
+        projections += GROUPS_ON * GROUP * HALF_STATES;
+        states += GROUPS_ON * WARPS * STATE_TILES;
+        sums += GROUPS_ON * WARPS * STATE_TILES * WARP;
+#if GATED
+        outputs += GROUPS_ON * WARPS * WARP;
+#endif
+        rows += GROUPS_ON * GROUP;
+    }
+};
+
 // One group of four steps: forward once more, then back.
-DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Choice& choice, int group) {
+DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, const Choice& choice) {
     States h, decay[GROUP], decayed[GROUP];
-    const float4* steps = steps_from(shared, at, group * GROUP);
-    const float2* dys = dy_from(shared, at, group * GROUP);
-    const float4* projections = projections_from(shared, at, group * GROUP);
-    recall(h, shared.states[group][warp_of(at)], at);
+    const float4* steps = places.steps;
+    const float2* dys = places.dys;
+    const float4* projections = places.projections;
+    recall(h, places.states, at);
     Gather gather;
     gather.begin<OF_C>();
 #if GATED
@@ -113,9 +150,8 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Ch
     }
     float of_C[Gather::ENDS];
     gather.end<OF_C>(of_C, at);
-    float(*rows)[GATHERED_ROW] = &shared.gathered[at.channel_warp][group * GROUP];
     // Products take long, and no load passes a store: their results wait for the end.
-    if (EXACT) Gather::put<OF_C>(rows, of_C, at);
+    if (EXACT) Gather::put<OF_C>(places.rows, of_C, at);
     gather.begin<OF_B>();
     Sums sums;
     sums.begin();
@@ -148,38 +184,40 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Ch
     gather.end<OF_B>(of_B, at);
     synchronize_warp();
 #if GATED
-    float2& to = shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
-    to = EXACT ? float2{outputs.values[0] + outputs.values[1], outputs.values[2] + outputs.values[3]}
+    *places.outputs = EXACT ? float2{outputs.values[0] + outputs.values[1], outputs.values[2] + outputs.values[3]}
                : float2{outputs.values[0], outputs.values[2]};
 #endif
-    shared.states[group][warp_of(at)][0][sums_place(at.channel_warp, at.g, at.q)] = {sums.values[0], sums.values[1],
-                                                                                    sums.values[2], sums.values[3]};
-    if (!EXACT) Gather::put<OF_C>(rows, of_C, at);
-    Gather::put<OF_B>(rows, of_B, at);
+    *places.sums = {sums.values[0], sums.values[1], sums.values[2], sums.values[3]};
+    if (!EXACT) Gather::put<OF_C>(places.rows, of_C, at);
+    Gather::put<OF_B>(places.rows, of_B, at);
 }
 
 // Run a tile: h is the state before it.
 DEVICE void run(Shared& shared, Adjoint& adjoint, States& h, const Lane& at, const Choice& choice) {
+    Places places;
+    places.find(shared, at, 0);
 #pragma unroll UNROLLED
     for (int group = 0; group < GROUPS - 1; ++group) {
-        const float4* steps = steps_from(shared, at, group * GROUP);
-        const float4* projections = projections_from(shared, at, group * GROUP);
         float2 B[GROUP][STATE_TILES];
         float4 step[GROUP];
         // Before the store, which no load passes.
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
-            step[j] = steps[j * STEP_ROW];
-            read_B(B[j], projections + j * HALF_STATES);
+            step[j] = places.steps[j * STEP_ROW];
+            read_B(B[j], places.projections + j * HALF_STATES);
         }
-        keep(shared.states[group][warp_of(at)], h, at);
+        keep(places.states, h, at);
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, step[j], B[j]);
+        places.go<1>();
     }
-    keep(shared.states[GROUPS - 1][warp_of(at)], h, at);
+    keep(places.states, h, at);
     synchronize_warp();
 #pragma unroll UNROLLED
-    for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, at, choice, group);
+    for (int group = GROUPS - 1; group >= 0; --group) {
+        walk_back(places, adjoint, at, choice);
+        places.go<-1>();
+    }
 }
 
 static_assert(ALONG_TIME || THREADS % (WIDTH / UNIT) == 0, "a thread's channels are the same in all its units");
