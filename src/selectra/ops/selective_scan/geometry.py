@@ -144,6 +144,8 @@ def backward_shared(layout: Layout, gated: bool, steps_of_interval: int) -> int:
     states = 16 * warps * layout.state_tiles * WARP
     # ALONG_TIME takes as much or less for the sums over channels.
     size = adjoint_shared(layout) + steps // GROUP * states + 16 * 4 * layout.threads
-    size += 8 * steps // GROUP * warps * WARP if gated else 0
-    size += 4 * layout.channel_warps * steps * (2 * layout.states + 4)
+    if gated and layout.state_warps > 1:
+        size += 8 * steps // GROUP * warps * WARP
+    if layout.state_tiles == 1:
+        size += 8 * warps * steps * STATES_OF_TILE
     return size + max(16, (steps_of_interval // steps - 1) * states)

@@ -85,7 +85,7 @@ struct Places {
 #if GATED
     float2* outputs;
 #endif
-    float (*rows)[GATHERED_ROW];
+    float* rows;
 
     MEMBER void find(Shared& shared, const Lane& at, int group) {
         steps = steps_from(shared, at, group * GROUP);
@@ -94,9 +94,13 @@ struct Places {
         states = shared.states[group][warp_of(at)];
         sums = &states[0][sums_place(at.channel_warp, at.g, at.q)];
 #if GATED
+#if STATE_WARPS > 1
         outputs = &shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
+#else
+        outputs = const_cast<float2*>(dy_from(shared, at, group * GROUP + at.q));
 #endif
-        rows = &shared.gathered[at.channel_warp][group * GROUP];
+#endif
+        rows = const_cast<float*>(sums_over_channels(shared, group, warp_of(at)));
     }
 
     template <int GROUPS_ON>
@@ -107,9 +111,9 @@ struct Places {
         states += GROUPS_ON * WARPS * STATE_TILES;
         sums += GROUPS_ON * WARPS * STATE_TILES * WARP;
 #if GATED
-        outputs += GROUPS_ON * WARPS * WARP;
+        outputs += GROUPS_ON * (STATE_WARPS > 1 ? WARPS * WARP : GROUP * 2 * DY_ROW);
 #endif
-        rows += GROUPS_ON * GROUP;
+        rows += GROUPS_ON * WARPS * (STATE_TILES > 1 ? STATE_TILES * WARP * 4 : GROUP * SUMS_ROW);
     }
 };
 
@@ -150,8 +154,13 @@ DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, co
     }
     float of_C[Gather::ENDS];
     gather.end<OF_C>(of_C, at);
-    // Products take long, and no load passes a store: their results wait for the end.
-    if (EXACT) Gather::put<OF_C>(places.rows, of_C, at);
+    // No load passes a store, and products take long: results wait for the end, but where there are few registers, which
+    // what was read before would fill.
+    constexpr bool EARLY = EXACT || RESIDENT > 2;
+    if (EARLY) {
+        synchronize_warp();
+        Gather::put<OF_C>(places.rows, of_C, at);
+    }
     gather.begin<OF_B>();
     Sums sums;
     sums.begin();
@@ -188,7 +197,7 @@ DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, co
                : float2{outputs.values[0], outputs.values[2]};
 #endif
     *places.sums = {sums.values[0], sums.values[1], sums.values[2], sums.values[3]};
-    if (!EXACT) Gather::put<OF_C>(places.rows, of_C, at);
+    if (!EARLY) Gather::put<OF_C>(places.rows, of_C, at);
     Gather::put<OF_B>(places.rows, of_B, at);
 }
 
