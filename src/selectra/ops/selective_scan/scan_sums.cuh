@@ -9,7 +9,10 @@ constexpr int GROUP = 4;
 constexpr int OF_WARP = 8 * STATE_TILES, SUMS_ROW = 2 * OF_WARP;
 
 // The place of a state in the row of step q, exchanged by bits of q against bank conflicts.
-DEVICE int row_place(int q, int which, int state) { return q * SUMS_ROW + ((which * OF_WARP + state) ^ 8 * (q & 1 | (STATE_TILES > 1 ? q & 2 : 0))); }
+DEVICE int row_place(int q, int which, int state) {
+    constexpr int EXCHANGED = STATE_TILES > 1 ? 3 : 1;
+    return q * SUMS_ROW + ((which * OF_WARP + state) ^ 8 * (q & EXCHANGED));
+}
 
 // Ones and zeros that choose rows and columns of the small products. The tensor cores want them in neighbouring
 // registers, and a compiler that knows constants builds them anew for every product: so they come from memory.
