@@ -154,8 +154,8 @@ DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, co
     }
     float of_C[Gather::ENDS];
     gather.end<OF_C>(of_C, at);
-    // No load passes a store, and products take long: results wait for the end, but where there are few registers, which
-    // what was read before would fill.
+    // No load passes a store, and products take long: results wait for the end. But where registers are few, what was
+    // read before is better read anew than kept.
     constexpr bool EARLY = EXACT || RESIDENT > 2;
     if (EARLY) {
         synchronize_warp();
