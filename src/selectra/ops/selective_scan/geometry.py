@@ -80,10 +80,10 @@ FORWARD_LAYOUTS = {
 }
 # Many channels in a block, for each block costs a partial sum of B's and C's gradients.
 BACKWARD_LAYOUTS = {
-    1: (Layout(4, 1, resident=2),),
+    1: (Layout(4, 1, resident=2, unrolled=4),),
     2: (Layout(4, 1, state_tiles=2, resident=2), Layout(2, 1, state_tiles=2, resident=2)),
     4: (Layout(4, 2, state_tiles=2), Layout(2, 2, state_tiles=2), Layout(1, 2, state_tiles=2)),
-    8: (Layout(2, 4, state_tiles=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
+    8: (Layout(2, 4, state_tiles=2, unrolled=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
 }
 
 
@@ -144,8 +144,6 @@ def backward_shared(layout: Layout, gated: bool, steps_of_interval: int) -> int:
     states = 16 * warps * layout.state_tiles * WARP
     # ALONG_TIME takes as much or less for the sums over channels.
     size = adjoint_shared(layout) + steps // GROUP * states + 16 * 4 * layout.threads
-    if gated and layout.state_warps > 1:
-        size += 8 * steps // GROUP * warps * WARP
-    if layout.state_tiles == 1:
-        size += 8 * warps * steps * STATES_OF_TILE
+    size += 8 * steps // GROUP * warps * WARP if gated else 0
+    size += 4 * layout.channel_warps * steps * (2 * layout.states + 4)
     return size + max(16, (steps_of_interval // steps - 1) * states)

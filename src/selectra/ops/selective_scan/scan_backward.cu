@@ -29,13 +29,13 @@ DEVICE void advance(States& h, const States& a, float4 step, const float2 (&B)[S
         }
 }
 
-DEVICE void keep(float4 (*to)[WARP], const States& h, const Lane& at) {
+DEVICE void keep(float4 (&to)[STATE_TILES][WARP], const States& h, const Lane& at) {
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile)
         to[tile][at.lane] = {h[tile][0], h[tile][1], h[tile][2], h[tile][3]};
 }
 
-DEVICE void recall(States& h, const float4 (*from)[WARP], const Lane& at) {
+DEVICE void recall(States& h, const float4 (&from)[STATE_TILES][WARP], const Lane& at) {
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile) {
         float4 x = from[tile][at.lane];
@@ -70,60 +70,26 @@ DEVICE void add_output(Sums& outputs, const States& h, const float4* projections
 }
 #endif
 
+#if GATED
+DEVICE void put_outputs(float2& to, const Sums& outputs) {
+    const float(&x)[4] = outputs.values;
+    to = EXACT ? float2{x[0] + x[1], x[2] + x[3]} : float2{x[0], x[2]};
+}
+#endif
+
 // What a warp carries from tile to tile.
 struct Adjoint {
     // A log2 e; the adjoint of the state; the gradient of A.
     States a, g, dA;
 };
 
-// A lane's places in shared memory, of a group of steps.
-struct Places {
-    const float4 *steps, *projections;
-    const float2* dys;
-    float4 (*states)[WARP];
-    float4* sums;
-#if GATED
-    float2* outputs;
-#endif
-    float* rows;
-
-    MEMBER void find(Shared& shared, const Lane& at, int group) {
-        steps = steps_from(shared, at, group * GROUP);
-        dys = dy_from(shared, at, group * GROUP);
-        projections = projections_from(shared, at, group * GROUP);
-        states = shared.states[group][warp_of(at)];
-        sums = &states[0][sums_place(at.channel_warp, at.g, at.q)];
-#if GATED
-#if STATE_WARPS > 1
-        outputs = &shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
-#else
-        outputs = const_cast<float2*>(dy_from(shared, at, group * GROUP + at.q));
-#endif
-#endif
-        rows = const_cast<float*>(sums_over_channels(shared, group, warp_of(at)));
-    }
-
-    template <int GROUPS_ON>
-    MEMBER void go() {
-        steps += GROUPS_ON * GROUP * STEP_ROW;
-        dys += GROUPS_ON * GROUP * 2 * DY_ROW;
-        projections += GROUPS_ON * GROUP * HALF_STATES;
-        states += GROUPS_ON * WARPS * STATE_TILES;
-        sums += GROUPS_ON * WARPS * STATE_TILES * WARP;
-#if GATED
-        outputs += GROUPS_ON * (STATE_WARPS > 1 ? WARPS * WARP : GROUP * 2 * DY_ROW);
-#endif
-        rows += GROUPS_ON * WARPS * (STATE_TILES > 1 ? STATE_TILES * WARP * 4 : GROUP * SUMS_ROW);
-    }
-};
-
 // One group of four steps: forward once more, then back.
-DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, const Choice& choice) {
+DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Choice& choice, int group) {
     States h, decay[GROUP], decayed[GROUP];
-    const float4* steps = places.steps;
-    const float2* dys = places.dys;
-    const float4* projections = places.projections;
-    recall(h, places.states, at);
+    const float4* steps = steps_from(shared, at, group * GROUP);
+    const float2* dys = dy_from(shared, at, group * GROUP);
+    const float4* projections = projections_from(shared, at, group * GROUP);
+    recall(h, shared.states[group][warp_of(at)], at);
     Gather gather;
     gather.begin<OF_C>();
 #if GATED
@@ -154,13 +120,14 @@ DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, co
     }
     float of_C[Gather::ENDS];
     gather.end<OF_C>(of_C, at);
-    // No load passes a store, and products take long: results wait for the end. But where registers are few, what was
-    // read before is better read anew than kept.
-    constexpr bool EARLY = EXACT || RESIDENT > 2;
-    if (EARLY) {
-        synchronize_warp();
-        Gather::put<OF_C>(places.rows, of_C, at);
-    }
+    float(*rows)[GATHERED_ROW] = &shared.gathered[at.channel_warp][group * GROUP];
+    // Products take long, and no load passes a store: their results wait for the end. But in float32 registers are few,
+    // and what was read before is better read anew than kept.
+#if GATED
+    float2& to = shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
+    if (EXACT) put_outputs(to, outputs);
+#endif
+    if (EXACT) Gather::put<OF_C>(rows, of_C, at);
     gather.begin<OF_B>();
     Sums sums;
     sums.begin();
@@ -193,40 +160,37 @@ DEVICE void walk_back(const Places& places, Adjoint& adjoint, const Lane& at, co
     gather.end<OF_B>(of_B, at);
     synchronize_warp();
 #if GATED
-    *places.outputs = EXACT ? float2{outputs.values[0] + outputs.values[1], outputs.values[2] + outputs.values[3]}
-               : float2{outputs.values[0], outputs.values[2]};
+    if (!EXACT) put_outputs(to, outputs);
 #endif
-    *places.sums = {sums.values[0], sums.values[1], sums.values[2], sums.values[3]};
-    if (!EARLY) Gather::put<OF_C>(places.rows, of_C, at);
-    Gather::put<OF_B>(places.rows, of_B, at);
+    shared.states[group][warp_of(at)][0][sums_place(at.channel_warp, at.g, at.q)] = {sums.values[0], sums.values[1],
+                                                                                    sums.values[2], sums.values[3]};
+    if (!EXACT) Gather::put<OF_C>(rows, of_C, at);
+    Gather::put<OF_B>(rows, of_B, at);
 }
 
 // Run a tile: h is the state before it.
 DEVICE void run(Shared& shared, Adjoint& adjoint, States& h, const Lane& at, const Choice& choice) {
-    Places places;
-    places.find(shared, at, 0);
 #pragma unroll UNROLLED
     for (int group = 0; group < GROUPS - 1; ++group) {
+        const float4* steps = steps_from(shared, at, group * GROUP);
+        const float4* projections = projections_from(shared, at, group * GROUP);
         float2 B[GROUP][STATE_TILES];
         float4 step[GROUP];
+        if (EXACT) keep(shared.states[group][warp_of(at)], h, at);
         // Before the store, which no load passes.
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
-            step[j] = places.steps[j * STEP_ROW];
-            read_B(B[j], places.projections + j * HALF_STATES);
+            step[j] = steps[j * STEP_ROW];
+            read_B(B[j], projections + j * HALF_STATES);
         }
-        keep(places.states, h, at);
+        if (!EXACT) keep(shared.states[group][warp_of(at)], h, at);
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, step[j], B[j]);
-        places.go<1>();
     }
-    keep(places.states, h, at);
+    keep(shared.states[GROUPS - 1][warp_of(at)], h, at);
     synchronize_warp();
 #pragma unroll UNROLLED
-    for (int group = GROUPS - 1; group >= 0; --group) {
-        walk_back(places, adjoint, at, choice);
-        places.go<-1>();
-    }
+    for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, at, choice, group);
 }
 
 static_assert(ALONG_TIME || THREADS % (WIDTH / UNIT) == 0, "a thread's channels are the same in all its units");

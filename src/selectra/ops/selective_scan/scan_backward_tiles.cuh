@@ -35,16 +35,14 @@ struct Shared {
     int alive[WARPS + 4 - WARPS % 4];
     // Beyond this the adjoint pass needs nothing.
     //
-    // The state before every group of steps; a group that is done leaves its sums over the states there, see Sums, and
-    // behind them those over the channels.
+    // The state before every group of steps; a group that is done leaves its sums over the states there: see Sums.
     alignas(16) float4 states[GROUPS][WARPS][STATE_TILES][WARP];
-#if GATED && STATE_WARPS > 1
-    // C . h of every group's steps. Where nobody else reads a warp's dy it takes the place of that.
+#if GATED
+    // C . h of every group's steps.
     float2 outputs[GROUPS][WARPS][WARP];
 #endif
-#if STATE_TILES == 1
-    float4 gathered[GROUPS][WARPS][GROUP * SUMS_ROW / 4];
-#endif
+    // Sums over a warp's channels: the gradients of B and of C.
+    alignas(16) float gathered[CHANNEL_WARPS][TILE][GATHERED_ROW];
     float4 channel_sums[SUMS_WORDS][THREADS];
     // The state before every tile of the interval but the first.
     float4 tiles[1];
@@ -58,15 +56,6 @@ DEVICE int dy_place(int step, int four) { return step * DY_ROW + (four ^ (WIDTH 
 DEVICE int sums_place(int channel_warp, int g, int q) { return 8 * q + (g ^ ((channel_warp ^ 2 * q) & 3)); }
 DEVICE int outputs_place(int channel_warp, int g, int q) {
     return 8 * (q ^ (channel_warp >> 1 & 1)) + (g ^ 2 * (channel_warp & 1));
-}
-
-// A warp's sums over its channels, of a group of steps: see row_place.
-DEVICE const float* sums_over_channels(const Shared& shared, int group, int warp) {
-#if STATE_TILES == 1
-    return reinterpret_cast<const float*>(shared.gathered[group][warp]);
-#else
-    return reinterpret_cast<const float*>(shared.states[group][warp][1]);
-#endif
 }
 
 // A tile's activations on their way from memory.
@@ -211,10 +200,7 @@ struct UnitSums {
                 int place = sums_place(channel_warp, g, q);
                 const float2* sums = reinterpret_cast<const float2*>(&shared.states[group][warp][0][place]);
                 add(i, sums[which].x, sums[which].y, part);
-#if GATED && STATE_WARPS == 1
-                const float4* dy = &shared.dy[dy_place(unit.step + i, unit.channel / 4)];
-                output[i] = reinterpret_cast<const float*>(dy)[unit.channel % 4];
-#elif GATED
+#if GATED
                 float2 outputs = shared.outputs[group][warp][outputs_place(channel_warp, g, q)];
                 add_output(i, which ? outputs.y : outputs.x, part);
 #endif
@@ -226,7 +212,7 @@ struct UnitSums {
                 float4 sums = shared.states[group][warp][0][sums_place(channel_warp, g + i / 2, q)];
                 add(i, sums.x, sums.y, part);
                 add(i + 1, sums.z, sums.w, part);
-#if GATED && STATE_WARPS > 1
+#if GATED
                 float2 outputs = shared.outputs[group][warp][outputs_place(channel_warp, g + i / 2, q)];
                 add_output(i, outputs.x, part);
                 add_output(i + 1, outputs.y, part);
@@ -234,16 +220,6 @@ struct UnitSums {
             }
 #endif
         }
-#if GATED && STATE_WARPS == 1 && !ALONG_TIME
-#pragma unroll
-        for (int i = 0; i < UNIT; i += 4) {
-            float4 four = shared.dy[dy_place(unit.step, (unit.channel + i) / 4)];
-            output[i] = four.x;
-            output[i + 1] = four.y;
-            output[i + 2] = four.z;
-            output[i + 3] = four.w;
-        }
-#endif
     }
 
     MEMBER void add(int i, float to_x, float to_y, int part) {
@@ -326,8 +302,7 @@ DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int warp = 0; warp < CHANNEL_WARPS; ++warp) {
-            const float* from = sums_over_channels(shared, step / GROUP, state / OF_WARP * CHANNEL_WARPS + warp) +
-                                row_place(step % GROUP, which, state % OF_WARP);
+            const float* from = &shared.gathered[warp][step][which * PADDED_STATES + state];
 #if STATES % 4 == 0
             float4 four = *reinterpret_cast<const float4*>(from);
             sum[0] += four.x;

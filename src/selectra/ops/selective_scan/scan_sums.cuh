@@ -4,15 +4,8 @@
 
 // Steps that are taken together.
 constexpr int GROUP = 4;
-// Where a warp leaves its sums over channels, for the gradients of B and of C: a row for each step of a group. Where it
-// has more than one tile of states these take the place of the kept states of all tiles but the first.
-constexpr int OF_WARP = 8 * STATE_TILES, SUMS_ROW = 2 * OF_WARP;
-
-// The place of a state in the row of step q, exchanged by bits of q against bank conflicts.
-DEVICE int row_place(int q, int which, int state) {
-    constexpr int EXCHANGED = STATE_TILES > 1 ? 3 : 1;
-    return q * SUMS_ROW + ((which * OF_WARP + state) ^ 8 * (q & EXCHANGED));
-}
+// Rows of sums for the gradients of B and of C, padded against bank conflicts.
+constexpr int GATHERED_ROW = 2 * PADDED_STATES + 4;
 
 // Ones and zeros that choose rows and columns of the small products. The tensor cores want them in neighbouring
 // registers, and a compiler that knows constants builds them anew for every product: so they come from memory.
@@ -106,17 +99,19 @@ struct Gather {
         }
     }
 
+    // rows: from the group's first step on.
     template <int WHICH>
-    static MEMBER void put(float* rows, const float (&x)[ENDS], const Lane& at) {
+    static MEMBER void put(float (*rows)[GATHERED_ROW], const float (&x)[ENDS], const Lane& at) {
         if (ALONE) {
             if (WHICH == OF_C) return;
-            int which = at.q < 2 ? OF_C : OF_B, step = at.q % 2 * 2;
-            rows[row_place(step, which, at.g)] = x[0];
-            rows[row_place(step + 1, which, at.g)] = x[1];
+            int place = (at.q < 2 ? OF_C : OF_B) * PADDED_STATES + 8 * at.state_warp + at.g;
+            rows[at.q % 2 * 2][place] = x[0];
+            rows[at.q % 2 * 2 + 1][place] = x[1];
             return;
         }
 #pragma unroll
-        for (int i = 0; i < ENDS; ++i) rows[row_place(at.q, WHICH, 8 * i + at.g)] = x[i];
+        for (int i = 0; i < ENDS; ++i)
+            rows[at.q][WHICH * PADDED_STATES + 8 * (STATE_TILES * at.state_warp + i) + at.g] = x[i];
     }
 };
 #else
@@ -157,10 +152,12 @@ struct Gather {
     }
 
     template <int WHICH>
-    static MEMBER void put(float* rows, const float (&x)[ENDS], const Lane& at) {
+    static MEMBER void put(float (*rows)[GATHERED_ROW], const float (&x)[ENDS], const Lane& at) {
 #pragma unroll
-        for (int tile = 0; tile < STATE_TILES; ++tile)
-            rows[row_place(at.g / 2, WHICH, 8 * tile + 2 * at.q + (at.g & 1))] = x[tile];
+        for (int tile = 0; tile < STATE_TILES; ++tile) {
+            int state = 8 * (STATE_TILES * at.state_warp + tile) + 2 * at.q + (at.g & 1);
+            rows[at.g / 2][WHICH * PADDED_STATES + state] = x[tile];
+        }
     }
 };
 #endif
