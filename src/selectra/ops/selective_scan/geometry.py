@@ -80,10 +80,10 @@ FORWARD_LAYOUTS = {
 }
 # Many channels in a block, for each block costs a partial sum of B's and C's gradients.
 BACKWARD_LAYOUTS = {
-    1: (Layout(4, 1, resident=2),),
+    1: (Layout(4, 1, resident=2, unrolled=4),),
     2: (Layout(4, 1, state_tiles=2, resident=2), Layout(2, 1, state_tiles=2, resident=2)),
     4: (Layout(4, 2, state_tiles=2), Layout(2, 2, state_tiles=2), Layout(1, 2, state_tiles=2)),
-    8: (Layout(2, 4, state_tiles=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
+    8: (Layout(2, 4, state_tiles=2, unrolled=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
 }
 
 
