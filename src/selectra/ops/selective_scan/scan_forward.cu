@@ -323,11 +323,13 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
 
 // What a chunk makes of a zero state, and the sum of its steps: from these the chunks are chained. The chunk is walked
 // from its end, each step's part decayed by the steps behind it, until nothing of what lies further back is left.
+// Nobody asks what the last chunk makes.
 KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ ScanCall call) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Block my;
     my.find(shared, call);
+    if (my.chunk >= last_chunk(call, my.sequence)) return;
     States a, h;
     load_decays(a, call, my.channels, my.at);
     load_states(h, nullptr, my.channels, my.at);
