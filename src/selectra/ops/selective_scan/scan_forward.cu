@@ -167,10 +167,11 @@ DEVICE float* outputs_from(Shared& shared, const Lane& at, int step) {
     return &shared.outputs[(at.state_warp * TILE + step) * ROW + 16 * at.channel_warp];
 }
 
-// Run a tile's steps in order.
-DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at) {
+// Run a tile's steps in order: `count` of them, in whole groups.
+DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at, int count) {
+    int end = count < TILE ? count : TILE;
 #pragma unroll UNROLLED
-    for (int group = 0; group < TILE; group += GROUP) {
+    for (int group = 0; group < end; group += GROUP) {
         const float4* steps = steps_from(shared, at, group);
         const float2 *Bs = B_from(shared, at, group), *Cs = C_from(shared, at, group);
         Outputs outputs;
@@ -313,7 +314,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
         if (next.first < next.end) load(loads, my.elements, my.strips, call, my.sequence, my.channels, next);
         synchronize_block();
         checkpoints.save(h, my.channels, my.at);
-        run(shared, h, a, my.at);
+        run(shared, h, a, my.at, tile.end - tile.first);
         synchronize_block();
         finish(shared, my.elements, u, z, my.strips.y, call, my.sequence, my.channels, tile);
     }
