@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from selectra.compat.layout import as_wide_as, positions, refuse_complex, same_groups, swapped
 from selectra.ops import causal_conv1d, selective_scan
+from selectra.ops.selective_scan.call import SOFTPLUS_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,30 @@ def scanned(
     delta_softplus: bool = True,
     **flags: Any,
 ) -> Any:
-    """The gated scan of a selection."""
+    """The gated scan of a selection; `flags` are `selective_scan`'s."""
     u, delta, B, C = chosen.u, chosen.delta, chosen.B, chosen.C
-    A, D, delta_bias = (as_wide_as(u, x) for x in (A, D, delta_bias))
+    A, D, delta_bias = as_wide_as(u, A), as_wide_as(u, D), as_wide_as(u, delta_bias)
+    if u.shape[1] == 1 and not flags.get("return_final_state"):
+        return _single(chosen, A, D, z, delta_bias, delta_softplus)
     return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, **flags)
+
+
+def _single(
+    chosen: Selection, A: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool
+) -> Float[Tensor, "b 1 d"]:
+    """The scan of sequences of one position, as TimeMachine makes thousands of: B and C meet before the channels do.
+
+    There is nothing to decay; A gets a gradient of 0, as by the scan.
+    """
+    u, delta, B, C = (x.to(A.dtype) for x in (chosen.u, chosen.delta, chosen.B, chosen.C))
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta, threshold=SOFTPLUS_THRESHOLD)
+    met = (B * C).sum(-1).repeat_interleave(u.shape[2] // B.shape[2], 2) if B.shape[2] > 1 else (B * C).sum(-1)
+    gain = delta * met
+    y = u * (gain if D is None else gain + D) + 0 * A.sum()
+    return (y if z is None else y * F.silu(z.to(y.dtype))).to(chosen.u.dtype)
 
 
 def _path(
