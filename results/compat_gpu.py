@@ -254,7 +254,7 @@ def kernels(step: Callable[[], Any], most: int = 8) -> dict[str, float]:
         step()
         torch.cuda.synchronize()
     times: dict[str, float] = {}
-    for event in profile.events():
+    for event in profile.events() or ():
         times[event.name[:90]] = times.get(event.name[:90], 0.0) + event.device_time / 1000
     longest = dict(sorted(times.items(), key=lambda item: -item[1])[:most])
     return {"all": sum(times.values()), **longest}
@@ -284,6 +284,7 @@ def build_conv(source: Path) -> None:
         module = cpp_extension.load(
             "causal_conv1d_cuda", sources, ["-O3"], FLAGS, extra_include_paths=[str(root)], build_directory=str(objects)
         )
+    assert isinstance(module, types.ModuleType)
     sys.modules["causal_conv1d_cuda"] = module
 
 

@@ -34,6 +34,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
+        self.layer_idx: int | None = None
         self.norm = norm_cls(dim)
         self.mixer = mixer_cls(dim)
         self.mlp = None

@@ -19,12 +19,13 @@ def causal_conv1d_fwd(*args: Any) -> Tensor | None:
     """(x, weight, bias, silu) or (x, weight, bias, seq_idx, initial_states, final_states_out, silu) -> out, or
     (x, weight, bias, seq_idx, initial_states, out, final_states_out, silu), which writes into out."""
     if len(args) == 4:
-        return causal_conv1d_fwd_function(*args[:3], None, None, None, args[3])
+        x, weight, bias, silu = args
+        return causal_conv1d_fwd_function(x, weight, bias, None, None, None, silu)
     if len(args) == 7:
         return causal_conv1d_fwd_function(*args)
     _require("causal_conv1d_fwd", args, 8, "4, 7 or 8")
-    *inputs, out, final, silu = args
-    out.copy_(causal_conv1d_fwd_function(*inputs, final, silu))
+    x, weight, bias, seq_idx, initial, out, final, silu = args
+    out.copy_(causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial, final, silu))
     return None
 
 
@@ -39,7 +40,7 @@ def causal_conv1d_bwd(*args: Any) -> list[Tensor | None] | None:
         return list(causal_conv1d_bwd_function(*args))
     _require("causal_conv1d_bwd", args, 12, "6, 10 or 12")
     *inputs, dx, dweight, dbias, dinitial, silu = args
-    found = causal_conv1d_bwd_function(*inputs, dx, dinitial is not None, silu)
+    found = _gradients(inputs, dx, dinitial is not None, silu)
     for place, grad in zip((dweight, dbias, dinitial), found[1:], strict=True):
         if place is not None and grad is not None:
             place.copy_(grad)
@@ -51,12 +52,14 @@ def causal_conv1d_update(*args: Any) -> Tensor | None:
     """(x, conv_state, weight, bias, silu[, cache_seqlens[, conv_state_indices]]) -> out, or (x, conv_state, weight,
     bias, out, silu, cache_seqlens, conv_state_indices), which writes into out."""
     if len(args) == 8:
-        *inputs, out, silu, seen, rows = args
-        out.copy_(causal_conv1d_update_function(*inputs, silu, seen, rows))
+        x, conv_state, weight, bias, out, silu, seen, rows = args
+        out.copy_(causal_conv1d_update_function(x, conv_state, weight, bias, silu, seen, rows))
         return None
     if len(args) not in (5, 6, 7):
         _require("causal_conv1d_update", args, 8, "5 to 8")
-    return causal_conv1d_update_function(*args, *[None] * (7 - len(args)))
+    x, conv_state, weight, bias, silu, *rest = args
+    seen, rows = [*rest, None, None][:2]
+    return causal_conv1d_update_function(x, conv_state, weight, bias, silu, seen, rows)
 
 
 def _require(name: str, args: tuple[Any, ...], number: int, allowed: str) -> None:
@@ -96,26 +99,27 @@ def causal_conv1d_bwd_function(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """`causal_conv1d.cpp_functions.causal_conv1d_bwd_function`: gradients of x (into `dx` if given), weight, bias and
     initial states (None unless asked for)."""
+    inputs = [x, weight, bias, dout, seq_idx, initial_states, dfinal_states]
+    return _gradients(inputs, dx, return_dinitial_states, silu_activation)
+
+
+def _gradients(
+    inputs: list[Any], dx: Tensor | None, return_dinitial_states: bool, silu: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """By autograd: the forward is run once more, which is little beside its backward."""
+    x, weight, bias, dout, seq_idx, initial, dfinal = inputs
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_states)]
-        asked = dfinal_states is not None
-        found: Any = causal_conv1d_fn(
-            *leaves[:3],  # pyright: ignore[reportArgumentType]
-            seq_idx,
-            leaves[3],
-            asked,
-            activation=_activation(silu_activation),
-        )
-        outputs, gradients = (found, (dout, dfinal_states)) if asked else ((found,), (dout,))
+        leaves: Any = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial)]
+        asked = dfinal is not None
+        activation = _activation(silu)
+        x, weight, bias, initial = leaves
+        found: Any = causal_conv1d_fn(x, weight, bias, seq_idx, initial, asked, activation=activation)
+        outputs, gradients = (found, (dout, dfinal)) if asked else ((found,), (dout,))
         grads = iter(torch.autograd.grad(outputs, [t for t in leaves if t is not None], gradients))
     dinput, dweight, dbias, dinitial = (None if t is None else next(grads) for t in leaves)
     assert dinput is not None
-    return (
-        dinput if dx is None else dx.copy_(dinput),
-        dweight,
-        dbias,
-        dinitial if return_dinitial_states else None,
-    )
+    dinput = dinput if dx is None else dx.copy_(dinput)
+    return dinput, dweight, dbias, dinitial if return_dinitial_states else None
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def create_block(
     if d_intermediate:
         mlp = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **at)
     block = Block(d_model, mixer, mlp, norm, fused_add_norm, residual_in_fp32)
-    block.layer_idx = layer_idx  # pyright: ignore[reportAttributeAccessIssue]
+    block.layer_idx = layer_idx
     return block
 
 

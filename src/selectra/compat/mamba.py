@@ -51,6 +51,12 @@ class Mamba(nn.Module):
         bimamba: VideoMamba: True means "v2".
     """
 
+    conv1d: nn.Conv1d
+    x_proj: nn.Linear
+    dt_proj: nn.Linear
+    A_log: Tensor
+    D: Tensor
+
     def __init__(
         self,
         d_model: int,

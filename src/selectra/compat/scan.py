@@ -40,8 +40,8 @@ def selective_scan_fn(
     Returns:
         y (b, d, l) in u's type, or y and the state. Here the state has a gradient too, which theirs has not.
     """
-    taken = arguments(u, delta, A, B, C, D, z, delta_bias)
-    found: Any = selective_scan(*taken, bool(delta_softplus), return_final_state=bool(return_last_state))
+    flags: dict[str, Any] = {"delta_softplus": bool(delta_softplus), "return_final_state": bool(return_last_state)}
+    found: Any = selective_scan(*arguments(u, delta, A, B, C, D, z, delta_bias), **flags)
     return (swapped(found[0]), found[1]) if return_last_state else swapped(found)
 
 
@@ -58,8 +58,8 @@ def selective_scan_ref(
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """As `selective_scan_fn`, by our reference: a loop in plain PyTorch, in float64 where u is."""
-    taken = arguments(u, delta, A, B, C, D, z, delta_bias)
-    found: Any = run_reference(prepare(*taken, bool(delta_softplus), return_final_state=bool(return_last_state)))
+    flags: dict[str, Any] = {"delta_softplus": bool(delta_softplus), "return_final_state": bool(return_last_state)}
+    found: Any = run_reference(prepare(*arguments(u, delta, A, B, C, D, z, delta_bias), **flags))
     return (swapped(found[0]), found[1]) if return_last_state else swapped(found)
 
 
@@ -72,7 +72,7 @@ def arguments(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
-) -> tuple[Any, ...]:
+) -> tuple[Any, Any, Any, Any, Any, Any, Any, Any]:
     """The first eight arguments of our scan from theirs: views, and parameters in float64 where u is.
 
     Raises:
@@ -81,5 +81,13 @@ def arguments(
     refuse_complex(A=A, B=B, C=C)
     batch, _, length = u.shape
     B, C = same_groups(positions(B, batch, length), positions(C, batch, length))
-    others = (as_wide_as(u, x) for x in (swapped(delta), A, B, C, D, None if z is None else swapped(z), delta_bias))
-    return (swapped(u), *others)
+    return (
+        swapped(u),
+        as_wide_as(u, swapped(delta)),
+        as_wide_as(u, A),
+        as_wide_as(u, B),
+        as_wide_as(u, C),
+        as_wide_as(u, D),
+        None if z is None else as_wide_as(u, swapped(z)),
+        as_wide_as(u, delta_bias),
+    )

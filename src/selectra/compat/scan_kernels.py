@@ -106,7 +106,7 @@ def _each_channel(u: Tensor, delta: Tensor, bias: Tensor | None) -> tuple[Tensor
 
 def _call(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any, softplus: Any, out_dtype: Any) -> ScanCall:
     taken = arguments(u, delta, A, B, C, D, None, bias)
-    return prepare(*taken, bool(softplus), return_final_state=True, out_dtype=out_dtype)
+    return prepare(*taken, delta_softplus=bool(softplus), return_final_state=True, out_dtype=out_dtype)
 
 
 @torch.no_grad()
@@ -123,7 +123,6 @@ def _forward(
     batch, length, d = call.u.shape
     x = state.new_zeros(batch, d, -(-length // POSITIONS_OF_CHUNK), 2 * A.shape[1])
     x[:, :, -1, 1::2] = state
-    # With the output's type, which decides what the checkpoints are worth to a backward.
     setattr(x, _KEPT, (backend, checkpoints))
     return swapped(out), x
 
@@ -146,7 +145,8 @@ def _backward(
             )
     else:
         found = _reference_gradients(call, swapped(dout))
-    du, ddelta, dA, dB, dC, dD, _, dbias = found[:_N_GRADIENTS]
+    gradients: Any = found[:_N_GRADIENTS]
+    du, ddelta, dA, dB, dC, dD, _, dbias = gradients
     return [
         swapped(du),
         swapped(ddelta),
