@@ -1,6 +1,6 @@
 """What the stand-ins must compute, written down by call as plain loops in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) 
     return y if bias is None else y + bias
 
 
-def assert_same(got: Call, want: Call, inputs: dict[str, Tensor | None], tolerance: float = 1e-10) -> None:
+def assert_same(got: Call, want: Call, inputs: Mapping[str, Tensor | None], tolerance: float = 1e-10) -> None:
     """Outputs, and gradients of a fixed random loss with respect to every input, in float64."""
     found = [_run(call, inputs) for call in (got, want)]
     for (name, a), b in zip(found[0].items(), found[1].values(), strict=True):
@@ -139,7 +139,7 @@ def assert_same(got: Call, want: Call, inputs: dict[str, Tensor | None], toleran
         assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-6), name
 
 
-def _run(call: Call, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def _run(call: Call, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     leaves = {name: None if x is None else x.clone().requires_grad_() for name, x in inputs.items()}
     outputs = call(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)

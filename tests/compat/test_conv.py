@@ -1,5 +1,7 @@
 """causal_conv1d by its names: values and gradients against a loop, states, packed sequences, three generations."""
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import pytest
@@ -146,7 +148,8 @@ def test_compiled_module_by_call(generation: int) -> None:
     leaves = {name: t.clone().requires_grad_() for name, t in inputs.items()}
     want = convolve(**leaves)
     grads = torch.autograd.grad(want, list(leaves.values()), dout)
-    for got, expected in zip(compiled(generation, *inputs.values(), dout), (want, *grads), strict=True):
+    x, weight, bias = inputs.values()
+    for got, expected in zip(compiled(generation, x, weight, bias, dout), (want, *grads), strict=True):
         torch.testing.assert_close(got, expected.detach())
 
 

@@ -1,5 +1,7 @@
 """What follows Mamba's input projection, by its names: values and gradients against loops."""
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import pytest
@@ -97,8 +99,8 @@ def test_both_directions() -> None:
         B, C = low[:, R_ : R_ + N_], low[:, -N_:]
         rest = (given["D"], given["delta_bias"])
         ahead = references.scan(u, delta, A, B, C, rest[0], z, rest[1], True)[1]
-        flipped = [t.flip(-1) for t in (u, delta, B, C, z)]
-        back = references.scan(*flipped[:2], A_b, *flipped[2:4], rest[0], flipped[4], rest[1], True)[1].flip(-1)
+        u, delta, B, C, z = (t.flip(-1) for t in (u, delta, B, C, z))
+        back = references.scan(u, delta, A_b, B, C, rest[0], z, rest[1], True)[1].flip(-1)
         return torch.einsum("ed,bdl->ble", weights["out_proj_weight"], ahead + back) + weights["out_proj_bias"]
 
     for function in (interface.bimamba_inner_fn, interface.bimamba_inner_ref):

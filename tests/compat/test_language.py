@@ -1,5 +1,7 @@
 """mamba_ssm's language model by its names: blocks, generation with a cache, files."""
 
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 from typing import Any

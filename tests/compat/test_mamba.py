@@ -1,5 +1,7 @@
 """The Mamba blocks by mamba_ssm's and its forks' names: against loops, step by step, against stored official runs."""
 
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 from typing import Any

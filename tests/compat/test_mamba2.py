@@ -1,5 +1,7 @@
 """Mamba-2: the chunked operator against a loop, the blocks against that and step by step, stored official models."""
 
+# pyright: reportMissingImports=false
+
 import json
 from pathlib import Path
 from typing import Any

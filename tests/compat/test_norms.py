@@ -1,5 +1,7 @@
 """Normalisation by mamba_ssm's names: values and gradients against the formula."""
 
+# pyright: reportMissingImports=false
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """The scan by other packages' names: values and gradients against a loop, layouts, and what is refused."""
 
+# pyright: reportMissingImports=false
+
 import importlib
 from typing import Any
 
@@ -109,13 +111,15 @@ def module_call(name: str, inputs: dict[str, Any], softplus: bool, **also: Any) 
 )
 def test_compiled_modules_by_call(name: str, softplus: bool, kept: bool) -> None:
     gate = name == "selective_scan_cuda"
-    inputs = scan_inputs(2, 4, 3, 9, "by groups", "by groups", gate)
+    # B constant in time and C of all channels where it is the one, both by groups where it is the other.
+    shapes = ("constant", "of all channels") if kept else ("by groups", "by groups")
+    inputs = scan_inputs(2, 4, 3, 9, *shapes, gate)
     if not softplus:
         inputs["delta"], inputs["delta_bias"] = inputs["delta"].abs(), inputs["delta_bias"].abs()
     place = torch.empty_like(inputs["u"])
     made, backward = module_call(name, inputs, softplus, dz=place if kept and gate else None, recompute=gate)
-    leaves = {key: None if x is None else x.clone().requires_grad_() for key, x in inputs.items()}
-    open_, gated, state = references.scan(**leaves, delta_softplus=softplus)  # pyright: ignore[reportArgumentType]
+    leaves: Any = {key: None if x is None else x.clone().requires_grad_() for key, x in inputs.items()}
+    open_, gated, state = references.scan(**leaves, delta_softplus=softplus)
     torch.testing.assert_close(made[0], open_.detach())
     assert made[1].shape == (2, 4, 1, 6)
     torch.testing.assert_close(made[1][:, :, -1, 1::2], state.detach())
@@ -123,7 +127,7 @@ def test_compiled_modules_by_call(name: str, softplus: bool, kept: bool) -> None
     # Another tensor with the same numbers has lost what travels with the first.
     grads = backward(dout, made[1] if kept else made[1].clone())
     order = ("u", "delta", "A", "B", "C", "D", "delta_bias", *(("z",) if gate else ()))
-    want = torch.autograd.grad((gated * dout).sum(), [leaves[key] for key in order])  # pyright: ignore[reportArgumentType]
+    want = torch.autograd.grad((gated * dout).sum(), [leaves[key] for key in order])
     for key, got, expected in zip(order, grads, want, strict=False):
         torch.testing.assert_close(got, expected, msg=lambda text, key=key: f"{key}: {text}")
     if gate:

@@ -1,5 +1,7 @@
 """Names and defaults of arguments, in their order, as the other packages have them."""
 
+# pyright: reportMissingImports=false
+
 import dataclasses
 import importlib
 import inspect

@@ -1,5 +1,7 @@
 """The import hook: what it replaces, what it leaves, what it says, how it goes away, and scripts run under it."""
 
+# pyright: reportMissingImports=false
+
 import importlib
 import importlib.util
 import logging
