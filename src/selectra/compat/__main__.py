@@ -28,10 +28,10 @@ def run(
     if not path.is_file():
         typer.echo(f"there is no file '{script}'", err=True)
         raise typer.Exit(2)
-    install()
     sys.argv = [script, *context.args]
-    # As Python does for a script: its own folder comes first.
+    # As Python does for a script: its own folder comes first. Packages that stand there count as installed.
     sys.path[0] = str(path.resolve().parent)
+    install()
     runpy.run_path(script, run_name="__main__")
 
 
