@@ -140,7 +140,7 @@ def stages(model: Any, inputs: list[Tensor]) -> dict[str, Tensor]:
     return {f"stage{i}": y for i, y in enumerate(model(*inputs))}
 
 
-TIMM = "timm (any, 1.0.31 here)"
+TIMM = "timm 1.0.31"
 VMAMBA_NEEDS = (TIMM, "fvcore, iopath, yacs, portalocker", "on a CPU: torch.cuda.device of a CPU tensor made a no-op")
 VIM = {
     "img_size": 32, "patch_size": 8, "stride": 8, "depth": 4, "embed_dim": 48, "num_classes": 5, "rms_norm": True,
