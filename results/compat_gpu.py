@@ -1,15 +1,17 @@
 """Official models' training steps on a GPU: their own Python over mamba_ssm's kernels, against the same under compat.
 
     python results/build_peers.py --mamba-ssm mamba_ssm-2.3.2.post1.tar.gz --out peers
+    python results/compat_gpu.py --vim Vim --timemachine TimeMachine --out results --build-into peers
     PYTHONPATH=peers python results/compat_gpu.py --vim Vim --timemachine TimeMachine --out results
 
 Both sides run in one process, by turns, timed by CUDA events: the official model's source is imported twice, once
 beside Vim's fork of mamba_ssm (with the compiled scan that the first command builds, and the fork's causal_conv1d,
-which this script builds), once beside selectra.compat's stand-ins. What the sources import from timm and transformers,
+which the second does), once beside selectra.compat's stand-ins. What the sources import from timm and transformers,
 and what does no work in these models, is put there as empty names.
 """
 
 import datetime
+import importlib.util
 import json
 import re
 import shutil
@@ -40,6 +42,7 @@ FLAGS = [
     *(f"-U__CUDA_NO_BFLOAT16{name}__" for name in ("_OPERATORS", "_CONVERSIONS", "2_OPERATORS", "2_CONVERSIONS")),
 ]
 THEIRS, OURS = "mamba_ssm", "selectra.compat"
+CONV = "causal_conv1d_cuda"
 console = Console(width=140)
 
 
@@ -91,9 +94,9 @@ def timemachine(name: str, series: int, windows: int, *, ch_ind: int, n1: int, n
 
 
 JOBS = (
-    timemachine("ETTh1", 7, 512, ch_ind=1, n1=512, n2=32),
-    timemachine("traffic", 862, 16, ch_ind=0, n1=512, n2=16),
     vim(224, 64, True),
+    timemachine("traffic", 862, 16, ch_ind=0, n1=512, n2=16),
+    timemachine("ETTh1", 7, 512, ch_ind=1, n1=512, n2=32),
     vim(224, 64, False),
 )
 
@@ -104,27 +107,33 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the record.")],
     seconds: Annotated[float, typer.Option(help="Seconds of timing for each side of each job.")] = 3.0,
     jobs: Annotated[str, typer.Option(help="Only jobs whose name holds this.")] = "",
+    build_into: Annotated[Path | None, typer.Option(help="Only build the fork's causal_conv1d into a folder.")] = None,
 ) -> None:
     """Time both sides and write the record."""
     sys.path[:0] = [str(vim_folder / "vim"), str(timemachine_folder / "TimeMachine_supervised")]
     add_names()
-    build_conv(vim_folder / "causal-conv1d" / "csrc")
+    if build_into is not None:
+        build_conv(vim_folder / "causal-conv1d" / "csrc", build_into)
+        return
+    if importlib.util.find_spec(CONV) is None:
+        build_conv(vim_folder / "causal-conv1d" / "csrc")
     forks = [str(vim_folder / "mamba-1p1p1"), str(vim_folder / "causal-conv1d")]
-    found = []
-    for job in JOBS:
-        if jobs in job.name:
-            found.append(compare(job, forks, seconds))
-            console.print_json(data=found[-1])
     device = torch.cuda.get_device_name()
-    record = {
+    record: dict[str, Any] = {
         "command": "python results/compat_gpu.py --vim Vim --timemachine TimeMachine --out results",
         "device": device,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
-        "jobs": found,
+        "jobs": [],
     }
     name = re.sub(r"\W+", "_", device.lower())
-    (out / f"compat_gpu_{name}_{record['date']}.json").write_text(json.dumps(record, indent=1) + "\n")
+    path = out / f"compat_gpu_{name}_{record['date']}.json"
+    for job in JOBS:
+        if jobs in job.name:
+            record["jobs"].append(compare(job, forks, seconds))
+            console.print_json(data=record["jobs"][-1])
+            # After every job: what is measured stays measured.
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def compare(job: Job, forks: list[str], seconds: float) -> dict[str, Any]:
@@ -260,32 +269,43 @@ def kernels(step: Callable[[], Any], most: int = 8) -> dict[str, float]:
     return {"all": sum(times.values()), **longest}
 
 
-def build_conv(source: Path) -> None:
-    """The fork's causal_conv1d_cuda: float32 and bfloat16 inputs, float32 weights."""
+def build_conv(source: Path, keep: Path | None = None) -> None:
+    """The fork's causal_conv1d_cuda, what these models use of it: float32 weights, forward and backward along time.
+
+    Args:
+        source: Its csrc.
+        keep: Where the module goes, if anywhere.
+    """
     with tempfile.TemporaryDirectory() as folder:
         root = shutil.copytree(source, Path(folder) / "csrc")
         kernels = []
-        for path in root.glob("*.cu"):
-            text, instance = path.read_text(), r"(?m)^template void .*;$"
+        for name in ("fwd", "bwd"):
+            text, instance = (root / f"causal_conv1d_{name}.cu").read_text(), r"(?m)^template void .*;$"
             # One file an instance, so that they compile at the same time.
             for number, found in enumerate(re.findall(instance, text)):
-                if not re.search(r"at::Half|, at::BFloat16", found):
-                    kernels.append(path.with_name(f"{path.stem}_{number}.cu"))
+                if not re.search(r"at::Half|, at::BFloat16|channellast", found):
+                    kernels.append(root / f"{name}_{number}.cu")
                     kernels[-1].write_text(re.sub(instance, "", text) + found + "\n")
         calls = root / "causal_conv1d.cpp"
-        branch = r"(?s)if \({0} == at::ScalarType::Half\).*?\}} else "
-        text = re.sub(branch.format("ITYPE"), "", calls.read_text(), count=1)
-        text = re.sub(branch.format("WTYPE"), "", text, count=1)
-        text = re.sub(r"(?s)if \(WTYPE == at::ScalarType::BFloat16\).*?\} else ", "", text, count=1)
+        text = calls.read_text()
+        for left_out in ("channellast_fwd", "channellast_bwd", "update"):
+            call = rf"causal_conv1d_{left_out}_cuda<input_t, weight_t>\(params, stream\);"
+            text = re.sub(call, 'TORCH_CHECK(false, "not in this build");', text)
+        branch = r"(?s)if \({} == at::ScalarType::{}\).*?\}} else "
+        for axis, dtype in (("ITYPE", "Half"), ("WTYPE", "Half"), ("WTYPE", "BFloat16")):
+            text = re.sub(branch.format(axis, dtype), "", text, count=1)
         calls.write_text(text)
         sources = [str(path) for path in (calls, *kernels)]
         objects = Path(folder) / "build"
         objects.mkdir()
         module = cpp_extension.load(
-            "causal_conv1d_cuda", sources, ["-O3"], FLAGS, extra_include_paths=[str(root)], build_directory=str(objects)
+            CONV, sources, ["-O1"], FLAGS, extra_include_paths=[str(root)], build_directory=str(objects)
         )
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(objects / f"{CONV}.so", keep)
     assert isinstance(module, types.ModuleType)
-    sys.modules["causal_conv1d_cuda"] = module
+    sys.modules[CONV] = module
 
 
 def add_names() -> None:
