@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import BackendError, ConfigError
 from selectra.ops import add_norm
@@ -146,6 +147,17 @@ def test_no_rows(kernels: Any) -> None:
     y, total, *grads = results(kernels, tensors, flags, (torch.zeros(0, 24), torch.zeros(0, 24)))
     assert y.shape == total.shape == (0, 24)
     assert all((grad == 0).all() for grad in grads)
+
+
+def test_checkpointing_gives_the_same_gradients(kernels: Any) -> None:
+    tensors, flags = drawn((5, 24), TYPES[1], "layer")
+    grads = (torch.randn(5, 24), torch.randn(5, 24))
+    want = results(kernels, tensors, flags, grads)
+
+    def again(*tensors: Tensor | None, **flags: Any) -> Any:
+        return checkpoint(partial(kernels, **flags), *tensors, use_reentrant=False)
+
+    assert all(torch.equal(a, b) for a, b in zip(results(again, tensors, flags, grads), want, strict=True))
 
 
 def test_gradients_are_equal_bit_by_bit(emulated_gpu: EmulatedGpu) -> None:
