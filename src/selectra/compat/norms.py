@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selectra.compat.pickled import completed
 from selectra.errors import ConfigError
 
 
@@ -203,6 +204,10 @@ class RMSNorm(nn.Module):
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0.0 else None
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickled norm; earlier ones knew no dropout."""
+        super().__setstate__(completed(state, drop=None))
 
     def reset_parameters(self) -> None:
         """Scale 1."""
