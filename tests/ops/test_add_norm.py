@@ -142,6 +142,16 @@ def test_one_use_of_the_results_is_enough(kernels: Any) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("types", [(BF16, BF16, F32), (F16, F16, F32), (BF16, F32, F32), (F16, BF16, F32)])
+def test_a_wider_stream_holds_the_sum_as_it_is(kernels: Any, types: tuple[torch.dtype, ...]) -> None:
+    x, residual = (torch.randn(5, 24).to(dtype) for dtype in types[:2])
+    want = x.float() + residual.float()
+    with add_norm.using("portable"):
+        found = add_norm(x, residual, residual_dtype=types[2])
+    for _, total in (found, kernels(x, residual, residual_dtype=types[2])):
+        assert torch.equal(total, want)
+
+
 def test_no_rows(kernels: Any) -> None:
     tensors, flags = drawn((0, 24), TYPES[1], "layer")
     y, total, *grads = results(kernels, tensors, flags, (torch.zeros(0, 24), torch.zeros(0, 24)))
