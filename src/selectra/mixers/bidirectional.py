@@ -75,7 +75,8 @@ class Bidirectional(nn.Module):
     def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         """Both paths in one launch of the scan, added."""
         paths = (self.ahead, self.back)
-        u = torch.stack([path.convolve(u, reverse=path is self.back)[0] for path in paths], 2)
+        # By position: both may be one module.
+        u = torch.stack([path.convolve(u, reverse=back)[0] for path, back in zip(paths, (False, True), strict=True)], 2)
         A_log, D, bias = (
             torch.stack(own) for own in zip(*((p.A_log, p.D, p.dt_proj.bias) for p in paths), strict=True)
         )
