@@ -323,10 +323,23 @@ def test_an_instruction_set_beyond_the_processor_is_said_in_words(monkeypatch, l
 @needs_library
 def test_calls_from_several_threads_at_once_agree() -> None:
     # One of them has the pool, the others do their tasks themselves.
-    expected = scan_results(torch.float32, **LARGE)
-    with ThreadPoolExecutor(3) as executor:
-        for found in executor.map(lambda _: scan_results(torch.float32, **LARGE), range(3)):
-            assert [a.shape for a in found] == [b.shape for b in expected]
+    torch.manual_seed(0)
+    u, delta = torch.randn(4, 1000, 512), torch.rand(4, 1000, 512)
+    B = torch.randn(4, 1000, 1, 8)
+    inputs = (u, delta, -torch.rand(512, 8), B, B, None, None, None, None, None, None, True, False)
+
+    def run(_: int = 0) -> list[Tensor]:
+        y, final, checkpoints = scan.forward(*inputs, torch.float32, True)
+        return [y, final, *scan.backward(y, final, checkpoints, *inputs)]
+
+    threads, expected = torch.get_num_threads(), run()
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(3) as executor:
+            for found in executor.map(run, range(6)):
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_library
