@@ -8,7 +8,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from selectra.bench import block, model, modules
-from selectra.bench.block_table import block_table, model_table
+from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
 from selectra.errors import BackendError, ConfigError
 from selectra.ops import selective_scan
 
@@ -59,6 +59,31 @@ def test_the_table_of_blocks_has_the_transformers_time_over_ours() -> None:
     lines = block_table({"rows": [row("mamba", 0.001), row("transformer", 0.002)]}).splitlines()
     assert lines[2] == "| 512 | 1.00 | 2.00 | 2.00 | 3.00 | 6.00 | 2.00 | 2 | 2 |"
     assert lines[-1] == "Parameters, millions: 2.00 and 2.00."
+
+
+def test_the_table_of_ways_has_what_was_measured() -> None:
+    eager = {"forward": {"median": 0.001}, "training": {"median": 0.004}}
+    ways = {"forward": {"compiled": {"median": 0.0007}, "graph": {"median": 0.0005}}, "training": {}}
+    rows = [{"L": 512, "name": "mamba", **eager, "ways": ways}, {"L": 1024, "name": "mamba", **eager}]
+    lines = ways_table({"rows": rows}).splitlines()
+    assert lines[2:] == ["| 512 | mamba | 1.00 | 0.70 | 0.50 | 4.00 | - | - |"]
+    assert "|" not in ways_table({"rows": rows[1:]})
+
+
+def test_the_tables_of_parts_and_norms() -> None:
+    def row(backward: str, norm: float) -> dict[str, Any]:
+        found = {"ms": {"median": norm + 1}, "parts_ms": {"norm": norm, "scan": 1.0, "all": norm + 1}}
+        return {"tag": "lm", "backward": backward, "forward": found, "training": found}
+
+    lines = parts_table({"rows": [row("joined", 0.5), row("in place", 0.25)]}).splitlines()
+    assert lines[0] == "| part | lm, joined | lm, in place |"
+    assert lines[2] == "| norm | 0.500 / 0.500 | 0.250 / 0.250 |"
+    assert lines[-1] == "| all, by events | 1.500 / 1.500 | 1.250 / 1.250 |"
+    times = {"eager": {"median": 0.2}, "ours": {"median": 0.1}}
+    size = {"rows": 16384, "width": 96, "kind": "layer", "stream": "float32"}
+    norms = [{**size, "floor": {"forward": 0.05, "training": 0.08}, "forward": times, "training": times}]
+    lines = norms_table({"norms": norms}).splitlines()
+    assert lines[2] == "| 16,384 x 96 | layer | float32 | 0.200 / 0.200 | 0.100 / 0.100 | 0.050 / 0.080 |"
 
 
 def test_a_wrong_block_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

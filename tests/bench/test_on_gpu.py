@@ -4,9 +4,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from selectra.bench import block, lengths, scan_gpu
+from selectra.bench import block, block_parts, lengths, model, scan_gpu
 from selectra.bench.events import Stopwatch, host_microseconds, time_in_turn
 from selectra.bench.floor import measure_machine
+from selectra.bench.norms import NormSize
+from selectra.bench.parts import BlockSize
 from selectra.bench.shapes import TINY_CASES, Case
 
 pytestmark = [
@@ -50,5 +52,27 @@ def test_scan_lengths_and_block_run_on_tiny_shapes() -> None:
     assert all(row["input sets"] > 1 for row in record["rows"])
     found = lengths.bench_lengths(DEVICE, 0.0, quiet(), lambda r: None, lengths.Study(64, 1, (64, 65)))
     assert found["rows"][0]["fwd_ms"].keys() >= {"ours", "attention"}
-    study = block.BlockStudy(64, 16, 1, (64,))
-    assert block.bench_block(DEVICE, 0.0, quiet(), lambda r: None, study)["rows"][0]["peak_bytes"]["training"] > 0
+    study = block.BlockStudy(64, 16, 1, (64,), other_ways=(64,))
+    rows = block.bench_block(DEVICE, 0.0, quiet(), lambda r: None, study)["rows"]
+    assert rows[0]["peak_bytes"]["training"] > 0
+    assert rows[0]["ways"]["forward"].keys() == {"compiled", "graph"}
+
+
+def test_the_parts_of_a_block_are_all_there_is() -> None:
+    sizes = (BlockSize("tiny", 2, 300, 256),)
+    norm_sizes = (NormSize(64, 96, "layer", torch.float32),)
+    record = block_parts.bench_block_parts(DEVICE, 0.0, quiet(), lambda r: None, sizes, norm_sizes)
+    assert [row["backward"] for row in record["rows"]] == ["joined", "in place"]
+    for row in record["rows"]:
+        for kind in ("forward", "training"):
+            found = row[kind]["parts_ms"]
+            assert sum(found.values()) == pytest.approx(2 * found["all"])
+            assert all(found[part] > 0 for part in ("norm", "in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj"))
+            assert found["elementwise and sums"] > 0
+    assert record["rows"][1]["training"]["parts_ms"]["copies"] < record["rows"][0]["training"]["parts_ms"]["copies"]
+    assert record["norms"][0]["training"].keys() == {"eager", "compiled", "ours"}
+
+
+def test_models_run() -> None:
+    record = model.bench_model(DEVICE, 0.0, quiet(), lambda r: None, "tsm2_smoke,dlinear", batch=2)
+    assert record["rows"][0]["backends"]["selective_scan"] == "cuda"

@@ -14,7 +14,7 @@ from torch import Tensor
 from selectra.errors import BackendError
 from selectra.ops import cuda as room
 from selectra.ops import selective_scan
-from selectra.ops.selective_scan import cuda, plans, registration, wide
+from selectra.ops.selective_scan import cuda, geometry, plans, registration, wide
 from selectra.ops.selective_scan.call import prepare
 from selectra.ops.selective_scan.faults import faults
 from tests.ops import cases
@@ -263,6 +263,57 @@ def test_the_length_in_chunks(n: int, gpu: EmulatedGpu, monkeypatch: pytest.Monk
     assert plan is not None and plan.words[plans.PLACES["n_chunks"]] > 2
     tensors["initial_state"] = tensors["initial_state"].repeat(4, 1, 1)
     compare(tensors, cu_seqlens=torch.tensor([0, 3, 3, 250, 261], dtype=torch.int32))
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(1, torch.float32), (1, torch.bfloat16), (3, torch.float32)])
+def test_warps_of_a_block_take_tiles_in_turn(n: int, dtype: torch.dtype, gpu: EmulatedGpu) -> None:
+    gpu.multiprocessors = 1
+    # Nine tiles: at the last turn most warps have none.
+    tensors = drawn(1, 131, 72, n, dtype)
+    compare(tensors, dtype)
+    compare(tensors, dtype, reverse=True, out_dtype=torch.float32)
+    plans_made = [plan for plan in (*cuda.forward_plans.values(), *cuda.backward_plans.values()) if plan is not None]
+    assert {max(one.threads for one in plan.passes if "reduce" not in one.kernel.name) > 32 for plan in plans_made} == {
+        True
+    }
+    tensors["initial_state"] = tensors["initial_state"].repeat(4, 1, 1)
+    compare(tensors, dtype, cu_seqlens=torch.tensor([0, 3, 3, 100, 131], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_many_blocks(n: int, gpu: EmulatedGpu) -> None:
+    gpu.multiprocessors = 1
+    tensors = drawn(3, 35, 136, n)
+    compare(tensors)
+
+
+@pytest.mark.parametrize(
+    ("n", "flags"),
+    [
+        (16, {"reverse": True}),
+        (16, {"cu_seqlens": torch.tensor([0, 3, 3, 210, 261], dtype=torch.int32)}),
+        (13, {"mask": torch.arange(261).unsqueeze(0) % 5 > 0, "delta_softplus": False}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["channels", "time"])
+def test_thin_warps(
+    n: int, flags: dict[str, Any], layout: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide, "FEWEST_STEPS_OF_CHUNK", 64)
+    gpu.multiprocessors, gpu.seed = 40, 3
+    tensors = drawn(1, 261, 24, n, torch.bfloat16)
+    if "delta_softplus" in flags:
+        tensors["delta"] = tensors["delta"].abs() / 8
+        tensors["delta_bias"] = tensors["delta_bias"].abs() / 8
+    if "cu_seqlens" in flags:
+        tensors["initial_state"] = tensors["initial_state"].repeat(4, 1, 1)
+    if layout == "time":
+        tensors |= {name: tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "delta", "z")}
+    compare(tensors, torch.bfloat16, **flags)
+    (plan,) = cuda.forward_plans.values()
+    assert plan is not None and plan.words[plans.PLACES["n_chunks"]] > 1
+    assert plan.passes[-1].threads == geometry.THIN_LAYOUT.threads
+    assert any(kernel.shared_bytes == geometry.thin_shared(geometry.THIN_LAYOUT) for kernel in gpu.kernels)
 
 
 @pytest.mark.parametrize("n", [3, 16])

@@ -132,8 +132,9 @@ def test_streams(n: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device at most")
-def test_a_second_device() -> None:
-    first, second = gradients(drawn(513, 72)), gradients(drawn(513, 72, device="cuda:1"))
+@pytest.mark.parametrize("n", [1, 16])
+def test_a_second_device(n: int) -> None:
+    first, second = gradients(drawn(513, 72, n)), gradients(drawn(513, 72, n, device="cuda:1"))
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
     tensors = drawn(8, 8)

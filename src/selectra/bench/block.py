@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from selectra.bench.block_table import block_table
-from selectra.bench.modules import Subject, check, measure, plain, seeded
+from selectra.bench.block_table import block_table, ways_table
+from selectra.bench.modules import Subject, check, measure, measure_ways, plain, seeded
+from selectra.layers.norm import AddNorm, PreNorm
 from selectra.mixers import S6
 from selectra.train.record import environment
 
@@ -25,24 +26,27 @@ class BlockStudy(NamedTuple):
     batch: int = 8
     lengths: tuple[int, ...] = (512, 1024, 2048, 2049, 4096, 8192, 16384)
     dtype: torch.dtype = torch.bfloat16
+    other_ways: tuple[int, ...] = (512, 2048)
+    """Lengths at which the blocks are timed compiled and in a CUDA graph too; compiling takes its time."""
 
 
-CPU_STUDY = BlockStudy(192, 64, 1, (196, 1024, 4096), torch.float32)
+CPU_STUDY = BlockStudy(192, 64, 1, (196, 1024, 4096), torch.float32, ())
 
 
 class MambaBlocks(nn.Module):
-    """Two residual Mamba blocks, each a norm and an `S6`."""
+    """Two residual Mamba blocks, each a norm and an `S6`; the stream is as wide as the activations."""
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.RMSNorm(d_model) for _ in range(2))
-        self.mixers = nn.ModuleList(S6(d_model) for _ in range(2))
+        norms = [AddNorm(d_model, residual_in_fp32=False) for _ in range(2)]
+        self.blocks = nn.ModuleList(PreNorm(norm, S6(d_model)) for norm in norms)
 
     def forward(self, x: Tensor) -> Tensor:
         """Causal, (b, l, d_model) to the same."""
-        for norm, mixer in zip(self.norms, self.mixers, strict=True):
-            x = x + mixer(norm(x))
-        return x
+        residual: Tensor | None = None
+        for block in self.blocks:
+            x, residual = block(x, residual)
+        return x if residual is None else x + residual
 
 
 class TransformerBlock(nn.Module):
@@ -108,9 +112,13 @@ def bench_block(
     for length in study.lengths:
         x = torch.randn(study.batch, length, study.d_model, device=device, dtype=study.dtype)
         rows = measure({name: Subject(m, x, plain) for name, m in blocks.items()}, seconds, device)
+        if length in study.other_ways:
+            for row in rows:
+                row["ways"] = measure_ways(Subject(blocks[row["name"]], x, plain), seconds, device)
         record["rows"] += [{"L": length, **row} for row in rows]
         save(record)
-    console.print(block_table(record), highlight=False, soft_wrap=True)
+    for table in (block_table, ways_table):
+        console.print(table(record), highlight=False, soft_wrap=True)
     return record
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from selectra.bench.scan_table import markdown
 
 Record = dict[str, Any]
+WAYS = ("compiled", "graph")
 
 
 def block_table(record: Record) -> str:
@@ -31,6 +32,50 @@ def model_table(record: Record) -> str:
         speed = [f"{row['input'][0] / row[kind]['median']:,.0f}" for kind in ("forward", "training")]
         rows.append([row["name"], f"{row['parameters']:,}", *speed, _mebibytes(row)])
     return markdown(["model", "parameters", "forward, samples/s", "training, samples/s", "peak, MiB"], rows)
+
+
+def ways_table(record: Record) -> str:
+    """By length: the blocks eager, compiled, and replayed from a CUDA graph; the device's idle time shows in these."""
+    rows = []
+    for row in record["rows"]:
+        if "ways" in row:
+            ways = row["ways"]
+            cells = [_milliseconds(row["forward"]), *(_milliseconds(ways["forward"].get(w)) for w in WAYS)]
+            cells += [_milliseconds(row["training"]), *(_milliseconds(ways["training"].get(w)) for w in WAYS)]
+            rows.append([f"{row['L']:,}", row["name"], *cells])
+    columns = ["L", "block", "forward, ms: eager", *WAYS, "training, ms: eager", *WAYS]
+    return markdown(columns, rows) if rows else "Not measured in this record."
+
+
+def _milliseconds(timing: dict[str, float] | None) -> str:
+    return "-" if timing is None else f"{1e3 * timing['median']:.2f}"
+
+
+def parts_table(record: Record) -> str:
+    """One line a part: the GPU's milliseconds in a forward and in a training step, at each size."""
+    named = [(f"{row['tag']}, {row['backward']}", row) for row in record["rows"]]
+    kinds = ("forward", "training")
+    parts = dict.fromkeys(part for _, row in named for kind in kinds for part in row[kind]["parts_ms"])
+    rows = [
+        [part, *(" / ".join(f"{row[kind]['parts_ms'][part]:.3f}" for kind in kinds) for _, row in named)]
+        for part in parts
+    ]
+    rows.append(
+        ["all, by events", *(" / ".join(f"{row[kind]['ms']['median']:.3f}" for kind in kinds) for _, row in named)]
+    )
+    return markdown(["part", *(name for name, _ in named)], rows)
+
+
+def norms_table(record: Record) -> str:
+    """One line a size: milliseconds of forward and training step, and the floor of its bytes."""
+    rows = []
+    for row in record["norms"]:
+        names = list(row["forward"])
+        times = (" / ".join(f"{row[kind][name]['median']:.3f}" for kind in ("forward", "training")) for name in names)
+        floor = " / ".join(f"{row['floor'][kind]:.3f}" for kind in ("forward", "training"))
+        rows.append([f"{row['rows']:,} x {row['width']:,}", row["kind"], row["stream"], *times, floor])
+    names = list(record["norms"][0]["forward"]) if record["norms"] else []
+    return markdown(["size", "norm", "stream", *names, "floor"], rows)
 
 
 def _mebibytes(row: Record) -> str:

@@ -15,17 +15,22 @@ from rich.console import Console
 
 from selectra.bench import scan
 from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block
+from selectra.bench.block_parts import bench_block_parts
+from selectra.bench.cross import CASES as CROSS_CASES
+from selectra.bench.cross import TINY_CASES as TINY_CROSS_CASES
+from selectra.bench.cross import bench_cross
 from selectra.bench.docs import filled, read_record
 from selectra.bench.length_plot import length_figure
 from selectra.bench.lengths import bench_lengths
 from selectra.bench.model import bench_model
 from selectra.bench.scan_gpu import bench_scan_gpu
 from selectra.bench.shapes import chosen_cases
+from selectra.bench.start import bench_start
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
 
-CPU_SECONDS, GPU_SECONDS, LENGTH_SECONDS = 2.0, 1.0, 0.5
+CPU_SECONDS, GPU_SECONDS, LENGTH_SECONDS, PARTS_SECONDS = 2.0, 1.0, 0.5, 0.3
 
 Save = Callable[[dict[str, Any]], None]
 
@@ -83,14 +88,36 @@ def _lengths(wish: Wish, device: torch.device, console: Console, save: Save) -> 
     bench_lengths(device, LENGTH_SECONDS if wish.seconds is None else wish.seconds, console, save)
 
 
+def _cross(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    # On a CPU the shapes of a GPU take minutes.
+    known = CROSS_CASES if device.type == "cuda" else TINY_CROSS_CASES
+    bench_cross(device, _seconds(wish, device), console, save, chosen_cases(wish.only, known))
+
+
 def _block(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     _refuse_only(wish, "has nothing to choose from here")
     study = BlockStudy() if device.type == "cuda" else CPU_STUDY
     bench_block(device, _seconds(wish, device), console, save, study)
 
 
+def _block_parts(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cuda":
+        raise ConfigError(f"`bench block_parts` needs a CUDA device, whose kernels it times; this is {device}.")
+    bench_block_parts(device, PARTS_SECONDS if wish.seconds is None else wish.seconds, console, save)
+
+
 def _model(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     bench_model(device, _seconds(wish, device), console, save, wish.only)
+
+
+def _start(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cuda":
+        raise ConfigError(
+            f"`bench start` times kernels that are compiled at first use on a CUDA device, this is {device}."
+        )
+    bench_start(device, console, save)
 
 
 def _refuse_only(wish: Wish, why: str) -> None:
@@ -98,7 +125,15 @@ def _refuse_only(wish: Wish, why: str) -> None:
         raise ConfigError(f"--tags {why}.")
 
 
-RUNNERS = {"scan": _scan, "lengths": _lengths, "block": _block, "model": _model}
+RUNNERS = {
+    "scan": _scan,
+    "lengths": _lengths,
+    "block": _block,
+    "block_parts": _block_parts,
+    "cross": _cross,
+    "model": _model,
+    "start": _start,
+}
 
 
 def _plot(wish: Wish) -> Path:

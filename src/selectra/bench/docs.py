@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from selectra.bench.block_table import block_table, model_table
+from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
+from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
+from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
 from selectra.errors import ConfigError, DataError
 
@@ -28,7 +30,12 @@ TABLES: dict[str, Callable[..., str]] = {
     "findings": lambda record: "\n".join(f"- {line}" for line in findings(record)["words"]),
     "targets": target_table,
     "block": block_table,
+    "ways": ways_table,
+    "parts": parts_table,
+    "norms": norms_table,
+    "cross": cross_table,
     "model": model_table,
+    "start": start_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
 }
 

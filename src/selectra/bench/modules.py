@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from selectra.bench.gate import worse
 from selectra.bench.timing import interleaved
 from selectra.errors import BackendError
-from selectra.ops import causal_conv1d, selective_scan
+from selectra.ops import add_norm, causal_conv1d, selective_scan
 from selectra.train.record import BackendWatch
 
 OUTPUT = "the output"
 # Of each tensor's maximum, in float32: sums over many positions and layers stand between the scan and these. The
 # rounding of large gradients is in the small ones too, so that these are held to a part of the largest.
 AT_MOST, SMALL_GRADIENT = 1e-3, 1e-2
+# In bfloat16, rounded at other places.
+COMPILED_AT_MOST = 5e-2
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def check(name: str, subject: Subject) -> float:
     """
     got = _results(subject)
     exact = Subject(copy.deepcopy(subject.module).cpu().double(), subject.x.cpu().double(), subject.call)
-    with selective_scan.using("reference"), causal_conv1d.using("reference"):
+    with selective_scan.using("reference"), causal_conv1d.using("reference"), add_norm.using("reference"):
         want = _results(exact)
     largest = max(value.abs().max().item() for what, value in want.items() if what != OUTPUT)
     least = {what: 0.0 if what == OUTPUT else SMALL_GRADIENT * largest for what in want}
@@ -90,6 +92,44 @@ def measure(subjects: Mapping[str, Subject], seconds: float, device: torch.devic
         row = {"name": name, "parameters": parameters, "input": list(each.x.shape), **times}
         rows.append(row | {"backends": _backends(each), "peak_bytes": _peak(each, device)})
     return rows
+
+
+def measure_ways(subject: Subject, seconds: float, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Forward and training step of a compiled subject, and the forward replayed from a CUDA graph: wall clock.
+
+    Raises:
+        BackendError: What the compiled module gives is not what it gives eager.
+    """
+    torch.compiler.reset()
+    compiled = Subject(torch.compile(subject.module, fullgraph=True, dynamic=False), subject.x, subject.call)  # pyright: ignore[reportArgumentType]
+    want, got = (_forward(each)() for each in (subject, compiled))
+    assert isinstance(want, Tensor) and isinstance(got, Tensor)
+    error = ((got - want).abs().max() / want.abs().max()).item()
+    if not error <= COMPILED_AT_MOST:
+        raise BackendError(f"compiled, the output differs by {error:.1e} of its maximum.")
+    forward = interleaved({"compiled": _forward(compiled), "graph": _graph(_forward(subject))}, seconds, device)
+    training = interleaved({"compiled": _training(compiled)}, seconds, device)
+    kinds = {"forward": forward, "training": training}
+    return {kind: {way: asdict(timing) for way, timing in found.items()} for kind, found in kinds.items()}
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], object]:
+    """The same work, captured once and replayed by one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def _forward(subject: Subject) -> Callable[[], object]:

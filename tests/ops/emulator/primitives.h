@@ -116,6 +116,8 @@ DEVICE int block_y() { return emulator::current.block[1]; }
 DEVICE int block_z() { return emulator::current.block[2]; }
 DEVICE int grid_x() { return emulator::current.grid[0]; }
 
+DEVICE void prefetch(const void*) {}
+
 DEVICE void synchronize_block(EMULATOR_SITE) {
   emulator::meet(emulator::Meeting{"synchronize_block", site, true, nullptr, nullptr});
 }
@@ -157,6 +159,7 @@ DEVICE float from_bits(uint32 x) { return __builtin_bit_cast(float, x); }
 DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DEVICE float absolute(float x) { return __builtin_fabsf(x); }
 DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE float square_root(float x) { return __builtin_sqrtf(x); }
 DEVICE float exp2_fast(float x) { return emulator::flush(__builtin_exp2f(x)); }
 DEVICE float reciprocal(float x) { return emulator::flush(1 / emulator::flush(x)); }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 typedef long long int64;
+typedef unsigned long long uint64;
 typedef unsigned int uint32;
 typedef unsigned short uint16;
 
@@ -27,6 +28,9 @@ DEVICE T* global_pointer(T* x) {
     return x;
 }
 
+// Asks for the line of 128 bytes that a pointer is in, to wait in the cache of the whole device.
+DEVICE void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
+
 DEVICE void synchronize_block() { __syncthreads(); }
 DEVICE void synchronize_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
@@ -37,6 +41,7 @@ DEVICE float from_bits(uint32 x) { return __uint_as_float(x); }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float absolute(float x) { return fabsf(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }
+DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 
 // 2^x, within 2 units in the last place; numbers too small for float32 are 0.
 DEVICE float exp2_fast(float x) {

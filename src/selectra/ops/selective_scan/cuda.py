@@ -5,8 +5,9 @@ they are turned into float32 first. Arithmetic and states are float32. A must be
 has not-a-number in its results, and the next call raises.
 """
 
+import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,19 +16,25 @@ from selectra.errors import BackendError
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry, parts
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.selective_scan.faults import faults
-from selectra.ops.selective_scan.plans import PLACES, TYPES, Plan, fits, plan_backward, plan_forward, strides_fit
+from selectra.ops.selective_scan.plans import (
+    PLACES,
+    TYPES,
+    Places,
+    Plan,
+    fits,
+    plan_backward,
+    plan_forward,
+    strides_fit,
+)
 
 MOST_STATES = 256
 # Kinds of calls whose plans are kept.
 MOST_PLANS = 1024
 # Where the addresses of ScanCall's tensors go: u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens.
 _INPUTS = tuple(PLACES[name] for name in ScanCall._fields[:11])
-_Y, _FINAL, _CHECKPOINTS, _CHUNK, _FAULT = (
-    PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk", "fault")
-)
+_Y, _FINAL, _CHECKPOINTS = (PLACES[name] for name in ("y", "final_state", "checkpoints"))
 _DY, _DFINAL = PLACES["dy"], PLACES["dfinal"]
-_GRADIENTS = tuple(PLACES[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial"))
+GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial")
 
 ACTIVATIONS = ("u", "delta", "z", "B", "C")
 
@@ -48,12 +55,27 @@ def refuse(call: Any) -> str | None:
     return cuda.refusal(u.device.index)
 
 
-def require_cuda(tensors: Iterable[Tensor | None]) -> None:
+class Ends(NamedTuple):
+    """Words that are filled in just before the launch."""
+
+    gradients: tuple[int, ...]
+    chunk: int
+
+    @staticmethod
+    def of(places: Places) -> "Ends":
+        """With the members of ScanCall at these places."""
+        return Ends(tuple(places[name] for name in GRADIENTS), places["chunk"])
+
+
+_ENDS = Ends.of(PLACES)
+
+
+def require_cuda(tensors: Iterable[Tensor | None], op: str = "selective_scan") -> None:
     """Raise before a kernel on a device's pointers meets a tensor that is not in the device's memory."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_cuda:
             raise BackendError(
-                f"selective_scan: backend 'cuda' is written into this program and a tensor is on {tensor.device}, "
+                f"{op}: backend 'cuda' is written into this program and a tensor is on {tensor.device}, "
                 "it needs cuda; move the tensors and the module to the GPU, or compile or export on this device."
             )
 
@@ -68,19 +90,19 @@ def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gate
     return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
 
 
-def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Run the scan.
 
     Args:
         save: Keep what `backward` needs in the third result.
 
     Returns:
-        The output, the final state and the checkpoints.
+        The output, the final state if the call asks for it, and the checkpoints.
     """
     n = call.A.shape[1]
     if n > geometry.MOST_STATES_AT_ONCE:
         return parts.forward(call, save, forward_at_once)
-    interval = geometry.interval(call.u.dtype.itemsize, n, call.z is not None)
+    interval = _interval(call.u.dtype, n, call.z is not None)
     checkpoints = parts.new_checkpoints(call, interval) if save else None
     y, final = forward_at_once(call, interval, checkpoints)
     return y, final, checkpoints
@@ -100,11 +122,16 @@ def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor) ->
     n = call.A.shape[1]
     if n > geometry.MOST_STATES_AT_ONCE:
         return parts.backward(call, dy, dfinal, checkpoints, forward_at_once, backward_at_once)
-    interval = geometry.interval(call.u.dtype.itemsize, n, call.z is not None)
+    interval = _interval(call.u.dtype, n, call.z is not None)
     return backward_at_once(call, dy, dfinal, checkpoints, interval)
 
 
-def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _interval(dtype: torch.dtype, n: int, gated: bool) -> int:
+    return geometry.interval(dtype.itemsize, n, gated)
+
+
+def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Run the scan of so many states as a block holds.
 
     Args:
@@ -112,30 +139,32 @@ def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -
         checkpoints: Where they go, if anywhere.
 
     Returns:
-        The output and the final state.
+        The output, and the final state if the call asks for it.
     """
     u, A, out_dtype = call.u, call.A, call.out_dtype
     if u.numel() == 0:
         return torch.empty_like(u, dtype=out_dtype), _unchanged_state(call)
     y = torch.empty_like(u) if out_dtype == u.dtype else torch.empty_like(u, dtype=torch.float32)
     pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
-    key = (interval, y.dtype, *_signature(call, pointers))
+    key = (interval, out_dtype, *_signature(call, pointers))
     try:
         plan = forward_plans[key]
     except KeyError:
         plan = plan_forward(call, y, interval) if fits(call) else None
         _keep(forward_plans, key, plan)
     if plan is None:
-        y, final = forward_at_once(_fitting(call), interval, checkpoints)
-        return y, final
+        return forward_at_once(_fitting(call), interval, checkpoints)
     words = plan.words.copy()
     for place, pointer in zip(_INPUTS, pointers, strict=True):
         words[place] = pointer
-    final = A.new_empty((words[0], *A.shape))
-    words[_Y], words[_FINAL] = y.data_ptr(), final.data_ptr()
+    words[_Y] = y.data_ptr()
+    final = None
+    if call.return_final_state:
+        final = A.new_empty((words[0], *A.shape))
+        words[_FINAL] = final.data_ptr()
     if checkpoints is not None:
         words[_CHECKPOINTS] = checkpoints.data_ptr()
-    _launch(plan, words, A)
+    launch(plan, words, A)
     return (y if y.dtype == out_dtype else y.to(out_dtype)), final
 
 
@@ -180,11 +209,11 @@ def backward_at_once(
         words[place] = pointer
     words[_DY], words[_DFINAL], words[_CHECKPOINTS] = dy.data_ptr(), dfinal.data_ptr(), checkpoints.data_ptr()
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    _launch(plan, words, A, grads)
+    launch(plan, words, A, grads)
     return grads
 
 
-def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = ()) -> None:
+def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = (), ends: Ends = _ENDS) -> None:
     """Fill in what is left of the words, and launch."""
     # Kept until the launches are on their way; whoever has the memory next on this stream comes after them.
     scratch = like.new_empty(plan.scratch) if plan.scratch else None
@@ -192,15 +221,13 @@ def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor |
         start = scratch.data_ptr()
         for place, offset in plan.scratch_words:
             words[place] = start + offset
-    for place, grad in zip(_GRADIENTS, grads, strict=False):
+    for place, grad in zip(ends.gradients, grads, strict=False):
         if grad is not None:
             words[place] = grad.data_ptr()
-    fault = faults.of(like.get_device())
-    if fault.word.value:
-        fault.report()
-    words[_FAULT] = fault.address
+    if plan.fault.word.value:
+        plan.fault.report()
     for kernel, grid, threads, chunk in plan.passes:
-        words[_CHUNK] = chunk
+        words[ends.chunk] = chunk
         kernel.launch(grid, threads, words)
 
 

@@ -135,6 +135,44 @@ DEVICE void store_chunk(const PerState& end, const PerChannel& sums, const ScanC
     store_channels(call.chunk_delta + work.chunk * call.channels, sums, own);
 }
 
+#if WARPS > 1
+// What the warps of a block tell each other: of each the decay of its tile, and what the tile makes of a state of zero.
+// Once at the end, in their place, sums over its tiles.
+struct Message {
+    static constexpr int NUMBERS = EACH * (STATES == 1 ? 3 : 2 * STATES);
+    float numbers[NUMBERS][WARP];
+};
+// For turns with an even number and an odd one: a warp may read one while another writes the next.
+typedef Message Messages[2][WARPS];
+
+// Hand the state, or the adjoint, through the tiles of all warps: `carried` stands before the first, and gets what
+// stands before the next turn's first. `sums` are those of dt over this warp's tile, `made` what it makes of zero.
+// `before` gets what stands before it. All warps of the block take part.
+DEVICE void hand_over(PerState& carried, PerState& before, const PerState& made, const PerChannel& sums,
+                      Message* messages, const Work& work, const Parameters& own) {
+    Message& mine = messages[work.warp];
+#pragma unroll
+    for (int e = 0; e < EACH; ++e)
+#pragma unroll
+        for (int n = 0; n < STATES; ++n) {
+            mine.numbers[(e * STATES + n) * 2][work.lane] = exp2_fast(sums[e] * own.rate[e][n]);
+            mine.numbers[(e * STATES + n) * 2 + 1][work.lane] = made[e][n];
+        }
+    synchronize_block();
+#pragma unroll
+    for (int warp = 0; warp < WARPS; ++warp) {
+        if (warp == work.warp) copy_states(before, carried);
+#pragma unroll
+        for (int e = 0; e < EACH; ++e)
+#pragma unroll
+            for (int n = 0; n < STATES; ++n) {
+                const float(*from)[WARP] = messages[warp].numbers + (e * STATES + n) * 2;
+                carried[e][n] = fma(from[0][work.lane], carried[e][n], from[1][work.lane]);
+            }
+    }
+}
+#endif
+
 // Turn the chunks' own states into those that they start from; a thread has one state of a channel.
 DEVICE void chain(const ScanCall& call, const float* first, bool backwards) {
     int64 index = int64(block_x()) * CHAIN_THREADS + thread_index(), of_sequence = call.channels * STATES;
@@ -142,12 +180,25 @@ DEVICE void chain(const ScanCall& call, const float* first, bool backwards) {
     int64 sequence = index / of_sequence, place = index % of_sequence, channel = place / STATES;
     float rate = call.A[channel * call.A_channel + place % STATES * call.A_state] * LOG2_E;
     float state = first == nullptr ? 0.0f : first[index];
-#pragma unroll 4
-    for (int i = 0; i < int(call.n_chunks); ++i) {
-        int64 chunk = sequence * call.n_chunks + (backwards ? int(call.n_chunks) - 1 - i : i);
-        float* own = call.chunk_state + chunk * of_sequence + place;
-        float end = *own;
-        *own = state;
-        state = fma(exp2_fast(call.chunk_delta[chunk * call.channels + channel] * rate), state, end);
+    // Many chunks are on their way at once.
+    constexpr int AHEAD = 8;
+    int n_chunks = int(call.n_chunks);
+#pragma unroll 1
+    for (int start = 0; start < n_chunks; start += AHEAD) {
+        float *places[AHEAD], ends[AHEAD], sums[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            int step = smaller(start + i, n_chunks - 1);
+            int64 chunk = sequence * n_chunks + (backwards ? n_chunks - 1 - step : step);
+            places[i] = call.chunk_state + chunk * of_sequence + place;
+            ends[i] = *places[i];
+            sums[i] = call.chunk_delta[chunk * call.channels + channel];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (start + i >= n_chunks) return;
+            *places[i] = state;
+            state = fma(exp2_fast(sums[i] * rate), state, ends[i]);
+        }
     }
 }

@@ -1,17 +1,21 @@
 // How the narrow scan moves activations: tiles of 16 steps of a warp's channels, several tiles ahead.
 //
-// Every warp has its own tiles, so that no warp waits for another.
+// Every warp has its own tiles in shared memory, so that no warp waits for another's.
 #pragma once
 #include "scan_call.cuh"
 
 // Constants of a compilation beyond those of scan_call.cuh:
 //   EACH     channels of a lane, 1 or 2
 //   DEPTH    tiles of a warp in shared memory; all but one of them are on their way
+//   WARPS    warps of a block, which take the tiles of the same channels in turn
 #ifndef EACH
 #define EACH 2
 #endif
 #ifndef DEPTH
 #define DEPTH 3
+#endif
+#ifndef WARPS
+#define WARPS 1
 #endif
 
 constexpr int WARP = 32;
@@ -21,11 +25,13 @@ constexpr int WIDTH = WARP * EACH;
 constexpr int STEPS = 16;
 static_assert(STATES >= 1 && STATES <= 4, "scan_forward.cu and scan_backward.cu have the rest");
 
-// What a warp works on: the tiles of one chunk of a sequence.
+// What a block works on: the tiles of one chunk of a sequence, of which each warp has every WARPS-th.
 struct Work {
     Sequence sequence;
     Channels channels;
-    int lane, first_tile, n_tiles;
+    int lane, warp, first_tile, n_tiles;
+    // How often all warps take a tile. At the last turn some find none: theirs has no rows.
+    int n_turns;
     bool last_chunk;
     // Among the chunks of all sequences.
     int64 chunk;
@@ -39,15 +45,17 @@ DEVICE Work find_work(const ScanCall& call) {
     int per_group = int(call.channels / call.groups);
     Work work;
     work.lane = thread_index() % WARP;
+    work.warp = thread_index() / WARP;
     work.n_blocks = int(call.groups) * ((per_group + WIDTH - 1) / WIDTH);
     work.block = block_x() % work.n_blocks;
     work.channels = find_channels<WIDTH>(call, work.block);
-    work.sequence = find_sequence(call, block_x() / work.n_blocks);
+    work.sequence = find_sequence(call, block_x() / work.n_blocks, work.channels.group);
     work.chunk = int64(work.sequence.index) * call.n_chunks + block_y();
     int end = (work.sequence.length + STEPS - 1) / STEPS;
     int tiles_of_chunk = call.n_chunks > 1 ? int(call.chunk) / STEPS : end;
     work.first_tile = block_y() * tiles_of_chunk;
     work.n_tiles = smaller(work.first_tile + tiles_of_chunk, end) - work.first_tile;
+    work.n_turns = (work.n_tiles + WARPS - 1) / WARPS;
     // A sequence without steps has its end in its first chunk.
     work.last_chunk = end == 0 ? block_y() == 0 : work.n_tiles > 0 && work.first_tile + work.n_tiles == end;
     return work;
@@ -114,13 +122,25 @@ struct Stream {
 
     MEMBER void begin(const Activation<T>& from, const ScanCall& call, const Work& work) {
         typedef Pieces<T> Cut;
-        step = call.reverse ? -from.row : from.row;
         channel = from.channel;
+#if ROUTES
+        step = from.row;
+        place = from.data + work.sequence.batch * from.batch + first_of(from, work.channels) +
+                Cut::lane_channel(work.lane) * channel;
+#else
+        step = call.reverse ? -from.row : from.row;
         place = from.data + work.sequence.batch * from.batch + position(call, work.sequence, 0) * from.row +
                 Cut::lane_row(work.lane) * step + (work.channels.first + Cut::lane_channel(work.lane)) * channel;
+#endif
     }
 
-    MEMBER T* at(int row, int column) const { return place + row * step + column * channel; }
+    // A step of the sequence, counted from the lane's own row.
+    MEMBER T* at(const Work& work, int row, int column) const {
+#if ROUTES
+        row = work.sequence.route.position(work.sequence.length, row + Pieces<T>::lane_row(work.lane));
+#endif
+        return place + row * step + column * channel;
+    }
 };
 
 // Which rows of a tile are there: neither beyond the end nor, with a mask, absent.
@@ -157,18 +177,32 @@ struct RowValues {
 
     MEMBER void begin(const ScanCall& call, const Work& work) {
         const Projection& from = work.lane < STEPS ? call.B : call.C;
-        step = call.reverse ? -from.row : from.row;
         state = from.state;
+#if ROUTES
+        step = from.row;
+        place = from.data + work.sequence.batch * from.batch + work.channels.group * from.group;
+#else
+        step = call.reverse ? -from.row : from.row;
         place = from.data + work.sequence.batch * from.batch + position(call, work.sequence, 0) * from.row +
                 work.lane % STEPS * step + work.channels.group * from.group;
+#endif
     }
 
+    // From `place` to a tile's row.
+    static MEMBER int steps_to(const Work& work, int tile, int row) {
+#if ROUTES
+        return work.sequence.route.position(work.sequence.length, row);
+#else
+        return tile * STEPS;
+#endif
+    }
+
+    // `mark` is 0 before.
     MEMBER void fetch(const ScanCall& call, const Work& work, int tile) {
         int row = tile * STEPS + work.lane % STEPS;
-        mark = 0;
         if (row >= work.sequence.length) return;
 #pragma unroll
-        for (int n = 0; n < STATES; ++n) values[n] = place[tile * STEPS * step + n * state];
+        for (int n = 0; n < STATES; ++n) values[n] = place[steps_to(work, tile, row) * step + n * state];
 #if MASKED
         mark = call.mask[work.sequence.batch * call.length + position(call, work.sequence, row)];
 #else
@@ -211,7 +245,7 @@ struct Slot {
         for (int i = 0; i < Cut::ROUNDS; ++i) {
             int row = Cut::round_row(i), channel = Cut::round_channel(i);
             bool there = WHOLE || (rows.has(lane_row + row) && lane_channel + channel < n_channels);
-            const Number* place = from.at(first_row + row, channel);
+            const Number* place = from.at(work, first_row + row, channel);
 #if VECTORS
             void* to = tile + row * Cut::PITCH + channel;
             if (there)
@@ -246,7 +280,7 @@ DEVICE void store_rows(const T* tile, const Stream<T>& to, int first_row, const 
         if (!rows.has(lane_row + row)) unit = Cut::Unit::filled(0);
 #endif
         if (WHOLE || (lane_row + row < rows.count && lane_channel + channel < n_channels))
-            *reinterpret_cast<Unit*>(to.at(first_row + row, channel)) = unit;
+            *reinterpret_cast<Unit*>(to.at(work, first_row + row, channel)) = unit;
     }
 }
 
@@ -266,24 +300,29 @@ struct Pipeline {
     // Of the tile that is asked for next.
     RowValues rows;
 
+    MEMBER bool has(const Work& work, int turn) const { return turn * WARPS + work.warp < work.n_tiles; }
+
     MEMBER int tile_at(const Work& work, int turn) const {
-        return work.first_tile + (BACKWARDS ? work.n_tiles - 1 - turn : turn);
+        int index = turn * WARPS + work.warp;
+        return work.first_tile + (BACKWARDS ? work.n_tiles - 1 - index : index);
     }
 
-    // Rows of a tile, given this lane's.
-    MEMBER Presence presence(const Work& work, int tile, float mine) const {
-        return {smaller(work.sequence.length - tile * STEPS, STEPS), mine};
+    // Rows of a turn's tile, given this lane's.
+    MEMBER Presence presence(const Work& work, int turn, float mine) const {
+        int left = work.sequence.length - tile_at(work, turn) * STEPS;
+        return {WARPS == 1 || has(work, turn) ? smaller(left, STEPS) : 0, mine};
     }
 
     MEMBER void fetch(const ScanCall& call, const Work& work, int turn) {
-        if (turn < work.n_tiles) rows.fetch(call, work, tile_at(work, turn));
+        rows.mark = 0;
+        if (has(work, turn)) rows.fetch(call, work, tile_at(work, turn));
     }
 
     MEMBER void ask(Slot<TENSORS>* slots, const ScanCall& call, const Work& work, int turn) {
-        if (turn < work.n_tiles) {
+        if (turn < work.n_turns) {
             Slot<TENSORS>& slot = slots[turn % DEPTH];
             int tile = tile_at(work, turn);
-            Presence there = presence(work, tile, rows.there() ? 1.0f : 0.0f);
+            Presence there = presence(work, turn, rows.there() ? 1.0f : 0.0f);
             slot.put_rows(rows, work.lane);
             if (there.whole(work))
                 load<true>(slot, tile, there, work);

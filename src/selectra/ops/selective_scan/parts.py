@@ -14,7 +14,7 @@ from torch import Tensor
 from selectra.ops.selective_scan import geometry
 from selectra.ops.selective_scan.call import ScanCall
 
-Forward = Callable[[ScanCall, int, Tensor | None], tuple[Tensor, Tensor]]
+Forward = Callable[[ScanCall, int, Tensor | None], tuple[Tensor, Tensor | None]]
 Backward = Callable[[ScanCall, Tensor, Tensor, Tensor, int], tuple[Tensor | None, ...]]
 
 
@@ -61,7 +61,7 @@ def _parts(call: ScanCall, kept: Tensor | None) -> Iterator[_Part]:
     """The calls of all parts, each with its own piece of the checkpoints."""
     n_seqs = None if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     u, delta, B, C = (x.float() for x in (call.u, call.delta, call.B, call.C))
-    whole = call._replace(u=u, delta=delta, D=None, z=None, out_dtype=torch.float32)
+    whole = call._replace(u=u, delta=delta, D=None, z=None, out_dtype=torch.float32, return_final_state=True)
     start = 0
     for states in slices(call.A.shape[1]):
         initial_state = None if call.initial_state is None else call.initial_state[..., states].contiguous()

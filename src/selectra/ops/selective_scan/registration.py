@@ -42,8 +42,9 @@ library.define(
 class Kernel(NamedTuple):
     """What a registered backend provides."""
 
-    forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor, Tensor | None]]
-    """y, the final state and, where it is asked to save it, what the backward needs."""
+    forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor | None, Tensor | None]]
+    """y, the final state, which may be None where the call does not ask for it, and what the backward needs, where it
+    is asked to save that."""
     backward: Callable[[ScanCall, Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
     checkpoint_shape: Callable[[Tensor, Tensor, int, int | None, bool], tuple[int, ...]]
     """From u, A, groups, the number of packed sequences if any, and whether there is a gate."""
@@ -80,7 +81,7 @@ def run(call: ScanCall, backend: str) -> Any:
         refuse_transforms("selective_scan", call.tensors)
         y, state, _ = torch.ops.selectra.selective_scan(*call[:-1], backend, save)
     elif save:
-        return _Scan.apply(call[N_TENSORS:], backend, *tensors)
+        return _apply(call, backend, *call.tensors)
     else:
         y, state, _ = _run_kernel(KERNELS[backend], call, save)
     return (y, state) if call.return_final_state else y
@@ -90,13 +91,14 @@ class _Scan(torch.autograd.Function):
     """A plain call with a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, flags: tuple[Any, ...], backend: str, *tensors: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, state, checkpoints = _run_kernel(KERNELS[backend], ScanCall._make((*tensors, *flags)), True)
-        ctx.save_for_backward(*tensors, checkpoints)
+    def forward(ctx: Any, call: ScanCall, backend: str, *differentiable: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the call, whose tensors that can have a gradient come once more: autograd sees these alone."""
+        y, state, checkpoints = _run_kernel(KERNELS[backend], call, True)
+        ctx.save_for_backward(*call[:N_TENSORS], checkpoints)
         # No zeros are made for the gradient of an output that nobody uses.
         ctx.set_materialize_grads(False)
-        ctx.flags = (*flags[:-1], backend)
-        return (y, state) if flags[-1] else y
+        ctx.flags = (*call[N_TENSORS:-1], backend)
+        return (y, state) if call.return_final_state else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -110,7 +112,11 @@ class _Scan(torch.autograd.Function):
             call = ScanCall._make((*inputs, *flags, True))
             found = KERNELS[backend].backward(call, dy, dfinal, checkpoints)
             grads = [None if x is None else grad for x, grad in zip(inputs, found, strict=False)]
-        return (None, None, *grads, None, None)
+        return (None, None, *grads)
+
+
+# Without what `Function.apply` does for transforms of torch.func, which never come here: a tenth of a call's time.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Scan).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _kernel(call: ScanCall, backend: str) -> Kernel:
@@ -134,10 +140,11 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "portable":
         say_slow_path("selective_scan", backend, call, call.u.device.type)
     y, state, checkpoints = _run_kernel(_kernel(call, backend), call, save)
+    assert state is not None
     return y, state, call.A.new_empty(0) if checkpoints is None else checkpoints
 
 
-def _run_kernel(kernel: Kernel, call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _run_kernel(kernel: Kernel, call: ScanCall, save: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
     # Kernels trust the borders; reading them on a GPU would stall it, so there the caller answers for them.
     if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
         checks.sequence_borders(call.cu_seqlens, call.u.shape[1])

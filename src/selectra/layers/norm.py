@@ -1,0 +1,69 @@
+"""Norms of the residual stream."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selectra.errors import ConfigError
+from selectra.ops import add_norm
+
+
+class AddNorm(nn.Module):
+    """Add to the residual stream and normalise the sum.
+
+    Args:
+        d_model: Width of the stream.
+        eps: Added to the mean of squares.
+        kind: "rms", which has a scale, or "layer", which has a bias too.
+        residual_in_fp32: Whether the stream is float32 whatever the type of what is added; float64 stays float64.
+    """
+
+    def __init__(
+        self, d_model: int, eps: float = 1e-5, kind: Literal["rms", "layer"] = "rms", residual_in_fp32: bool = True
+    ) -> None:
+        super().__init__()
+        if d_model < 1:
+            raise ConfigError(f"d_model={d_model}: needs at least 1")
+        if kind not in ("rms", "layer"):
+            raise ConfigError(f"kind={kind!r}: takes 'rms' or 'layer'")
+        self.eps, self.residual_in_fp32 = eps, residual_in_fp32
+        self.kind: Literal["rms", "layer"] = kind
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if kind == "layer" else None
+
+    def forward(
+        self, x: Float[Tensor, "... d_model"], residual: Float[Tensor, "... d_model"] | None = None
+    ) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... d_model"]]:
+        """The normalised sum in the type of x, and the sum; without `residual` the stream starts with x."""
+        dtype = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else None
+        return add_norm(x, residual, self.weight, self.bias, self.eps, kind=self.kind, residual_dtype=dtype)
+
+
+class PreNorm(nn.Module):
+    """A mixer behind the residual stream's norm, with the names and the order of `mamba_ssm`'s Block.
+
+    Each block adds what the block before gave, so that sum and norm are one step; whoever stacks blocks ends with one
+    more `AddNorm`:
+
+        residual = None
+        for block in blocks:
+            x, residual = block(x, residual)
+        x, _ = norm_f(x, residual)
+
+    Args:
+        norm: Adds to the stream and normalises.
+        mixer: What mixes.
+    """
+
+    def __init__(self, norm: AddNorm, mixer: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mixer = norm, mixer
+
+    def forward(
+        self, x: Float[Tensor, "b l d_model"], residual: Float[Tensor, "b l d_model"] | None = None, **options: Any
+    ) -> tuple[Float[Tensor, "b l d_model"], Float[Tensor, "b l d_model"]]:
+        """What the mixer makes of the normalised sum, not yet added, and the sum; `options` go to the mixer."""
+        x, stream = self.norm(x, residual)
+        return self.mixer(x, **options), stream

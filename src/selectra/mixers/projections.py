@@ -1,0 +1,127 @@
+"""Linear maps whose gradients meet without copies.
+
+PyTorch's own backward of a map whose output is cut in parts first joins the parts' gradients in a new tensor, and that
+of a tensor with two uses adds two tensors. Here products add up in place instead.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from selectra.ops import selective_scan
+
+# Where memory's speed bounds what is saved here.
+_DEVICES: tuple[str, ...] = ("cuda",)
+
+
+def linear_halves(
+    linear: nn.Linear, x: Float[Tensor, "b l d"]
+) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "b l e"]]:
+    """`linear(x)`, cut in two halves along the channels."""
+    if linear.bias is not None or not _in_place(x, linear):
+        first, second = linear(x).chunk(2, dim=-1)
+        return first, second
+    return _Halves.apply(*_cast(x, linear.weight))  # pyright: ignore[reportReturnType]
+
+
+def select(
+    x_proj: nn.Linear, dt_proj: nn.Linear, u: Float[Tensor, "b l e"], sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """u, the step before its bias, B and C of a selective scan: `x_proj(u)`, cut by `sizes`, and `dt_proj`."""
+    # The reference's gradients are autograd's, which may share memory; a kernel's are new. Autocast rounds what goes
+    # into a product, and u goes into the scan too.
+    if selective_scan.asked == "reference" or u.dtype != _product_dtype(u) or not _in_place(u, x_proj, dt_proj):
+        dt, B, C = x_proj(u).split(list(sizes), dim=-1)
+        return u, F.linear(dt, dt_proj.weight), B, C
+    return _Selection.apply(*_cast(u, x_proj.weight, dt_proj.weight), tuple(sizes))  # pyright: ignore[reportReturnType]
+
+
+def _in_place(x: Tensor, *linears: nn.Linear) -> bool:
+    """Whether gradients are asked for by a plain backward pass, and the maps are what they seem to be."""
+    return (
+        x.device.type in _DEVICES
+        and torch.is_grad_enabled()
+        and x.requires_grad
+        and all(_plain(linear) for linear in linears)
+        and _functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def _plain(linear: nn.Linear) -> bool:
+    """Whether it is no adapter and has no hook, which would not be called."""
+    return (
+        type(linear) is nn.Linear
+        and linear.weight.requires_grad
+        and type(linear.weight) is nn.Parameter
+        and not (linear._forward_hooks or linear._forward_pre_hooks)
+        and not (linear._backward_hooks or linear._backward_pre_hooks)
+    )
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x goes into a product: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _cast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """As autocast does: what is saved for the backward shall have the type of the product."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *weights
+    return tuple(tensor.to(_product_dtype(x)) for tensor in (x, *weights))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, weight)
+        first, second = F.linear(x, weight).chunk(2, dim=-1)
+        return first, second
+
+    @staticmethod
+    def backward(ctx: Any, dfirst: Tensor, dsecond: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        x, (upper, lower) = _flat(x), weight.chunk(2)
+        first, second = _flat(dfirst), _flat(dsecond)
+        if torch.is_grad_enabled():
+            dx, dweight = first @ upper + second @ lower, torch.cat([first.mT @ x, second.mT @ x])
+        else:
+            dx = torch.mm(first, upper).addmm_(second, lower)
+            dweight = torch.empty_like(weight)
+            for grad, part in zip((first, second), dweight.chunk(2), strict=True):
+                torch.mm(grad.mT, x, out=part)
+        return dx.view(ctx.saved_tensors[0].shape), dweight
+
+
+class _Selection(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, u: Tensor, x_proj: Tensor, dt_proj: Tensor, sizes: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
+        dt, B, C = F.linear(u, x_proj).split(list(sizes), dim=-1)
+        ctx.save_for_backward(u, x_proj, dt_proj, dt)
+        return u.view_as(u), F.linear(dt, dt_proj), B, C
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        u, x_proj, dt_proj, dt = ctx.saved_tensors
+        flat, grad = _flat(u), _flat(ddelta)
+        dprojected = torch.cat([grad @ dt_proj, _flat(dB), _flat(dC)], dim=-1)
+        ddt_proj, dx_proj = grad.mT @ _flat(dt), dprojected.mT @ flat
+        if torch.is_grad_enabled():
+            return (_flat(du) + dprojected @ x_proj).view(u.shape), dx_proj, ddt_proj, None
+        # The scan made this gradient for this function alone.
+        return _flat(du).addmm_(dprojected, x_proj).view(u.shape), dx_proj, ddt_proj, None

@@ -1,0 +1,134 @@
+"""Norms of the residual stream, and blocks behind them."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selectra.errors import ConfigError
+from selectra.layers.norm import AddNorm, PreNorm
+from selectra.mixers import S6
+
+gpu = pytest.mark.gpu
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_is_pytorchs_norm_of_the_sum(kind) -> None:
+    norm = AddNorm(8, kind=kind)
+    theirs = nn.RMSNorm(8, 1e-5) if kind == "rms" else nn.LayerNorm(8, 1e-5)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    theirs.load_state_dict(norm.state_dict())
+    x, residual = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    for before in (None, residual):
+        y, after = norm(x, before)
+        total = x if before is None else x + before
+        torch.testing.assert_close(y, theirs(total))
+        torch.testing.assert_close(after, total)
+
+
+def test_the_streams_type() -> None:
+    x = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    y, residual = AddNorm(8).bfloat16()(x)
+    assert (y.dtype, residual.dtype) == (torch.bfloat16, torch.float32)
+    assert AddNorm(8).bfloat16()(x, residual)[1].dtype == torch.float32
+    assert AddNorm(8, residual_in_fp32=False).bfloat16()(x, x)[1].dtype == torch.bfloat16
+    assert AddNorm(8).double()(x.double())[1].dtype == torch.float64
+
+
+def test_a_stream_of_blocks_is_a_sum() -> None:
+    blocks = [PreNorm(AddNorm(6), S6(6, d_state=3)) for _ in range(2)]
+    norm_f, x = AddNorm(6), torch.randn(2, 5, 6)
+    y, residual = x, None
+    for block in blocks:
+        y, residual = block(y, residual)
+    y, _ = norm_f(y, residual)
+    for block in blocks:
+        x = x + block.mixer(nn.functional.rms_norm(x, (6,), block.norm.weight, 1e-5))
+    torch.testing.assert_close(y, nn.functional.rms_norm(x, (6,), norm_f.weight, 1e-5))
+
+
+def test_options_go_to_the_mixer() -> None:
+    block = PreNorm(AddNorm(6), S6(6, d_state=3))
+    x = torch.randn(2, 5, 6)
+    mask = torch.tensor([True, True, True, False, False]).expand(2, 5)
+    y, _ = block(x, mask=mask)
+    assert (y[:, 3:] == 0).all() and not (block(x)[0][:, 3:] == 0).all()
+
+
+@pytest.mark.skipif(bool(os.environ.get("SELECTRA_CHECK_SHAPES")), reason="the hook refuses before the layer does")
+@pytest.mark.parametrize(("wrong", "said"), [({"d_model": 0}, "d_model=0"), ({"kind": "batch"}, "takes 'rms' or")])
+def test_what_cannot_be_is_named(wrong, said) -> None:
+    with pytest.raises(ConfigError, match=said):
+        AddNorm(**({"d_model": 4} | wrong))
+
+
+def two_blocks() -> tuple[nn.ModuleList, AddNorm, list[Tensor]]:
+    """Blocks with the last norm, on the GPU, and the leaves of their gradients, the input first."""
+    blocks = nn.ModuleList(PreNorm(AddNorm(64), S6(64)) for _ in range(2)).cuda()
+    norm_f = AddNorm(64).cuda()
+    x = torch.randn(2, 50, 64, device="cuda", requires_grad=True)
+    return blocks, norm_f, [x, *blocks.parameters(), *norm_f.parameters()]
+
+
+def run_blocks(blocks: nn.ModuleList, norm_f: AddNorm, x: Tensor) -> Tensor:
+    """As a model runs them."""
+    residual = None
+    for block in blocks:
+        x, residual = block(x, residual)
+    return norm_f(x, residual)[0]
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("training", [False, True])
+def test_a_graph_replays_residual_blocks(training: bool) -> None:
+    blocks, norm_f, leaves = two_blocks()
+
+    def step() -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(training):
+            y = run_blocks(blocks, norm_f, leaves[0])
+        return (y, *torch.autograd.grad(y.square().sum(), leaves)) if training else (y,)
+
+    got, replay = captured(step)
+    for _ in range(2):
+        with torch.no_grad():
+            leaves[0].copy_(torch.randn_like(leaves[0]))
+        replay()
+        torch.cuda.synchronize()
+        for a, b in zip(got, step(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
+
+
+def captured(step: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """The results of a step in a CUDA graph, and what fills them anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    return got, graph.replay
+
+
+@gpu
+@needs_gpu
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_residual_blocks_compile_without_graph_breaks(dtype: torch.dtype | None) -> None:
+    blocks, norm_f, leaves = two_blocks()
+    torch._dynamo.reset()
+    compiled = torch.compile(run_blocks, fullgraph=True)
+    at_most = 1e-4 if dtype is None else 5e-2
+    with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+        want, got = (run(blocks, norm_f, leaves[0]) for run in (run_blocks, compiled))
+    torch.testing.assert_close(got, want, rtol=at_most, atol=at_most * want.abs().max().item())
+    want_grads, got_grads = (torch.autograd.grad(y.float().square().mean(), leaves) for y in (want, got))
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=at_most, atol=at_most * b.abs().max().item())
