@@ -18,6 +18,7 @@ from selectra.ops.native import library as native_library
 from selectra.ops.native.intact import damage
 from selectra.ops.native.library import ABI_VERSION, ISA_VARIABLE, LIBRARY_VARIABLE, Library, library
 from selectra.ops.selective_scan import cpu as scan
+from tests.ops import cpu_calls
 
 needs_library = pytest.mark.skipif(not native.status().available, reason=f"{native.status().problem}")
 needs_checksum = pytest.mark.skipif(
@@ -393,6 +394,19 @@ def test_a_build_without_openmp_runs_on_its_own_threads(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_library
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_random_calls_on_every_build_agree_with_the_reference(first: int, loaded: Library) -> None:
+    threads, builds = torch.get_num_threads(), [build for build, runs in enumerate(loaded.runs) if runs]
+    try:
+        for seed in range(first, first + 50):
+            drawn = cpu_calls.draw(seed, builds)
+            for name, error, tolerance in cpu_calls.errors(drawn):
+                assert error <= tolerance, f"case {seed}, {loaded.isas[drawn.build]}, {drawn.dtype}: {name} {error:.2e}"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_library
