@@ -351,3 +351,33 @@ def test_a_build_without_openmp_runs_on_one_thread(tmp_path: Path) -> None:
     said = run_python(code, {LIBRARY_VARIABLE: str(built)})
     assert "available=True" in said
     assert "threads=1" in said
+
+
+@needs_library
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_bfloat16_is_read_and_written_as_float32_is_rounded(loaded: Library, channels_first: bool) -> None:
+    torch.manual_seed(0)
+    shape, n, groups = (2, 37, 38), 5, 2
+    u, delta, z, dy = (torch.randn(shape).bfloat16() for _ in range(4))
+    if channels_first:
+        u, delta, z, dy = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (u, delta, z, dy))
+    A, D, bias = -torch.rand(38, n), torch.randn(38), torch.randn(38)
+    B, C = (torch.randn(2, 37, groups, n).bfloat16() for _ in range(2))
+    initial, dfinal = torch.randn(2, 38, n), torch.randn(2, 38, n)
+    mask = torch.rand(2, 37) < 0.8
+
+    def results(cast) -> list[Tensor]:
+        wide = [cast(tensor) for tensor in (u, delta, B, C, z, dy)]
+        inputs = (wide[0], wide[1], A, wide[2], wide[3], D, wide[4], bias, initial, mask, None, True, False)
+        y, final, checkpoints = scan.forward(*inputs, wide[0].dtype, True)
+        conv_inputs = (wide[0], D[:, None] * torch.ones(4), bias, None, mask, None, True, True)
+        convolved, last = conv.forward(*conv_inputs)
+        backs = (*scan.backward(wide[5], dfinal, checkpoints, *inputs), *conv.backward(wide[5], last, *conv_inputs))
+        return [y, final, convolved, *backs]
+
+    for build, runs in enumerate(loaded.runs):
+        if not runs:
+            continue
+        loaded.build = build
+        for got, want in zip(results(lambda x: x), results(Tensor.float), strict=True):
+            assert torch.equal(got, want.to(got.dtype)), loaded.isas[build]

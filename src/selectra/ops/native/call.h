@@ -7,7 +7,7 @@
 
 namespace selectra {
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 // Steps between two checkpoints of the scan's state, and the height of every tile. With 32 the backward's tiles leave
 // the first cache and it takes a fifth longer; with 16 the checkpoints are twice as many: n / 16 numbers for each of u.
@@ -21,12 +21,20 @@ enum Outcome : int {
   kBadBorders = 2,
 };
 
-// A tensor: its first element and its strides in elements. Without data it is absent.
+// How a tensor's numbers are stored: in the type that the kernel computes in, or (float kernels) as bfloat16.
+enum Storage : int64_t {
+  kWhole = 0,
+  kHalved = 1,
+};
+
+// A tensor: its first element, its strides in elements, and its storage. Without data it is absent.
 struct Operand {
   void* data;
   int64_t stride[4];
+  int64_t storage;
 };
 
+// Of a scan's tensors u, delta, B, C, z, y and their gradients may be halved; of a convolution's x, y and theirs.
 struct ScanCall {
   // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
   int64_t sequences, length, channels, states, groups, softplus, reverse, threads;

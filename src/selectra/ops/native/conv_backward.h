@@ -111,7 +111,7 @@ SELECTRA_INLINE void conv_chunk_backward(const ConvBackwardCall& call, const Seq
     work.tile[t] += work.dfinal[index * width + first_column + t];
   }
   clear_absent(forward.mask, sequence.batch, steps, work.tile);
-  store_tile(strip_of(call.dx, sequence.batch, block.channel, block.lanes), steps, work.tile);
+  store_block(call.dx, sequence.batch, block.channel, block.lanes, steps, work.tile);
 }
 
 // The initial state's column i is the input i - k: read by the steps before i, and final where the sequence is short.
@@ -168,7 +168,7 @@ static void conv_task_backward(const ConvBackwardCall& call, const Sequences& se
   for (int64_t s = task.first_sequence; s < task.last_sequence; ++s) {
     conv_sequence_backward(call, s, sequences[s], task, work);
   }
-  const Operand weight_share = {dweight, {0, width, 1}};
+  const Operand weight_share = {dweight, {0, width, 1}, kWhole};
   for (int64_t index = 0; index < blocks; ++index) {
     const ConvBlock block = conv_block(forward.channels, task.first + index);
     store_state(weight_share, 0, block.channel, block.lanes, (int)width, work.dweight + index * width);

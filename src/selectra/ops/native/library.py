@@ -23,7 +23,7 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
@@ -33,8 +33,9 @@ NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as lon
 FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward")
 QUERIES = ("chunk", "has_threads", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
-ABSENT = (0, 0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
+WHOLE, HALVED = 0, 1
 logger = logging.getLogger("selectra")
 
 
@@ -103,11 +104,22 @@ class Library:
 
 
 def operand(tensor: Tensor | None) -> tuple[int, ...]:
-    """The words of one tensor: address and strides, padded to four; zeros for None."""
+    """The words of one tensor: address, strides padded to four, and storage; zeros for None."""
     if tensor is None:
         return ABSENT
     stride = tensor.stride()
-    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1])
+    storage = HALVED if tensor.dtype == torch.bfloat16 else WHOLE
+    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage)
+
+
+def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor with numbers as a kernel that computes in `dtype` reads and writes them, where it takes bfloat16 too."""
+    return tensor if is_readable(tensor.dtype, dtype) else tensor.to(dtype)
+
+
+def is_readable(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a kernel that computes in `dtype` reads and writes numbers that are stored in `stored`."""
+    return stored == dtype or (stored == torch.bfloat16 and dtype == torch.float32)
 
 
 def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
