@@ -82,6 +82,11 @@ class Op(Generic[P, Call, Result]):
         last = self._entries[-1:]
         return last[0].backend if last else None
 
+    @property
+    def is_left_to_choose(self) -> bool:
+        """Whether neither a `using` block nor the environment asks for a backend."""
+        return not self._entries and not _environment.problem and self.name not in _environment.choices
+
     def choose(self, call: Call) -> Backend[Call, Result]:
         """The backend that takes `call`.
 
