@@ -100,6 +100,10 @@ struct Kernels {
   int (*step)(const StepCall&);
 };
 
+// Runs body(context, 0) ... body(context, tasks - 1) on up to `threads` threads, the calling one among them.
+using TaskBody = void (*)(const void* context, int64_t task);
+void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* context);
+
 // Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
 void* thread_workspace(uint64_t bytes);
 

@@ -91,14 +91,6 @@ SELECTRA_EXPORT const char* selectra_cpu_build_name(int build) { return selectra
 
 SELECTRA_EXPORT int selectra_cpu_build_runs(int build) { return selectra::processor_runs(build); }
 
-SELECTRA_EXPORT int selectra_cpu_has_threads(void) {
-#if defined(_OPENMP)
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 SELECTRA_EXPORT int selectra_cpu_chunk(void) { return selectra::kChunk; }
 
 SELECTRA_EXPORT int selectra_cpu_lanes(int build, int is_double) {

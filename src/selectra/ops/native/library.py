@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# torch comes first, so that the library shares the OpenMP that torch has loaded.
 import torch
 from torch import Tensor
 
@@ -31,7 +30,7 @@ NOT_BUILT = (
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
 FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step")
-QUERIES = ("chunk", "has_threads", "build_count", "build_name", "build_runs", "lanes")
+QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
 ABSENT = (0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
@@ -70,7 +69,6 @@ class Library:
     def __init__(self, handle: ctypes.CDLL, path: str) -> None:
         self.path = path
         self.chunk: int = handle.selectra_cpu_chunk()
-        self.has_threads = bool(handle.selectra_cpu_has_threads())
         name = handle.selectra_cpu_build_name
         name.restype = ctypes.c_char_p
         self.isas = tuple(name(build).decode() for build in range(handle.selectra_cpu_build_count()))
@@ -133,8 +131,8 @@ def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 
 
 def threads() -> int:
-    """Threads that a call may use: torch's setting, or one in a forked child, where OpenMP's threads are gone."""
-    return 1 if _state.forked or not library().has_threads else torch.get_num_threads()
+    """Threads that a call may use: torch's setting, or one in a forked child: it is one of many, as a data loader's."""
+    return 1 if _state.forked else torch.get_num_threads()
 
 
 def library() -> Library:
@@ -159,7 +157,7 @@ def status() -> NativeStatus:
         path=found.path,
         isa=found.isas[found.build] if usable else None,
         isas_built=found.isas,
-        threads=1 if _state.forked or not found.has_threads else torch.get_num_threads(),
+        threads=threads(),
         problem=_state.problem,
         refuses_wish=not usable,
         note=_note(found),

@@ -13,12 +13,6 @@ struct Block {
   int lanes;
 };
 
-// Blocks first ... last - 1 of one group: what one task runs through.
-struct BlockRange {
-  int64_t group, first, last;
-  int count() const { return (int)(last - first); }
-};
-
 // How the channels of a call fall into groups and blocks.
 struct Layout {
   int64_t channels_per_group, blocks_per_group;
@@ -29,19 +23,6 @@ struct Layout {
   Block block(int64_t group, int64_t index) const {
     const int64_t within = index * kLanes;
     return {group * channels_per_group + within, (int)smaller<int64_t>(kLanes, channels_per_group - within)};
-  }
-};
-
-// A band of a range at a chunk, in the order of a run: `backward` from the last chunk to the first.
-struct BandStep {
-  int64_t chunk;
-  int index;
-
-  int blocks(const BlockRange& range) const { return smaller(kBandBlocks, range.count() - index); }
-
-  void advance(const BlockRange& range, bool backward) {
-    index += kBandBlocks;
-    if (index >= range.count()) index = 0, chunk += backward ? -1 : 1;
   }
 };
 

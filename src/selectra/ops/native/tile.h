@@ -138,10 +138,13 @@ static void store_scattered(const Strip<Storage>& strip, const Steps& steps, con
 // Lanes past the strip's are zero.
 template <typename Storage>
 SELECTRA_INLINE void load_tile(const Strip<Storage>& strip, const Steps& steps, Vector* tile) {
-  if (strip.channel_stride == 1) {
+  if (strip.channel_stride == 1 && strip.lanes == kLanes) {
     for (int t = 0; t < steps.count; ++t) {
-      const auto* from = strip.base + steps.position[t] * strip.step_stride;
-      tile[t] = strip.lanes == kLanes ? Storage::load(from) : Storage::load_some(from, strip.lanes);
+      tile[t] = Storage::load(strip.base + steps.position[t] * strip.step_stride);
+    }
+  } else if (strip.channel_stride == 1) {
+    for (int t = 0; t < steps.count; ++t) {
+      tile[t] = Storage::load_some(strip.base + steps.position[t] * strip.step_stride, strip.lanes);
     }
   } else if (is_transposed(strip, steps)) {
     load_transposed(strip, steps, tile);
@@ -152,14 +155,13 @@ SELECTRA_INLINE void load_tile(const Strip<Storage>& strip, const Steps& steps, 
 
 template <typename Storage>
 SELECTRA_INLINE void store_tile(const Strip<Storage>& strip, const Steps& steps, const Vector* tile) {
-  if (strip.channel_stride == 1) {
+  if (strip.channel_stride == 1 && strip.lanes == kLanes) {
     for (int t = 0; t < steps.count; ++t) {
-      auto* to = strip.base + steps.position[t] * strip.step_stride;
-      if (strip.lanes == kLanes) {
-        Storage::store(to, tile[t]);
-      } else {
-        Storage::store_some(to, tile[t], strip.lanes);
-      }
+      Storage::store(strip.base + steps.position[t] * strip.step_stride, tile[t]);
+    }
+  } else if (strip.channel_stride == 1) {
+    for (int t = 0; t < steps.count; ++t) {
+      Storage::store_some(strip.base + steps.position[t] * strip.step_stride, tile[t], strip.lanes);
     }
   } else if (is_transposed(strip, steps)) {
     store_transposed(strip, steps, tile);
@@ -185,6 +187,25 @@ SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t c
 
 // Blocks whose rows are asked for together: their tensors fit into the second cache twice.
 constexpr int kBandBlocks = 32;
+
+// Blocks first ... last - 1 of one group: what one task runs through.
+struct BlockRange {
+  int64_t group, first, last;
+  int count() const { return (int)(last - first); }
+};
+
+// A band of a range at a chunk, in the order of a run: `backward` from the last chunk to the first.
+struct BandStep {
+  int64_t chunk;
+  int index;
+
+  int blocks(const BlockRange& range) const { return smaller(kBandBlocks, range.count() - index); }
+
+  void advance(const BlockRange& range, bool backward) {
+    index += kBandBlocks;
+    if (index >= range.count()) index = 0, chunk += backward ? -1 : 1;
+  }
+};
 
 // Memory to ask for ahead of use, a few cache lines at every step: while one band of blocks runs, the rows of the next.
 //
