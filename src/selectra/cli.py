@@ -63,6 +63,7 @@ class Benchmark(StrEnum):
     lengths = "lengths"
     block = "block"
     block_parts = "block_parts"
+    stack = "stack"
     model = "model"
     start = "start"
     plot = "plot"

@@ -213,6 +213,15 @@ SELECTRA_INLINE Vector step_states(const StepCall& call, int64_t channel, int co
   return sum_lanes(sums);
 }
 
+// Asks for the part of a matrix of so many rows that belongs to elements first ... last - 1 of `size`: its product comes
+// later, and memory has nothing to do meanwhile.
+SELECTRA_INLINE void ask_for_part(const Rows& matrix, int64_t rows, int64_t first, int64_t last, int64_t size) {
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = rows * matrix.pitch * (matrix.storage == kHalved ? 2 : (int64_t)sizeof(Real));
+  const char* from = (const char*)matrix.data;
+  for (int64_t i = bytes * first / size; i < bytes * last / size; i += kLine) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Step size, recurrence, skip and gate of channels first ... last - 1.
 SELECTRA_INLINE void step_scan(const StepCall& call, const StepWorkspace& work, int64_t first, int64_t last) {
   const int64_t selected = call.rank + 2 * call.states;
@@ -226,6 +235,7 @@ SELECTRA_INLINE void step_scan(const StepCall& call, const StepWorkspace& work, 
       const int64_t channel = first + offset, at = b * call.channels + channel;
       Real* states = (Real*)call.ssm.data + b * call.ssm.pitch + channel * call.states;
       const Vector u = load_numbers(work.mixed + at, count);
+      if (b == 0) ask_for_part(call.out_weight, call.model, channel, channel + count, call.channels);
       const Vector z = load_numbers(work.halves + (2 * b + 1) * call.channels + channel, count);
       const Vector y = step_states(call, channel, count, states, work.dt + at, work.mixed + at, B, C);
       store_numbers(work.gated + at, (y + load_part(call.D, channel, count) * u) * silu(z), count);
