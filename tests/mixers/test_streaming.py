@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from selectra.layers.norm import AddNorm, PreNorm
-from selectra.mixers import S6, State, streaming
+from selectra.mixers import S6, State, step_blocks_, streaming
 from selectra.ops import native, selective_scan
 
 pytestmark = pytest.mark.skipif(not native.status().available, reason="no compiled library")
@@ -44,13 +45,13 @@ def error(got: Tensor, want: Tensor) -> float:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every call that goes to the kernel."""
     found: list[int] = []
-    run = streaming.StepPlan.run
+    call = streaming.StepPlan.call
 
-    def counting(self: Any, *args: Any) -> Tensor:
+    def counting(self: Any, words: bytes) -> None:
         found.append(1)
-        return run(self, *args)
+        call(self, words)
 
-    monkeypatch.setattr(streaming.StepPlan, "run", counting)
+    monkeypatch.setattr(streaming.StepPlan, "call", counting)
     return found
 
 
@@ -98,6 +99,24 @@ def test_norm_and_stream_are_joined(dtype, in_fp32, calls):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_row_of_blocks_is_one_call(dtype, stream, calls):
+    blocks = nn.ModuleList(changed(PreNorm(AddNorm(24), S6(24, d_state=n))).to(dtype) for n in (3, 16, 8))
+    x, residual = torch.randn(2, 1, 24).to(dtype), torch.randn(2, 1, 24, dtype=torch.float64)
+    residual = residual.to(torch.promote_types(dtype, torch.float32)) if stream else None
+    states = [filled(block.mixer, 2) for block in blocks]
+    again = [State(*(tensor.clone() for tensor in state)) for state in states]
+    y, total = step_blocks_(blocks, x, residual, states)
+    assert len(calls) == 1
+    blocks[1].mixer.in_proj.register_forward_hook(lambda module, x, y: None)
+    want, want_total = step_blocks_(blocks, x, residual, again)
+    assert len(calls) == 3 and y.dtype == want.dtype and total.dtype == want_total.dtype
+    tolerance = 10 * TOLERANCE.get(dtype, 3e-3)
+    for got, true in ((y, want), (total, want_total), *zip(chain(*states), chain(*again), strict=True)):
+        assert error(got, true) <= tolerance
+
+
 def test_bfloat16_is_closer_to_float64_than_the_parts_one_by_one(calls):
     mixer = changed(S6(64)).bfloat16()
     exact, state = copy.deepcopy(mixer).double(), filled(mixer, 4)
@@ -117,9 +136,9 @@ def test_weights_may_change_between_steps(calls):
         lambda: mixer.A_log.data.add_(0.5),
         lambda: setattr(mixer.in_proj.weight, "data", torch.randn_like(mixer.in_proj.weight)),
         lambda: setattr(mixer, "out_proj", nn.Linear(48, 24)),
-        lambda: mixer.double(),
-        lambda: mixer.bfloat16(),
-        lambda: mixer.float(),
+        mixer.double,
+        mixer.bfloat16,
+        mixer.float,
     ):
         change()
         x = x.to(mixer.in_proj.weight.dtype)

@@ -202,7 +202,7 @@ def _peers(device: torch.device) -> dict[str, Contender]:
     if _installed("mambapy"):
         found["mambapy pscan"] = Contender(_mambapy(device))
     if _installed("transformers"):
-        found["transformers loop"] = Contender(_transformers(), channels_first=True, longest=1024)
+        found["transformers loop"] = Contender(_transformers(), channels_first=True, longest=512)
     return found
 
 

@@ -14,7 +14,7 @@ from selectra.bench.stack_table import stack_table, stream_table
 from selectra.bench.timing import paired
 from selectra.errors import BackendError
 from selectra.layers.norm import AddNorm, PreNorm
-from selectra.mixers import S6
+from selectra.mixers import S6, step_blocks_
 from selectra.ops import native
 from selectra.train.record import environment
 
@@ -71,9 +71,7 @@ class MambaStack(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, states: list[Any]) -> Tensor:
         """One position; the states are written."""
-        residual: Tensor | None = None
-        for block, state in zip(self.blocks, states, strict=True):
-            x, residual = block.step_(x, residual, state)
+        x, residual = step_blocks_(self.blocks, x, None, states)
         return self.norm_f(x, residual)[0]
 
 

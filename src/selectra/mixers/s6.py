@@ -213,7 +213,7 @@ class S6(SelectivePath):
         residual: Float[Tensor, "b l d_model"] | None,
         state: State,
     ) -> tuple[Float[Tensor, "b l d_model"], Float[Tensor, "b l d_model"]]:
-        """`norm(x, residual)` and `step_` of what it gives, in one call where that can be: the output and the stream."""
+        """`norm(x, residual)` and `step_` of what it gives, in one call where that can be; also gives the stream."""
         found = quick_step(self, x, state, norm, residual) if type(self) is S6 and type(norm) is AddNorm else None
         if found is not None:
             return found

@@ -7,6 +7,7 @@ the projections, autocast, compilers and modes, other devices and types, and a b
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from selectra.ops import add_norm, causal_conv1d, selective_scan
-from selectra.ops.native.step import BlockWeights, StepPlan, key_of
+from selectra.ops.native.step import BlockWeights, StepPlan, key_of, run
 from selectra.ops.transforms import needs_dispatcher
 
 if TYPE_CHECKING:
@@ -34,19 +35,43 @@ def quick_step(
 
     The state's tensors are written.
     """
-    if x.device.type != "cpu" or needs_dispatcher((x, residual, *state)) or torch.is_autocast_enabled("cpu"):
+    if must_be_seen((x, residual, *state)):
         return None
-    if not _is_plain(mixer, norm) or not all(op.is_left_to_choose for op in _OPS):
+    plan = plan_of(mixer, norm)
+    if plan is None or not plan.takes(x, residual) or not plan.takes_state(x.shape[0], *state):
+        return None
+    stream = None if norm is None else new_stream(norm, x, residual)
+    return run((plan,), (state,), x, residual, stream), x if stream is None else stream
+
+
+def must_be_seen(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether more than the kernel has to see a call on these tensors, of which the first is the input."""
+    x = tensors[0]
+    assert x is not None
+    return (
+        not x.is_cpu
+        or needs_dispatcher(tensors)
+        or torch.is_autocast_enabled("cpu")
+        or not all(op.is_left_to_choose for op in _OPS)
+    )
+
+
+def plan_of(mixer: S6, norm: AddNorm | None) -> StepPlan | None:
+    """The block's weights as the kernel reads them now, or None where its parts are not plain."""
+    if not _is_plain(mixer, norm):
         return None
     weights = _weights(mixer, norm)
+    key = key_of(weights)
     eps = 0.0 if norm is None else norm.eps
     plan = _plans.get(mixer)
-    if plan is None or plan.eps != eps or plan.key != key_of(weights):
-        plan = _plans[mixer] = StepPlan(weights, eps)
-    if not plan.takes(x, residual, state.conv, state.ssm):
-        return None
-    stream = None if norm is None else x.new_empty(x.shape, dtype=_stream_dtype(norm, x, residual))
-    return plan.run(x, residual, stream, state.conv, state.ssm), x if stream is None else stream
+    if plan is None or plan.eps != eps or plan.key != key:
+        plan = _plans[mixer] = StepPlan(weights, key, eps)
+    return plan
+
+
+def new_stream(norm: AddNorm, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Room for the residual stream behind the norm."""
+    return x.new_empty(x.shape, dtype=_stream_dtype(norm, x, residual))
 
 
 def _stream_dtype(norm: AddNorm, x: Tensor, residual: Tensor | None) -> torch.dtype:

@@ -79,6 +79,8 @@ struct Rows {
 // One position of a whole Mamba block. Everything may be halved but ssm.
 struct StepCall {
   int64_t batch;
+  // How many blocks follow this one in memory; what a block reads may be what it or the one before writes.
+  int64_t following;
   // (b, model); the residual stream before and after, with norm_weight alone
   Rows x, residual, stream, y;
   // (b, channels, width), (b, channels, states): read and written

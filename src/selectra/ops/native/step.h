@@ -1,4 +1,4 @@
-// One position through a whole Mamba block: norm, projections, convolution step, scan step and gate in one call.
+// One position through whole Mamba blocks: norm, projections, convolution step, scan step and gate in one call.
 //
 // It is bound by the reading of the weights: every matrix is read once for all rows of the batch, kLanes of its rows
 // side by side, and the rows that follow are asked for meanwhile. All between the projections stays in a workspace.
@@ -243,7 +243,7 @@ SELECTRA_INLINE void step_scan(const StepCall& call, const StepWorkspace& work, 
   }
 }
 
-int step(const StepCall& call) {
+static void step_block(const StepCall& call) {
   const auto work = lay_out_workspace<StepWorkspace>(&call);
   const int64_t channels = call.channels, selected = call.rank + 2 * call.states;
   step_norm(call, work.normed);
@@ -259,7 +259,13 @@ int step(const StepCall& call) {
   step_scan(call, work, 0, channels);
   product(call.out_weight, call.out_bias, 0, call.model, channels, work.gated, channels, call.batch,
           [&](int64_t b, int64_t row, Vector v, int count) { store_part(row_of(call.y, b), row, v, count); });
-  return kDone;
+}
+
+int step(const StepCall& call) {
+  for (const StepCall* block = &call;; ++block) {
+    step_block(*block);
+    if (!block->following) return kDone;
+  }
 }
 
 }  // namespace
