@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from selectra.forecaster import Forecaster
     from selectra.mixers import S6, Bidirectional, SelectiveChannel, WeightedAverage
     from selectra.official import from_official
-    from selectra.ops import causal_conv1d, selective_scan
+    from selectra.ops import causal_conv1d, cross_scan, selective_scan
 
 _HOMES = {
     "Bidirectional": "selectra.mixers",
@@ -20,6 +20,7 @@ _HOMES = {
     "SelectiveChannel": "selectra.mixers",
     "WeightedAverage": "selectra.mixers",
     "causal_conv1d": "selectra.ops",
+    "cross_scan": "selectra.ops",
     "from_official": "selectra.official",
     "selective_scan": "selectra.ops",
 }
@@ -31,6 +32,7 @@ __all__ = [
     "SelectiveChannel",
     "WeightedAverage",
     "causal_conv1d",
+    "cross_scan",
     "from_official",
     "selective_scan",
 ]

@@ -62,6 +62,7 @@ class Benchmark(StrEnum):
     scan = "scan"
     lengths = "lengths"
     block = "block"
+    cross = "cross"
     block_parts = "block_parts"
     stack = "stack"
     model = "model"
@@ -348,7 +349,8 @@ def bench(
     ] = None,
     record: Annotated[Path | None, typer.Option(help="The record's own path, instead of --out.")] = None,
     tags: Annotated[
-        str | None, typer.Option(help="Only these: shapes of `scan` on a GPU (lm,vim-t), or models of `model`.")
+        str | None,
+        typer.Option(help="Only these: shapes of `scan` or `cross` on a GPU (lm,vim-t), or models of `model`."),
     ] = None,
 ) -> None:
     """Time operators against the reference and other packages, after checking that they agree."""

@@ -98,6 +98,32 @@ def test_bidirectional_is_the_sum_of_two_scans_between_shared_projections():
     assert close(mixer(x), mixer.out_proj(ahead + back.flip(1)))
 
 
+def test_both_directions_at_once_are_the_sum_of_two_scans():
+    mixer = build(Bidirectional, d_conv=3, expand=2)
+    leaves = [*mixer.parameters()]
+    u, z = mixer.in_proj(inputs(batch=2, length=5)).chunk(2, dim=-1)
+    apart = mixer.ahead.mix(u, z)[0] + mixer.back.mix(u, z, reverse=True)[0]
+    at_once = mixer._mix_at_once(u, z)
+    assert close(at_once, apart)
+    with torch.no_grad():
+        assert close(mixer._mix_at_once(u, z), apart)
+    found, want = (
+        torch.autograd.grad(y.square().sum(), leaves, allow_unused=True, retain_graph=True, materialize_grads=True)
+        for y in (at_once, apart)
+    )
+    assert all(close(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_adapted_projections_are_not_mixed_at_once():
+    mixer = build(Bidirectional)
+    assert mixer._is_plain()
+    handle = mixer.back.x_proj.register_forward_hook(lambda *_: None)
+    assert not mixer._is_plain()
+    handle.remove()
+    mixer.ahead.x_proj = nn.Sequential(mixer.ahead.x_proj)
+    assert not mixer._is_plain()
+
+
 def test_the_selective_channel_mixer_has_two_scans_and_one_gate_that_is_not_flipped():
     mixer, x = build(SelectiveChannel), inputs()
     w_ahead, w_back, w_gate = mixer.in_proj.weight.chunk(3)

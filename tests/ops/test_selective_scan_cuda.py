@@ -14,7 +14,7 @@ from torch import Tensor
 from selectra.errors import BackendError
 from selectra.ops import cuda as room
 from selectra.ops import selective_scan
-from selectra.ops.selective_scan import cuda, plans, registration, wide
+from selectra.ops.selective_scan import cuda, geometry, plans, registration, wide
 from selectra.ops.selective_scan.call import prepare
 from selectra.ops.selective_scan.faults import faults
 from tests.ops import cases
@@ -285,6 +285,35 @@ def test_many_blocks(n: int, gpu: EmulatedGpu) -> None:
     gpu.multiprocessors = 1
     tensors = drawn(3, 35, 136, n)
     compare(tensors)
+
+
+@pytest.mark.parametrize(
+    ("n", "flags"),
+    [
+        (16, {"reverse": True}),
+        (16, {"cu_seqlens": torch.tensor([0, 3, 3, 210, 261], dtype=torch.int32)}),
+        (13, {"mask": torch.arange(261).unsqueeze(0) % 5 > 0, "delta_softplus": False}),
+    ],
+)
+@pytest.mark.parametrize("layout", ["channels", "time"])
+def test_thin_warps(
+    n: int, flags: dict[str, Any], layout: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide, "FEWEST_STEPS_OF_CHUNK", 64)
+    gpu.multiprocessors, gpu.seed = 40, 3
+    tensors = drawn(1, 261, 24, n, torch.bfloat16)
+    if "delta_softplus" in flags:
+        tensors["delta"] = tensors["delta"].abs() / 8
+        tensors["delta_bias"] = tensors["delta_bias"].abs() / 8
+    if "cu_seqlens" in flags:
+        tensors["initial_state"] = tensors["initial_state"].repeat(4, 1, 1)
+    if layout == "time":
+        tensors |= {name: tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "delta", "z")}
+    compare(tensors, torch.bfloat16, **flags)
+    (plan,) = cuda.forward_plans.values()
+    assert plan is not None and plan.words[plans.PLACES["n_chunks"]] > 1
+    assert plan.passes[-1].threads == geometry.THIN_LAYOUT.threads
+    assert any(kernel.shared_bytes == geometry.thin_shared(geometry.THIN_LAYOUT) for kernel in gpu.kernels)
 
 
 @pytest.mark.parametrize("n", [3, 16])

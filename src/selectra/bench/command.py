@@ -17,6 +17,9 @@ from selectra.bench import scan
 from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block
 from selectra.bench.block_parts import bench_block_parts
 from selectra.bench.cpu_parts import bench_cpu_parts
+from selectra.bench.cross import CASES as CROSS_CASES
+from selectra.bench.cross import TINY_CASES as TINY_CROSS_CASES
+from selectra.bench.cross import bench_cross
 from selectra.bench.docs import filled, read_record
 from selectra.bench.length_plot import length_figure
 from selectra.bench.lengths import bench_lengths
@@ -87,6 +90,12 @@ def _lengths(wish: Wish, device: torch.device, console: Console, save: Save) -> 
     bench_lengths(device, LENGTH_SECONDS if wish.seconds is None else wish.seconds, console, save)
 
 
+def _cross(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    # On a CPU the shapes of a GPU take minutes.
+    known = CROSS_CASES if device.type == "cuda" else TINY_CROSS_CASES
+    bench_cross(device, _seconds(wish, device), console, save, chosen_cases(wish.only, known))
+
+
 def _block(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     _refuse_only(wish, "has nothing to choose from here")
     study = BlockStudy() if device.type == "cuda" else CPU_STUDY
@@ -132,6 +141,7 @@ RUNNERS = {
     "block": _block,
     "block_parts": _block_parts,
     "stack": _stack,
+    "cross": _cross,
     "model": _model,
     "start": _start,
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
+from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
 from selectra.bench.stack_table import cpu_parts_table, cpu_scan_table, stack_table, stream_table
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "ways": ways_table,
     "parts": parts_table,
     "norms": norms_table,
+    "cross": cross_table,
     "model": model_table,
     "stack": stack_table,
     "stream": stream_table,

@@ -37,12 +37,12 @@ def errors(prepare: Prepare, case: Case, device: torch.device, truth: Truth) -> 
     """Largest error of y and each gradient, relative to the maximum of the truth."""
     arguments = case.arguments(device, SEED)
     dy = cotangent(arguments)
-    with _poisoned():
-        poisoned = results(prepare(arguments), dy)
+    with poisoned():
+        first = results(prepare(arguments), dy)
     # Once more as it will be timed: an operator may take another path where deterministic algorithms are asked for.
     usual = results(prepare(arguments), dy)
     return {
-        name: worse(error_of(poisoned[name], value).largest, error_of(usual[name], value).largest)
+        name: worse(error_of(first[name], value).largest, error_of(usual[name], value).largest)
         for name, value in truth(arguments, dy).items()
     }
 
@@ -184,7 +184,7 @@ def cotangent(arguments: Arguments) -> Tensor:
 
 
 @contextlib.contextmanager
-def _poisoned() -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """Inside the block fresh memory is not-a-number, so that an output that is not written cannot pass."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

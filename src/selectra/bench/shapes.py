@@ -1,14 +1,24 @@
 """The shapes that the GPU benchmark times, each with the tag by which it is known."""
 
 import difflib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from selectra.errors import ConfigError
 
+Tagged = TypeVar("Tagged", bound="HasTag")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class HasTag(Protocol):
+    """Whatever is known by a tag."""
+
+    @property
+    def tag(self) -> str:
+        """The tag."""
+        ...
 
 
 class Case(NamedTuple):
@@ -103,7 +113,10 @@ TINY_CASES = (
 )
 
 
-def chosen_cases(tags: str | None, cases: tuple[Case, ...] = CASES) -> tuple[Case, ...]:
+def chosen_cases(
+    tags: str | None,
+    cases: tuple[Tagged, ...] = CASES,  # pyright: ignore[reportArgumentType]
+) -> tuple[Tagged, ...]:
     """The cases whose tags are named, separated by commas; all of them without.
 
     Raises:

@@ -1,12 +1,16 @@
 """A selective mixer that looks both ways along the length."""
 
+from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from selectra.mixers.s6 import SelectivePath, require_input, zero_absent
+from selectra.mixers.s6 import SelectivePath, at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import mixer_sizes
+from selectra.ops import cross_scan
 
 
 class Bidirectional(nn.Module):
@@ -55,7 +59,50 @@ class Bidirectional(nn.Module):
         """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
         require_input(x, self.d_model, mask, cu_seqlens)
         u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
+        # On a GPU two small launches would leave it half empty; elsewhere putting both side by side is lost time.
+        if x.is_cuda and mask is None and cu_seqlens is None and self._is_plain():
+            return self.out_proj(self._mix_at_once(u, z))
         ahead, _ = self.ahead.mix(u, z, mask=mask, cu_seqlens=cu_seqlens)
         back, _ = self.back.mix(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)
         y = self.out_proj(ahead + back)
         return y if self.out_proj.bias is None else zero_absent(y, mask)
+
+    def _is_plain(self) -> bool:
+        """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called."""
+        linears = (linear for path in (self.ahead, self.back) for linear in (path.x_proj, path.dt_proj))
+        return all(
+            type(linear) is nn.Linear
+            and not (linear._forward_hooks or linear._forward_pre_hooks)
+            and not (linear._backward_hooks or linear._backward_pre_hooks)
+            for linear in linears
+        )
+
+    def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        """Both paths in one launch of the scan, added."""
+        paths = (self.ahead, self.back)
+        u = torch.stack([path.convolve(u, reverse=path is self.back)[0] for path in paths], 2)
+        A_log, D, bias = (
+            torch.stack(own) for own in zip(*((p.A_log, p.D, p.dt_proj.bias) for p in paths), strict=True)
+        )
+        A = -at_least_float32(A_log).exp()
+        # A line is a grid of one row.
+        u, z, *selection = (x.unsqueeze(1) for x in (u, z, *self._select(u)))
+        delta, B, C = selection
+        return cross_scan(u, delta, A, B, C, D, z, bias, True, routes=("right", "left")).squeeze(1)
+
+    def _select(self, u: Float[Tensor, "b l 2 d"]) -> Iterator[Tensor]:
+        """Step (b, l, 2, d), B and C (b, l, 2, n) of both paths."""
+        paths, rank, n = (self.ahead, self.back), self.ahead.dt_rank, self.ahead.d_state
+        x_weights, dt_weights = ([p.x_proj.weight for p in paths], [p.dt_proj.weight for p in paths])
+        if torch.is_grad_enabled():
+            # Half of the weight is zeros; but the weights' gradients are plain products then, which are faster than
+            # batched ones: a training step of Vim-t's mixer takes 1.5 instead of 2.0 ms on an H100.
+            parts = zip(*(weight.split([rank, n, n]) for weight in x_weights), strict=True)
+            weight = torch.cat([torch.block_diag(*part) for part in parts])
+            dt, B, C = F.linear(u.flatten(2), weight).split([2 * rank, 2 * n, 2 * n], dim=-1)
+            delta = F.linear(dt, torch.block_diag(*dt_weights))
+            return (x.unflatten(2, (2, -1)) for x in (delta, B, C))
+        rows = u.flatten(0, 1).transpose(0, 1)
+        dt, B, C = torch.bmm(rows, torch.stack(x_weights).transpose(1, 2)).split([rank, n, n], dim=-1)
+        delta = torch.bmm(dt, torch.stack(dt_weights).transpose(1, 2))
+        return (x.transpose(0, 1).unflatten(0, u.shape[:2]) for x in (delta, B, C))

@@ -103,23 +103,15 @@ class SelectivePath(nn.Module):
         Returns:
             The output, and the state after the last scanned position.
         """
-        u, conv = causal_conv1d(
-            u,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            "silu",
-            initial_state=None if state is None else state.conv,
-            return_final_state=True,
-            reverse=reverse,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
+        u, conv = self.convolve(
+            u, None if state is None else state.conv, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens
         )
         sizes = (self.dt_rank, self.d_state, self.d_state)
         u, delta, B, C = select(self.x_proj, self.dt_proj, u, sizes)
         y, ssm = selective_scan(
             u,
             delta,
-            -_at_least_float32(self.A_log).exp(),
+            -at_least_float32(self.A_log).exp(),
             B,
             C,
             self.D,
@@ -135,9 +127,31 @@ class SelectivePath(nn.Module):
         )
         return y, State(conv, ssm)
 
+    def convolve(
+        self,
+        u: Float[Tensor, "b l d_inner"],
+        state: Float[Tensor, "states d_inner d_conv"] | None = None,
+        *,
+        reverse: bool = False,
+        mask: Bool[Tensor, "b l"] | None = None,
+        cu_seqlens: Int32[Tensor, " borders"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d_inner"], Float[Tensor, "states d_inner d_conv"]]:
+        """The short convolution with SiLU, and its last inputs."""
+        return causal_conv1d(
+            u,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            "silu",
+            initial_state=state,
+            return_final_state=True,
+            reverse=reverse,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+        )
+
     def init_state(self, batch: int) -> State:
         """The state before the first position: an empty past."""
-        weight, wide = self.x_proj.weight, _at_least_float32(self.A_log)
+        weight, wide = self.x_proj.weight, at_least_float32(self.A_log)
         return State(weight.new_zeros(batch, self.d_inner, self.d_conv), wide.new_zeros(batch, *self.A_log.shape))
 
 
@@ -256,7 +270,8 @@ def zero_absent(x: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> 
     return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is that: what decays are computed in."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

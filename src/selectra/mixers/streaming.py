@@ -52,7 +52,7 @@ def must_be_seen(tensors: Sequence[Tensor | None]) -> bool:
         not x.is_cpu
         or needs_dispatcher(tensors)
         or torch.is_autocast_enabled("cpu")
-        or not all(op.is_left_to_choose for op in _OPS)
+        or any(op.wish() is not None for op in _OPS)
     )
 
 

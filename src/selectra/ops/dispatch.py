@@ -82,10 +82,9 @@ class Op(Generic[P, Call, Result]):
         last = self._entries[-1:]
         return last[0].backend if last else None
 
-    @property
-    def is_left_to_choose(self) -> bool:
-        """Whether neither a `using` block nor the environment asks for a backend."""
-        return not self._entries and not _environment.problem and self.name not in _environment.choices
+    def wish(self) -> str | None:
+        """The backend that a `using` block or the environment asks for."""
+        return self.asked or _environment.choice(self.name)
 
     def choose(self, call: Call) -> Backend[Call, Result]:
         """The backend that takes `call`.
@@ -93,7 +92,7 @@ class Op(Generic[P, Call, Result]):
         Raises:
             BackendError: The backend that was asked for refuses; the message is its reason.
         """
-        asked = self.asked or _environment.choice(self.name)
+        asked = self.wish()
         if asked is not None:
             backend = self.backends[asked]
             reason = backend.refuse(call)
@@ -203,7 +202,7 @@ def say_slow_path(op_name: str, backend: str, call: Any, device: str) -> None:
     """Log, once for each operator and kind of device, why a slower backend runs that nobody asked for."""
     key = (op_name, backend, device)
     op = OPS[op_name]
-    if key in _said or op.asked is not None or op_name in _environment.choices:
+    if key in _said or op.wish() is not None:
         return
     faster = itertools.takewhile(lambda name: name != backend, op.backends)
     reasons = {name: op.backends[name].refuse(call) for name in faster}

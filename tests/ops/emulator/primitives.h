@@ -116,6 +116,8 @@ DEVICE int block_y() { return emulator::current.block[1]; }
 DEVICE int block_z() { return emulator::current.block[2]; }
 DEVICE int grid_x() { return emulator::current.grid[0]; }
 
+DEVICE void prefetch(const void*) {}
+
 DEVICE void synchronize_block(EMULATOR_SITE) {
   emulator::meet(emulator::Meeting{"synchronize_block", site, true, nullptr, nullptr});
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 typedef long long int64;
+typedef unsigned long long uint64;
 typedef unsigned int uint32;
 typedef unsigned short uint16;
 
@@ -26,6 +27,9 @@ DEVICE T* global_pointer(T* x) {
     __builtin_assume(__isGlobal(x));
     return x;
 }
+
+// Asks for the line of 128 bytes that a pointer is in, to wait in the cache of the whole device.
+DEVICE void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
 
 DEVICE void synchronize_block() { __syncthreads(); }
 DEVICE void synchronize_warp() { __syncwarp(); }

@@ -7,7 +7,7 @@ has not-a-number in its results, and the next call raises.
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +16,25 @@ from selectra.errors import BackendError
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry, parts
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.selective_scan.plans import PLACES, TYPES, Plan, fits, plan_backward, plan_forward, strides_fit
+from selectra.ops.selective_scan.plans import (
+    PLACES,
+    TYPES,
+    Places,
+    Plan,
+    fits,
+    plan_backward,
+    plan_forward,
+    strides_fit,
+)
 
 MOST_STATES = 256
 # Kinds of calls whose plans are kept.
 MOST_PLANS = 1024
 # Where the addresses of ScanCall's tensors go: u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens.
 _INPUTS = tuple(PLACES[name] for name in ScanCall._fields[:11])
-_Y, _FINAL, _CHECKPOINTS, _CHUNK = (PLACES[name] for name in ("y", "final_state", "checkpoints", "chunk"))
+_Y, _FINAL, _CHECKPOINTS = (PLACES[name] for name in ("y", "final_state", "checkpoints"))
 _DY, _DFINAL = PLACES["dy"], PLACES["dfinal"]
-_GRADIENTS = tuple(PLACES[name] for name in ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial"))
+GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial")
 
 ACTIVATIONS = ("u", "delta", "z", "B", "C")
 
@@ -46,12 +55,27 @@ def refuse(call: Any) -> str | None:
     return cuda.refusal(u.device.index)
 
 
-def require_cuda(tensors: Iterable[Tensor | None]) -> None:
+class Ends(NamedTuple):
+    """Words that are filled in just before the launch."""
+
+    gradients: tuple[int, ...]
+    chunk: int
+
+    @staticmethod
+    def of(places: Places) -> "Ends":
+        """With the members of ScanCall at these places."""
+        return Ends(tuple(places[name] for name in GRADIENTS), places["chunk"])
+
+
+_ENDS = Ends.of(PLACES)
+
+
+def require_cuda(tensors: Iterable[Tensor | None], op: str = "selective_scan") -> None:
     """Raise before a kernel on a device's pointers meets a tensor that is not in the device's memory."""
     for tensor in tensors:
         if tensor is not None and not tensor.is_cuda:
             raise BackendError(
-                f"selective_scan: backend 'cuda' is written into this program and a tensor is on {tensor.device}, "
+                f"{op}: backend 'cuda' is written into this program and a tensor is on {tensor.device}, "
                 "it needs cuda; move the tensors and the module to the GPU, or compile or export on this device."
             )
 
@@ -140,7 +164,7 @@ def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -
         words[_FINAL] = final.data_ptr()
     if checkpoints is not None:
         words[_CHECKPOINTS] = checkpoints.data_ptr()
-    _launch(plan, words, A)
+    launch(plan, words, A)
     return (y if y.dtype == out_dtype else y.to(out_dtype)), final
 
 
@@ -185,11 +209,11 @@ def backward_at_once(
         words[place] = pointer
     words[_DY], words[_DFINAL], words[_CHECKPOINTS] = dy.data_ptr(), dfinal.data_ptr(), checkpoints.data_ptr()
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    _launch(plan, words, A, grads)
+    launch(plan, words, A, grads)
     return grads
 
 
-def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = ()) -> None:
+def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = (), ends: Ends = _ENDS) -> None:
     """Fill in what is left of the words, and launch."""
     # Kept until the launches are on their way; whoever has the memory next on this stream comes after them.
     scratch = like.new_empty(plan.scratch) if plan.scratch else None
@@ -197,13 +221,13 @@ def _launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor |
         start = scratch.data_ptr()
         for place, offset in plan.scratch_words:
             words[place] = start + offset
-    for place, grad in zip(_GRADIENTS, grads, strict=False):
+    for place, grad in zip(ends.gradients, grads, strict=False):
         if grad is not None:
             words[place] = grad.data_ptr()
     if plan.fault.word.value:
         plan.fault.report()
     for kernel, grid, threads, chunk in plan.passes:
-        words[_CHUNK] = chunk
+        words[ends.chunk] = chunk
         kernel.launch(grid, threads, words)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 # A warp of the wide kernels holds 16 channels and tiles of 8 states; a tile of the sequence has 32 steps.
 WARP, CHANNELS_OF_WARP, STATES_OF_TILE, STEPS_OF_TILE = 32, 16, 8, 32
 GROUP = 4
+STEPS_OF_THIN_TILE = 64
 # Of the struct `Strips` in scan_backward.cu.
 STRIPS_BYTES = 144
 # Up to this many states a thread holds all states of its channels: scan_narrow.cu.
@@ -26,6 +27,8 @@ class Layout(NamedTuple):
     """Blocks of a multiprocessor that the registers must suffice for."""
     unrolled: int = 1
     """Groups of steps that are written out one after the other."""
+    thin: int = 0
+    """States of a lane in warps of 8 channels, of which a lane holds one; 0 for warps of 16."""
 
     @property
     def threads(self) -> int:
@@ -35,12 +38,12 @@ class Layout(NamedTuple):
     @property
     def width(self) -> int:
         """Channels of a block."""
-        return CHANNELS_OF_WARP * self.channel_warps
+        return CHANNELS_OF_WARP * self.channel_warps // (2 if self.thin else 1)
 
     @property
     def states(self) -> int:
         """States, with those that fill the last tile."""
-        return STATES_OF_TILE * self.state_tiles * self.state_warps
+        return (4 * self.thin or STATES_OF_TILE * self.state_tiles) * self.state_warps
 
     @property
     def macros(self) -> Macros:
@@ -51,6 +54,7 @@ class Layout(NamedTuple):
             ("STATE_TILES", self.state_tiles),
             ("RESIDENT", self.resident),
             ("UNROLLED", self.unrolled),
+            *((("THIN", self.thin), ("TILE_STEPS", STEPS_OF_THIN_TILE)) if self.thin else ()),
         )
 
 
@@ -78,12 +82,14 @@ FORWARD_LAYOUTS = {
     4: (Layout(2, 2, state_tiles=2, resident=2),),
     8: (Layout(2, 2, state_tiles=4, resident=2), Layout(1, 4, state_tiles=2, resident=2)),
 }
+# Where channels are few, for 9 to 16 states in bfloat16: twice the warps.
+THIN_LAYOUT = Layout(2, 2, thin=2, resident=3)
 # Many channels in a block, for each block costs a partial sum of B's and C's gradients.
 BACKWARD_LAYOUTS = {
-    1: (Layout(4, 1, resident=2),),
+    1: (Layout(4, 1, resident=2, unrolled=4),),
     2: (Layout(4, 1, state_tiles=2, resident=2), Layout(2, 1, state_tiles=2, resident=2)),
     4: (Layout(4, 2, state_tiles=2), Layout(2, 2, state_tiles=2), Layout(1, 2, state_tiles=2)),
-    8: (Layout(2, 4, state_tiles=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
+    8: (Layout(2, 4, state_tiles=2, unrolled=2), Layout(1, 4, state_tiles=2), Layout(1, 2, state_tiles=4)),
 }
 
 
@@ -122,6 +128,14 @@ def forward_shared(layout: Layout) -> int:
     size = steps * (_step_row(layout.width) + 4 * layout.states + 4 * (layout.states + 8))
     size += 4 * layout.state_warps * steps * (layout.width + 4) + 8 * layout.width + _alive(layout)
     return size
+
+
+def thin_shared(layout: Layout) -> int:
+    """Bytes of `Shared` in scan_thin_tiles.cuh."""
+    steps = STEPS_OF_THIN_TILE
+    stage = steps * (8 * (layout.width + 1) + 8 * layout.states + 16)
+    stage += 4 * layout.state_warps * steps * (layout.width + 4) + _alive(layout)
+    return 2 * stage + 8 * layout.width
 
 
 def adjoint_shared(layout: Layout) -> int:

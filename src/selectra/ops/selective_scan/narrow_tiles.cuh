@@ -49,7 +49,7 @@ DEVICE Work find_work(const ScanCall& call) {
     work.n_blocks = int(call.groups) * ((per_group + WIDTH - 1) / WIDTH);
     work.block = block_x() % work.n_blocks;
     work.channels = find_channels<WIDTH>(call, work.block);
-    work.sequence = find_sequence(call, block_x() / work.n_blocks);
+    work.sequence = find_sequence(call, block_x() / work.n_blocks, work.channels.group);
     work.chunk = int64(work.sequence.index) * call.n_chunks + block_y();
     int end = (work.sequence.length + STEPS - 1) / STEPS;
     int tiles_of_chunk = call.n_chunks > 1 ? int(call.chunk) / STEPS : end;
@@ -122,13 +122,25 @@ struct Stream {
 
     MEMBER void begin(const Activation<T>& from, const ScanCall& call, const Work& work) {
         typedef Pieces<T> Cut;
-        step = call.reverse ? -from.row : from.row;
         channel = from.channel;
+#if ROUTES
+        step = from.row;
+        place = from.data + work.sequence.batch * from.batch + first_of(from, work.channels) +
+                Cut::lane_channel(work.lane) * channel;
+#else
+        step = call.reverse ? -from.row : from.row;
         place = from.data + work.sequence.batch * from.batch + position(call, work.sequence, 0) * from.row +
                 Cut::lane_row(work.lane) * step + (work.channels.first + Cut::lane_channel(work.lane)) * channel;
+#endif
     }
 
-    MEMBER T* at(int row, int column) const { return place + row * step + column * channel; }
+    // A step of the sequence, counted from the lane's own row.
+    MEMBER T* at(const Work& work, int row, int column) const {
+#if ROUTES
+        row = work.sequence.route.position(work.sequence.length, row + Pieces<T>::lane_row(work.lane));
+#endif
+        return place + row * step + column * channel;
+    }
 };
 
 // Which rows of a tile are there: neither beyond the end nor, with a mask, absent.
@@ -165,10 +177,24 @@ struct RowValues {
 
     MEMBER void begin(const ScanCall& call, const Work& work) {
         const Projection& from = work.lane < STEPS ? call.B : call.C;
-        step = call.reverse ? -from.row : from.row;
         state = from.state;
+#if ROUTES
+        step = from.row;
+        place = from.data + work.sequence.batch * from.batch + work.channels.group * from.group;
+#else
+        step = call.reverse ? -from.row : from.row;
         place = from.data + work.sequence.batch * from.batch + position(call, work.sequence, 0) * from.row +
                 work.lane % STEPS * step + work.channels.group * from.group;
+#endif
+    }
+
+    // From `place` to a tile's row.
+    static MEMBER int steps_to(const Work& work, int tile, int row) {
+#if ROUTES
+        return work.sequence.route.position(work.sequence.length, row);
+#else
+        return tile * STEPS;
+#endif
     }
 
     // `mark` is 0 before.
@@ -176,7 +202,7 @@ struct RowValues {
         int row = tile * STEPS + work.lane % STEPS;
         if (row >= work.sequence.length) return;
 #pragma unroll
-        for (int n = 0; n < STATES; ++n) values[n] = place[tile * STEPS * step + n * state];
+        for (int n = 0; n < STATES; ++n) values[n] = place[steps_to(work, tile, row) * step + n * state];
 #if MASKED
         mark = call.mask[work.sequence.batch * call.length + position(call, work.sequence, row)];
 #else
@@ -219,7 +245,7 @@ struct Slot {
         for (int i = 0; i < Cut::ROUNDS; ++i) {
             int row = Cut::round_row(i), channel = Cut::round_channel(i);
             bool there = WHOLE || (rows.has(lane_row + row) && lane_channel + channel < n_channels);
-            const Number* place = from.at(first_row + row, channel);
+            const Number* place = from.at(work, first_row + row, channel);
 #if VECTORS
             void* to = tile + row * Cut::PITCH + channel;
             if (there)
@@ -254,7 +280,7 @@ DEVICE void store_rows(const T* tile, const Stream<T>& to, int first_row, const 
         if (!rows.has(lane_row + row)) unit = Cut::Unit::filled(0);
 #endif
         if (WHOLE || (lane_row + row < rows.count && lane_channel + channel < n_channels))
-            *reinterpret_cast<Unit*>(to.at(first_row + row, channel)) = unit;
+            *reinterpret_cast<Unit*>(to.at(work, first_row + row, channel)) = unit;
     }
 }
 

@@ -43,7 +43,8 @@ class Sizes(NamedTuple):
     @staticmethod
     def of(call: ScanCall) -> "Sizes":
         """The sizes of a call."""
-        batch, length, channels = call.u.shape
+        batch, length = call.u.shape[:2]
+        channels = call.A.shape[0]
         n_seqs = batch if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
         groups, states = call.B.shape[2:]
         return Sizes(batch, length, channels, groups, states, n_seqs, call.u.element_size(), call.z is not None)

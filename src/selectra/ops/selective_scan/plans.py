@@ -33,18 +33,24 @@ _MEMBERS = {
     **dict.fromkeys(("dfinal", "dinitial", "partial_bc", "partial_a", "partial_d", "partial_bias"), 1),
     **dict.fromkeys(("dB", "dC", "dA", "dD", "dbias"), 1),
 }
-N_WORDS = sum(_MEMBERS.values())
+# With routes activations have one more stride, that of their groups, and the grid stands at the end.
+_ACTIVATIONS = ("u", "delta", "z", "y", "dy", "du", "ddelta", "dz")
+_GRID_MEMBERS = _MEMBERS | dict.fromkeys(_ACTIVATIONS, 5) | {"grid": 4}
 
 
-def _places() -> dict[str, int]:
+def _places(members: dict[str, int]) -> dict[str, int]:
     found, place = {}, 0
-    for name, words in _MEMBERS.items():
+    for name, words in members.items():
         found[name] = place
         place += words
     return found
 
 
-PLACES = _places()
+Places = dict[str, int]
+PLACES, GRID_PLACES = _places(_MEMBERS), _places(_GRID_MEMBERS)
+N_WORDS, N_GRID_WORDS = sum(_MEMBERS.values()), sum(_GRID_MEMBERS.values())
+# Routes of the groups, width, and how to divide by the height: the last words of ScanCall with ROUTES.
+Grid = tuple[int, int, int, int]
 
 
 class Plan(NamedTuple):
@@ -64,12 +70,13 @@ class Plan(NamedTuple):
 class _Room:
     """Scratch memory, laid out part by part on 16 bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, places: Places) -> None:
         self.numbers = 0
         self.words: list[tuple[int, int]] = []
+        self._places = places
 
     def add(self, name: str, numbers: int) -> None:
-        self.words.append((PLACES[name], FLOAT_BYTES * self.numbers))
+        self.words.append((self._places[name], FLOAT_BYTES * self.numbers))
         self.numbers += -(-numbers // 4) * 4
 
 
@@ -90,36 +97,47 @@ def strides_fit(x: Tensor) -> bool:
     return rows_fit and (x.shape[-1] == 1 or x.stride(-1) <= LARGEST_NARROW_STRIDE)
 
 
-def plan_forward(call: ScanCall, y: Tensor, interval: int) -> Plan:
+def plan_forward(call: ScanCall, y: Tensor, interval: int, grid: Grid | None = None) -> Plan:
     """The plan of a forward call whose tensors fit.
 
     Args:
         interval: Steps between two checkpoints.
+        grid: Where every group walks a grid on its own route; activations are (b, l, g, d / g) then.
     """
     index, sizes = call.u.get_device(), Sizes.of(call)
-    macros = _macros(call, TYPES[y.dtype], (call.u, call.delta, call.z, y))
+    macros = _macros(call, TYPES[y.dtype], (call.u, call.delta, call.z, y), grid)
     if sizes.states <= geometry.NARROW_STATES:
         launch = narrow.forward(sizes, macros, y.element_size(), index)
     else:
         launch = wide.forward(sizes, macros, interval, index)
-    room = _Room()
+    places = PLACES if grid is None else GRID_PLACES
+    room = _Room(places)
     if launch.n_chunks > 1:
         _add_chunks(room, sizes, launch.n_chunks)
-    words = _words(call, sizes, interval, launch)
-    _set_strides(words, "y", y)
+    words = _words(call, sizes, interval, launch, grid)
+    _set_strides(words, places["y"], y)
     return Plan(words, launch.passes, room.numbers, tuple(room.words), faults.of(index))
 
 
-def plan_backward(call: ScanCall, dy: Tensor, du: Tensor, ddelta: Tensor, dz: Tensor | None, interval: int) -> Plan:
+def plan_backward(
+    call: ScanCall,
+    dy: Tensor,
+    du: Tensor,
+    ddelta: Tensor,
+    dz: Tensor | None,
+    interval: int,
+    grid: Grid | None = None,
+) -> Plan:
     """The plan of a backward call whose tensors fit."""
     index, sizes = call.u.get_device(), Sizes.of(call)
-    macros = _macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz))
+    macros = _macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz), grid)
     if sizes.states <= geometry.NARROW_STATES:
         launch = narrow.backward(sizes, macros, index)
     else:
         launch = wide.backward(sizes, macros, interval, index)
     d, n, rows = sizes.channels, sizes.states, sizes.n_seqs * launch.n_chunks
-    room = _Room()
+    places = PLACES if grid is None else GRID_PLACES
+    room = _Room(places)
     room.add("partial_bc", sizes.batch * sizes.length * launch.n_blocks * 2 * n)
     room.add("partial_a", rows * d * n)
     room.add("partial_d", rows * d)
@@ -129,9 +147,9 @@ def plan_backward(call: ScanCall, dy: Tensor, du: Tensor, ddelta: Tensor, dz: Te
     room.add("dbias", d)
     if launch.n_chunks > 1:
         _add_chunks(room, sizes, launch.n_chunks)
-    words = _words(call, sizes, interval, launch)
+    words = _words(call, sizes, interval, launch, grid)
     for name, tensor in (("dy", dy), ("du", du), ("ddelta", ddelta), ("dz", dz)):
-        _set_strides(words, name, tensor)
+        _set_strides(words, places[name], tensor)
     passes = (*launch.passes, wide.reduce(sizes, macros, launch.n_blocks, index))
     return Plan(words, passes, room.numbers, tuple(room.words), faults.of(index))
 
@@ -141,9 +159,10 @@ def _add_chunks(room: _Room, sizes: Sizes, n_chunks: int) -> None:
     room.add("chunk_delta", sizes.n_seqs * n_chunks * sizes.channels)
 
 
-def _words(call: ScanCall, sizes: Sizes, interval: int, launch: Launch) -> list[int]:
-    words = [0] * N_WORDS
-    words[PLACES["fault"]] = faults.of(call.u.get_device()).address
+def _words(call: ScanCall, sizes: Sizes, interval: int, launch: Launch, grid: Grid | None) -> list[int]:
+    words = [0] * (N_WORDS if grid is None else N_GRID_WORDS)
+    places = PLACES if grid is None else GRID_PLACES
+    words[places["fault"]] = faults.of(call.u.get_device()).address
     head = (
         sizes.n_seqs,
         sizes.length,
@@ -156,20 +175,21 @@ def _words(call: ScanCall, sizes: Sizes, interval: int, launch: Launch) -> list[
     )
     words[: len(head)] = head
     for name in ("u", "delta", "z", "B", "C", "A"):
-        _set_strides(words, name, getattr(call, name))
+        _set_strides(words, places[name], getattr(call, name))
+    if grid is not None:
+        words[places["grid"] :] = grid
     return words
 
 
-def _set_strides(words: list[int], name: str, tensor: Tensor | None) -> None:
-    """Behind the address, which a call fills in."""
+def _set_strides(words: list[int], place: int, tensor: Tensor | None) -> None:
+    """Behind the address at `place`, which a call fills in."""
     if tensor is not None:
-        place = PLACES[name] + 1
-        words[place : place + tensor.dim()] = tensor.stride()
+        words[place + 1 : place + 1 + tensor.dim()] = tensor.stride()
 
 
-def _macros(call: ScanCall, out_type: int, activations: Sequence[Tensor | None]) -> Macros:
+def _macros(call: ScanCall, out_type: int, activations: Sequence[Tensor | None], grid: Grid | None) -> Macros:
     u, B, C = call.u, call.B, call.C
-    vectors = (u.shape[2] // B.shape[2]) % 8 == 0 and all(x is None or _in_eights(x) for x in activations)
+    vectors = (call.A.shape[0] // B.shape[2]) % 8 == 0 and all(x is None or _in_eights(x) for x in activations)
     facts = {
         "STATES": B.shape[3],
         "TYPE": TYPES[u.dtype],
@@ -182,17 +202,19 @@ def _macros(call: ScanCall, out_type: int, activations: Sequence[Tensor | None])
         "VECTORS": vectors,
         "PAIRS": B.shape[3] % 2 == 0 and _in_pairs(B) and _in_pairs(C),
     }
+    if grid is not None:
+        facts["ROUTES"] = True
     return tuple((name, int(fact)) for name, fact in facts.items())
 
 
 def _along_time(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(2) > 1
+    return x.stride(1) == 1 and x.stride(-1) > 1
 
 
 def _in_eights(x: Tensor) -> bool:
     """Whether any eight neighbouring channels can be read 16 bytes at a time."""
-    batch, row, channel = x.stride()
-    rows_fit = (row % 8 == 0 or x.shape[1] == 1) and (batch % 8 == 0 or x.shape[0] == 1)
+    *outer, channel = x.stride()
+    rows_fit = all(stride % 8 == 0 or size == 1 for stride, size in zip(outer, x.shape, strict=False))
     return channel == 1 and rows_fit and x.data_ptr() % 16 == 0
 
 

@@ -13,17 +13,20 @@
 
 DEVICE int warp_of(const Lane& at) { return at.state_warp * CHANNEL_WARPS + at.channel_warp; }
 
-// One step of the states without anything kept.
-DEVICE void advance(States& h, const States& a, float4 step, const float4* projections) {
+DEVICE void read_B(float2 (&B)[STATE_TILES], const float4* projections) {
 #pragma unroll
-    for (int tile = 0; tile < STATE_TILES; ++tile) {
-        float2 B = *reinterpret_cast<const float2*>(projections + 4 * tile);
+    for (int tile = 0; tile < STATE_TILES; ++tile) B[tile] = *reinterpret_cast<const float2*>(projections + 4 * tile);
+}
+
+// One step of the states without anything kept.
+DEVICE void advance(States& h, const States& a, float4 step, const float2 (&B)[STATE_TILES]) {
+#pragma unroll
+    for (int tile = 0; tile < STATE_TILES; ++tile)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float decay = find_decay(i % 2 ? step.z : step.x, a[tile][i]);
-            h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B.y : B.x, decay * h[tile][i]);
+            h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B[tile].y : B[tile].x, decay * h[tile][i]);
         }
-    }
 }
 
 DEVICE void keep(float4 (&to)[STATE_TILES][WARP], const States& h, const Lane& at) {
@@ -67,6 +70,13 @@ DEVICE void add_output(Sums& outputs, const States& h, const float4* projections
 }
 #endif
 
+#if GATED
+DEVICE void put_outputs(float2& to, const Sums& outputs) {
+    const float(&x)[4] = outputs.values;
+    to = EXACT ? float2{x[0] + x[1], x[2] + x[3]} : float2{x[0], x[2]};
+}
+#endif
+
 // What a warp carries from tile to tile.
 struct Adjoint {
     // A log2 e; the adjoint of the state; the gradient of A.
@@ -74,18 +84,14 @@ struct Adjoint {
 };
 
 // One group of four steps: forward once more, then back.
-DEVICE void walk_back(Shared& shared, Adjoint& adjoint, Gather& gather_B, Gather& gather_C, const Lane& at,
-                      const Choice& choice, int group) {
+DEVICE void walk_back(Shared& shared, Adjoint& adjoint, const Lane& at, const Choice& choice, int group) {
     States h, decay[GROUP], decayed[GROUP];
     const float4* steps = steps_from(shared, at, group * GROUP);
     const float2* dys = dy_from(shared, at, group * GROUP);
     const float4* projections = projections_from(shared, at, group * GROUP);
     recall(h, shared.states[group][warp_of(at)], at);
-    // Columns of this group's pairs of steps among the eight that are gathered.
-    bool later = group % 2;
-    float columns[GROUP];
-#pragma unroll
-    for (int j = 0; j < GROUP; ++j) columns[j] = later ? choice.column[GROUP + j] : choice.column[j];
+    Gather gather;
+    gather.begin<OF_C>();
 #if GATED
     Sums outputs;
     outputs.begin();
@@ -107,18 +113,22 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, Gather& gather_B, Gather
             v[tile][0] = fma(dy.y, h[tile][1], dy.x * h[tile][0]);
             v[tile][1] = fma(dy.y, h[tile][3], dy.x * h[tile][2]);
         }
-        if (j % 2 == 0)
-            gather_C.add<true>(v, j, 0.0f, 0.0f, choice);
-        else
-            gather_C.add<false>(v, j, columns[j - 1], columns[j], choice);
+        gather.add<OF_C>(v, j, choice);
 #if GATED
         add_output(outputs, h, projections + j * HALF_STATES, j, at, choice);
 #endif
     }
+    float of_C[Gather::ENDS];
+    gather.end<OF_C>(of_C, at);
+    float(*rows)[GATHERED_ROW] = &shared.gathered[at.channel_warp][group * GROUP];
+    // Products take long, and no load passes a store: their results wait for the end. But in float32 registers are few,
+    // and what was read before is better read anew than kept.
 #if GATED
-    shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)] =
-         {outputs.values[0], outputs.values[2]};
+    float2& to = shared.outputs[group][warp_of(at)][outputs_place(at.channel_warp, at.g, at.q)];
+    if (EXACT) put_outputs(to, outputs);
 #endif
+    if (EXACT) Gather::put<OF_C>(rows, of_C, at);
+    gather.begin<OF_B>();
     Sums sums;
     sums.begin();
 #pragma unroll
@@ -144,37 +154,43 @@ DEVICE void walk_back(Shared& shared, Adjoint& adjoint, Gather& gather_B, Gather
             for (int i = 0; i < 4; ++i) g[i] *= decay[j][tile][i];
         }
         sums.add(x[0], x[1], y[0], y[1], j, choice);
-        if (j % 2)
-            gather_B.add<true>(v, j, 0.0f, 0.0f, choice);
-        else
-            gather_B.add<false>(v, j, columns[j], columns[j + 1], choice);
+        gather.add<OF_B>(v, j, choice);
     }
+    float of_B[Gather::ENDS];
+    gather.end<OF_B>(of_B, at);
     synchronize_warp();
+#if GATED
+    if (!EXACT) put_outputs(to, outputs);
+#endif
     shared.states[group][warp_of(at)][0][sums_place(at.channel_warp, at.g, at.q)] = {sums.values[0], sums.values[1],
                                                                                     sums.values[2], sums.values[3]};
-    if (EXACT || !later) {
-        gather_B.end(&shared.gathered[at.channel_warp][group * GROUP], 0, at);
-        gather_C.end(&shared.gathered[at.channel_warp][group * GROUP], 1, at);
-    }
+    if (!EXACT) Gather::put<OF_C>(rows, of_C, at);
+    Gather::put<OF_B>(rows, of_B, at);
 }
 
 // Run a tile: h is the state before it.
 DEVICE void run(Shared& shared, Adjoint& adjoint, States& h, const Lane& at, const Choice& choice) {
 #pragma unroll UNROLLED
-    for (int group = 0; group < GROUPS; ++group) {
-        keep(shared.states[group][warp_of(at)], h, at);
-        if (group == GROUPS - 1) break;
+    for (int group = 0; group < GROUPS - 1; ++group) {
         const float4* steps = steps_from(shared, at, group * GROUP);
         const float4* projections = projections_from(shared, at, group * GROUP);
+        float2 B[GROUP][STATE_TILES];
+        float4 step[GROUP];
+        if (EXACT) keep(shared.states[group][warp_of(at)], h, at);
+        // Before the store, which no load passes.
 #pragma unroll
-        for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, steps[j * STEP_ROW], projections + j * HALF_STATES);
+        for (int j = 0; j < GROUP; ++j) {
+            step[j] = steps[j * STEP_ROW];
+            read_B(B[j], projections + j * HALF_STATES);
+        }
+        if (!EXACT) keep(shared.states[group][warp_of(at)], h, at);
+#pragma unroll
+        for (int j = 0; j < GROUP; ++j) advance(h, adjoint.a, step[j], B[j]);
     }
+    keep(shared.states[GROUPS - 1][warp_of(at)], h, at);
     synchronize_warp();
-    Gather gather_B, gather_C;
-    gather_B.begin();
-    gather_C.begin();
 #pragma unroll UNROLLED
-    for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, gather_B, gather_C, at, choice, group);
+    for (int group = GROUPS - 1; group >= 0; --group) walk_back(shared, adjoint, at, choice, group);
 }
 
 static_assert(ALONG_TIME || THREADS % (WIDTH / UNIT) == 0, "a thread's channels are the same in all its units");
@@ -193,7 +209,7 @@ struct Block {
         n_blocks = count_blocks<WIDTH>(call);
         block = block_x() % n_blocks;
         channels = find_channels<WIDTH>(call, block);
-        sequence = find_sequence(call, block_x() / n_blocks);
+        sequence = find_sequence(call, block_x() / n_blocks, channels.group);
         elements.find();
         begin = block_y() * int(call.chunk);
         end = sequence.length;
@@ -206,8 +222,8 @@ struct Block {
             shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] : 0.0f;
         }
         if (thread_index() != 0) return;
-        shared.zero = 0.0f;
-        shared.one = 1.0f;
+        shared.zeros[0] = shared.zeros[1] = 0.0f;
+        shared.ones[0] = shared.ones[1] = 1.0f;
         shared.strips.u = find_strip(call.u, sequence, channels);
         shared.strips.delta = find_strip(call.delta, sequence, channels);
         shared.strips.dy = find_strip(call.dy, sequence, channels);
@@ -235,6 +251,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
     Adjoint adjoint;
     load_decays(adjoint.a, call, my.channels, my.at);
     const float* after = call.n_chunks > 1 ? call.chunk_state + my.chunk_index * my.states_size
+                         : ROUTES          ? nullptr
                                            : call.dfinal + my.sequence.index * my.states_size;
     load_states(adjoint.g, after, my.channels, my.at);
     clear(adjoint.dA);
@@ -243,7 +260,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
     sums.keep(shared);
     synchronize_block();
     Choice choice;
-    choice.find(shared.zero, shared.one, my.at);
+    choice.find(shared.zeros, shared.ones, my.at);
 
     float4(*tile_states)[WARPS][STATE_TILES][WARP] =
         reinterpret_cast<float4(*)[WARPS][STATE_TILES][WARP]>(&shared.tiles);
@@ -255,31 +272,35 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
         int n_tiles = (last - first + TILE - 1) / TILE;
         States h;
         load_states(h, call.checkpoints + checkpoint * my.states_size, my.channels, my.at);
-        Loads loads;
 #pragma unroll 1
         for (int k = 0; k + 1 < n_tiles; ++k) {
             Tile tile = {first + k * TILE, my.end};
             keep(tile_states[k][warp_of(my.at)], h, my.at);
-            load<false>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
-            prepare<false>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+            prepare<false>(shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
             const float4* steps = steps_from(shared, my.at, 0);
             const float4* projections = projections_from(shared, my.at, 0);
 #pragma unroll 4
-            for (int step = 0; step < TILE; ++step)
-                advance(h, adjoint.a, steps[step * STEP_ROW], projections + step * HALF_STATES);
+            for (int step = 0; step < TILE; ++step) {
+                float2 B[STATE_TILES];
+                read_B(B, projections + step * HALF_STATES);
+                advance(h, adjoint.a, steps[step * STEP_ROW], B);
+            }
             synchronize_block();
         }
 #pragma unroll 1
         for (int k = n_tiles - 1; k >= 0; --k) {
             Tile tile = {first + k * TILE, my.end};
             if (k < n_tiles - 1) recall(h, tile_states[k][warp_of(my.at)], my.at);
-            load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
-            prepare<true>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+            prepare<true>(shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
+            prefetch(shared, call, my.sequence, {tile.first - TILE, my.end});
             run(shared, adjoint, h, my.at, choice);
+            // Once more, which takes less than to keep them; all at once, before the barrier.
+            Loads loads;
+            load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
-            finish(shared, my.elements, call, my.sequence, my.channels, tile);
+            finish(shared, my.elements, loads, call, my.sequence, my.channels, tile);
             finish_projections(shared, call, my.sequence, my.block, my.n_blocks, tile);
         }
     }
@@ -303,9 +324,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_adjoint(const __grid_constant__
     synchronize_block();
 #pragma unroll 1
     for (Tile tile = {my.begin, my.end}; tile.first < tile.end; tile.first += TILE) {
-        Loads loads;
-        load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
-        prepare<true>(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+        prepare<true>(shared, my.elements, call, my.sequence, my.channels, tile);
         synchronize_block();
         const float4* steps = steps_from(shared, my.at, 0);
         const float2* dys = dy_from(shared, my.at, 0);

@@ -30,7 +30,7 @@ struct Shared {
     float bias[WIDTH], skip[WIDTH];
     Strips strips;
     // Numbers that the compiler must not know: see Choice.
-    float zero, one;
+    float zeros[2], ones[2];
     // Whether a warp's adjoint needs what follows.
     int alive[WARPS + 4 - WARPS % 4];
     // Beyond this the adjoint pass needs nothing.
@@ -42,7 +42,7 @@ struct Shared {
     float2 outputs[GROUPS][WARPS][WARP];
 #endif
     // Sums over a warp's channels: the gradients of B and of C.
-    float gathered[CHANNEL_WARPS][TILE][GATHERED_ROW];
+    alignas(16) float gathered[CHANNEL_WARPS][TILE][GATHERED_ROW];
     float4 channel_sums[SUMS_WORDS][THREADS];
     // The state before every tile of the interval but the first.
     float4 tiles[1];
@@ -61,7 +61,6 @@ DEVICE int outputs_place(int channel_warp, int g, int q) {
 // A tile's activations on their way from memory.
 struct Loads {
     Packed u[Elements::EACH], delta[Elements::EACH], dy[Elements::EACH], z[Elements::EACH];
-    Projections<TILE, THREADS> projections;
 };
 
 template <bool WITH_GRADIENT>
@@ -77,13 +76,33 @@ DEVICE void load(Loads& loads, const Shared& shared, const Elements& elements, c
         if (WITH_GRADIENT) loads.dy[i] = load_unit(strips.dy, unit, marks);
         if (WITH_GRADIENT && GATED) loads.z[i] = load_unit(strips.z, unit, marks);
     }
-    loads.projections.load(strips.B, strips.C, call, sequence, tile);
+}
+
+// Ask for the activations of the tile that comes next.
+DEVICE void prefetch(const Shared& shared, const ScanCall& call, const Sequence& sequence, const Tile& tile) {
+#if VECTORS && !defined(NO_PREFETCH)
+    constexpr int LINE = 128 / sizeof(Number), LINES = (WIDTH + LINE - 1) / LINE, TENSORS = GATED ? 4 : 3;
+    constexpr int COUNT = TILE * LINES * TENSORS;
+#pragma unroll
+    for (int round = 0; round < (COUNT + THREADS - 1) / THREADS; ++round) {
+        int i = thread_index() + round * THREADS;
+        int step = tile.first + i % TILE, line = i / TILE % LINES;
+        if (i >= COUNT || step < 0) continue;
+        const Strip<const Number>& strip = (&shared.strips.u)[i / (TILE * LINES)];
+        int position = call.reverse ? sequence.length - 1 - step : step;
+        prefetch(strip.data + int64(position) * strip.row + line * LINE);
+    }
+#endif
 }
 
 // Put dt, dt u, the output's gradient before the gate, B and C where the warps read them.
 template <bool WITH_GRADIENT>
-DEVICE void prepare(Shared& shared, const Elements& elements, const Loads& loads, const ScanCall& call,
-                    const Sequence& sequence, const Channels& channels, const Tile& tile) {
+DEVICE void prepare(Shared& shared, const Elements& elements, const ScanCall& call, const Sequence& sequence,
+                    const Channels& channels, const Tile& tile) {
+    Loads loads;
+    load<WITH_GRADIENT>(loads, shared, elements, call, sequence, channels, tile);
+    Projections<TILE, THREADS> projections;
+    projections.load(shared.strips.B, shared.strips.C, call, sequence, tile);
 #pragma unroll
     for (int i = 0; i < Elements::EACH; ++i) {
         const Unit& unit = elements.units[i];
@@ -113,7 +132,7 @@ DEVICE void prepare(Shared& shared, const Elements& elements, const Loads& loads
         shared.dy[dy_place(unit.step, unit.channel / 4)] = {dy[0], dy[1], dy[2], dy[3]};
         shared.dy[dy_place(unit.step, unit.channel / 4 + 1)] = {dy[4], dy[5], dy[6], dy[7]};
     }
-    loads.projections.store(shared.projections);
+    projections.store(shared.projections);
 }
 
 // Where a lane reads from a step of the tile on; B and C come as (B, B, C, C) of its two states of a tile of states.
@@ -212,8 +231,8 @@ struct UnitSums {
 };
 
 // Write a tile's gradients of u, delta and z. What takes no part has zeros in u, dy, z, B and C.
-DEVICE void finish(Shared& shared, const Elements& elements, const ScanCall& call, const Sequence& sequence,
-                   const Channels& channels, const Tile& tile) {
+DEVICE void finish(Shared& shared, const Elements& elements, const Loads& loads, const ScanCall& call,
+                   const Sequence& sequence, const Channels& channels, const Tile& tile) {
     const Strips& strips = shared.strips;
     ChannelSums sums;
     sums.recall(shared);
@@ -223,10 +242,10 @@ DEVICE void finish(Shared& shared, const Elements& elements, const ScanCall& cal
         if (!unit.inside) continue;
         Marks marks = find_marks(unit, call, sequence, channels, tile);
         float u[UNIT], delta[UNIT], dy[UNIT], z[UNIT], bias[UNIT], skip[UNIT];
-        unpack(load_unit(strips.u, unit, marks), u);
-        unpack(load_unit(strips.delta, unit, marks), delta);
-        unpack(load_unit(strips.dy, unit, marks), dy);
-        if (GATED) unpack(load_unit(strips.z, unit, marks), z);
+        unpack(loads.u[i], u);
+        unpack(loads.delta[i], delta);
+        unpack(loads.dy[i], dy);
+        if (GATED) unpack(loads.z[i], z);
         read_channels(bias, shared.bias, unit);
         read_channels(skip, shared.skip, unit);
         UnitSums found;
@@ -282,11 +301,20 @@ DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const
         if (index >= COUNT || tile.first + step >= tile.end) break;
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int warp = 0; warp < CHANNEL_WARPS; ++warp)
-#pragma unroll
-            for (int k = 0; k < STEP; ++k) sum[k] += shared.gathered[warp][step][which * PADDED_STATES + state + k];
+        for (int warp = 0; warp < CHANNEL_WARPS; ++warp) {
+            const float* from = &shared.gathered[warp][step][which * PADDED_STATES + state];
+#if STATES % 4 == 0
+            float4 four = *reinterpret_cast<const float4*>(from);
+            sum[0] += four.x;
+            sum[1] += four.y;
+            sum[2] += four.z;
+            sum[3] += four.w;
+#else
+            sum[0] += *from;
+#endif
+        }
         step += tile.first;
-        int position = call.reverse ? sequence.length - 1 - step : step;
+        int position = position_in(call, sequence, step);
         if (MASKED && !present(call, sequence, sequence.start + position)) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
         int64 row = int64(sequence.batch) * call.length + sequence.start + position;
         float* to = call.partial_bc + ((row * n_blocks + block) * 2 + which) * STATES + state;

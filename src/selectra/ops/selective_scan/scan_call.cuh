@@ -18,6 +18,11 @@
 //   PACKED        whether sequences are packed along the length
 //   ALONG_TIME    whether neighbouring lanes read neighbouring positions rather than channels
 //   VECTORS       whether four neighbouring channels lie side by side, aligned, in all activations
+//   ROUTES        whether positions are a grid, of which every group of channels walks its own route; then activations
+//                 are (b, l, g, d / g), and there are neither initial nor final states. 0 where it is not given
+#ifndef ROUTES
+#define ROUTES 0
+#endif
 
 // Whether sums keep float32's digits. bfloat16 has so few that what the tensor cores cut off is lost in its rounding.
 #define EXACT (TYPE != BFLOAT16)
@@ -37,7 +42,11 @@ typedef uint16 Output;
 template <typename T>
 struct Activation {
     T* data;
+#if ROUTES
+    int64 batch, row, group, channel;
+#else
     int64 batch, row, channel;
+#endif
 };
 
 // B and C: (b, l, g, n).
@@ -75,17 +84,57 @@ struct ScanCall {
     // Sums of the partial results, contiguous: (b, l, g, n) twice, (d, n), (d,), (d,).
     Number *dB, *dC;
     float *dA, *dD, *dbias;
+#if ROUTES
+    // Four bits a group, see Route; positions of a row of the grid; x / (rows of the grid) is x magic / 2^(32 + shift).
+    int64 routes, width, magic, shift;
+#endif
 };
+
+#if ROUTES
+// The order in which a group of channels walks the grid: row by row or, DOWN, column by column, from the first position
+// or, BACK, from the last.
+enum { BACK = 1, DOWN = 2 };
+
+struct Route {
+    bool back;
+    // From one step to the next; how much less it is from the end of a column to the start of the next.
+    int ahead, less;
+    uint32 magic;
+    int shift;
+
+    MEMBER void find(int64 length, int64 width, int64 call_magic, int64 call_shift, int kind) {
+        back = kind & BACK;
+        ahead = kind & DOWN ? int(width) : 1;
+        less = kind & DOWN ? int(length) - 1 : 0;
+        magic = uint32(call_magic);
+        shift = int(call_shift);
+    }
+
+    // Step s of a walk by columns is in column s / height and row s % height: position s width - s / height (l - 1).
+    MEMBER int position(int length, int step) const {
+        uint32 s = back ? length - 1 - step : step;
+        uint32 column = uint32(uint64(s) * magic >> 32) >> shift;
+        return int(s * ahead - column * less);
+    }
+};
+#endif
 
 // One sequence: a row of the batch, or a part of the only row.
 struct Sequence {
     int index, batch, start, length;
     int first_checkpoint;
+#if ROUTES
+    Route route;
+#endif
 };
 
-DEVICE Sequence find_sequence(const ScanCall& call, int index) {
+// As the channels of `group` walk it.
+DEVICE Sequence find_sequence(const ScanCall& call, int index, int group) {
     Sequence sequence;
     sequence.index = index;
+#if ROUTES
+    sequence.route.find(call.length, call.width, call.magic, call.shift, int(call.routes >> (4 * group)));
+#endif
 #if PACKED
     sequence.batch = 0;
     sequence.start = call.cu_seqlens[index];
@@ -105,15 +154,38 @@ DEVICE int last_chunk(const ScanCall& call, const Sequence& sequence) {
     return call.n_chunks == 1 || sequence.length == 0 ? 0 : (sequence.length - 1) / int(call.chunk);
 }
 
+// The position of a sequence's step, from the sequence's start.
+DEVICE int position_in(const ScanCall& call, const Sequence& sequence, int step) {
+#if ROUTES
+    return sequence.route.position(sequence.length, step);
+#else
+    return call.reverse ? sequence.length - 1 - step : step;
+#endif
+}
+
 // The position in memory of a sequence's step.
 DEVICE int position(const ScanCall& call, const Sequence& sequence, int step) {
-    return sequence.start + (call.reverse ? sequence.length - 1 - step : step);
+    return sequence.start + position_in(call, sequence, step);
 }
 
 // A block's channels: all of one group.
 struct Channels {
     int first, end, group;
+#if ROUTES
+    // The first one's place in its group.
+    int within;
+#endif
 };
+
+// From the start of an activation to the first of the channels.
+template <typename T>
+DEVICE int64 first_of(const Activation<T>& x, const Channels& channels) {
+#if ROUTES
+    return channels.group * x.group + channels.within * x.channel;
+#else
+    return channels.first * x.channel;
+#endif
+}
 
 // Blocks of WIDTH channels, over all groups.
 template <int WIDTH>
@@ -129,6 +201,9 @@ DEVICE Channels find_channels(const ScanCall& call, int block) {
     Channels channels;
     channels.group = block / blocks;
     channels.first = channels.group * per_group + (block % blocks) * WIDTH;
+#if ROUTES
+    channels.within = (block % blocks) * WIDTH;
+#endif
     channels.end = (channels.group + 1) * per_group;
     return channels;
 }

@@ -167,10 +167,11 @@ DEVICE float* outputs_from(Shared& shared, const Lane& at, int step) {
     return &shared.outputs[(at.state_warp * TILE + step) * ROW + 16 * at.channel_warp];
 }
 
-// Run a tile's steps in order.
-DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at) {
+// Run a tile's steps in order: `count` of them, in whole groups.
+DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at, int count) {
+    int end = count < TILE ? count : TILE;
 #pragma unroll UNROLLED
-    for (int group = 0; group < TILE; group += GROUP) {
+    for (int group = 0; group < end; group += GROUP) {
         const float4* steps = steps_from(shared, at, group);
         const float2 *Bs = B_from(shared, at, group), *Cs = C_from(shared, at, group);
         Outputs outputs;
@@ -259,7 +260,7 @@ struct Block {
         int n_blocks = count_blocks<WIDTH>(call);
         at = find_lane();
         channels = find_channels<WIDTH>(call, block_x() % n_blocks);
-        sequence = find_sequence(call, block_x() / n_blocks);
+        sequence = find_sequence(call, block_x() / n_blocks, channels.group);
         elements.find();
         chunk = block_y();
         begin = chunk * int(call.chunk);
@@ -313,21 +314,23 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
         if (next.first < next.end) load(loads, my.elements, my.strips, call, my.sequence, my.channels, next);
         synchronize_block();
         checkpoints.save(h, my.channels, my.at);
-        run(shared, h, a, my.at);
+        run(shared, h, a, my.at, tile.end - tile.first);
         synchronize_block();
         finish(shared, my.elements, u, z, my.strips.y, call, my.sequence, my.channels, tile);
     }
-    if (call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
+    if (!ROUTES && call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
         store_states(call.final_state + my.sequence.index * my.states_size, h, my.channels, my.at);
 }
 
 // What a chunk makes of a zero state, and the sum of its steps: from these the chunks are chained. The chunk is walked
 // from its end, each step's part decayed by the steps behind it, until nothing of what lies further back is left.
+// Nobody asks what the last chunk makes.
 KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ ScanCall call) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Block my;
     my.find(shared, call);
+    if (my.chunk >= last_chunk(call, my.sequence)) return;
     States a, h;
     load_decays(a, call, my.channels, my.at);
     load_states(h, nullptr, my.channels, my.at);

@@ -166,7 +166,7 @@ KERNEL __launch_bounds__(WARP * WARPS) scan_forward(const __grid_constant__ Scan
 #endif
         synchronize_warp();
     }
-    if (call.final_state != nullptr && work.last_chunk && work.warp == 0)
+    if (!ROUTES && call.final_state != nullptr && work.last_chunk && work.warp == 0)
         store_states(states_at(call.final_state, call, work.sequence.index), h, own);
 }
 

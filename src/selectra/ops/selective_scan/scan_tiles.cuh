@@ -13,9 +13,17 @@
 //   STATE_TILES     tiles of 8 states in a warp
 //   PAIRS           whether two neighbouring states of B and of C lie side by side, aligned
 
+//   THIN            if not 0, a warp holds 8 channels, a lane one of them and so many states: scan_thin_forward.cu
+
+#ifndef THIN
+#define THIN 0
+#endif
+
 constexpr int WARP = 32;
-constexpr int WIDTH = 16 * CHANNEL_WARPS;
-constexpr int PADDED_STATES = 8 * STATE_TILES * STATE_WARPS;
+constexpr int WIDTH = (THIN ? 8 : 16) * CHANNEL_WARPS;
+constexpr int PADDED_STATES = (THIN ? 4 * THIN : 8 * STATE_TILES) * STATE_WARPS;
+// A lane's channels, and its numbers in each tile of states.
+constexpr int LANE_CHANNELS = THIN ? 1 : 2, NUMBERS = THIN ? THIN : 4;
 static_assert(STATES <= PADDED_STATES, "");
 
 // The tensor cores read the upper 19 bits of a number: a part of 2^-11 / mantissa is cut off, in the mean 3.45e-4 of it.
@@ -35,16 +43,16 @@ DEVICE Lane find_lane() {
     at.q = at.lane % 4;
     at.channel_warp = warp % CHANNEL_WARPS;
     at.state_warp = warp / CHANNEL_WARPS;
-    at.channel = 16 * at.channel_warp + 2 * at.g;
-    at.state = 8 * STATE_TILES * at.state_warp + 2 * at.q;
+    at.channel = (THIN ? 8 : 16) * at.channel_warp + LANE_CHANNELS * at.g;
+    at.state = PADDED_STATES / STATE_WARPS * at.state_warp + (THIN ? 1 : 2) * at.q;
     return at;
 }
 
 // The states of a lane: [tile][state][channel].
-typedef float States[STATE_TILES][4];
+typedef float States[STATE_TILES][NUMBERS];
 
-DEVICE int state_of(const Lane& at, int tile, int i) { return at.state + 8 * tile + (i >> 1); }
-DEVICE int channel_of(const Lane& at, int i) { return at.channel + (i & 1); }
+DEVICE int state_of(const Lane& at, int tile, int i) { return at.state + (THIN ? 4 * i : 8 * tile + (i >> 1)); }
+DEVICE int channel_of(const Lane& at, int i) { return at.channel + (THIN ? 0 : i & 1); }
 
 DEVICE bool holds(const Channels& channels, const Lane& at, int tile, int i) {
     return channels.first + channel_of(at, i) < channels.end && state_of(at, tile, i) < STATES;
@@ -55,7 +63,7 @@ DEVICE void load_states(States& h, const float* from, const Channels& channels, 
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < NUMBERS; ++i) {
             int64 place = int64(channels.first + channel_of(at, i)) * STATES + state_of(at, tile, i);
             h[tile][i] = from != nullptr && holds(channels, at, tile, i) ? from[place] : 0.0f;
         }
@@ -65,7 +73,7 @@ DEVICE void store_states(float* to, const States& h, const Channels& channels, c
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < NUMBERS; ++i) {
             int64 place = int64(channels.first + channel_of(at, i)) * STATES + state_of(at, tile, i);
             if (holds(channels, at, tile, i)) to[place] = h[tile][i];
         }
@@ -78,7 +86,7 @@ DEVICE float find_decay(float dt, float a) { return exp2_fast(dt * a); }
 DEVICE void store_steps(float* to, const float (&sums)[2], const Channels& channels, const Lane& at) {
     if (at.state_warp != 0 || at.q != 0) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < LANE_CHANNELS; ++i)
         if (channels.first + at.channel + i < channels.end) to[channels.first + at.channel + i] = sums[i];
 }
 
@@ -87,7 +95,7 @@ DEVICE void load_decays(States& a, const ScanCall& call, const Channels& channel
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < NUMBERS; ++i) {
             a[tile][i] = 0.0f;
             if (!holds(channels, at, tile, i)) continue;
             int64 place = (channels.first + channel_of(at, i)) * call.A_channel + state_of(at, tile, i) * call.A_state;
@@ -109,8 +117,8 @@ DEVICE bool has_decayed(const States& a, float first_sum, float second_sum, cons
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (holds(channels, at, tile, i)) most = larger(most, (i % 2 ? second_sum : first_sum) * a[tile][i]);
+        for (int i = 0; i < NUMBERS; ++i)
+            if (holds(channels, at, tile, i)) most = larger(most, (i % LANE_CHANNELS ? second_sum : first_sum) * a[tile][i]);
 #pragma unroll
     for (int lanes = WARP / 2; lanes > 0; lanes /= 2) most = larger(most, shuffle_xor(most, lanes));
     // Steps can be negative where there is no softplus.
@@ -131,7 +139,7 @@ struct Strip {
 
 template <typename T>
 DEVICE Strip<T> find_strip(const Activation<T>& x, const Sequence& sequence, const Channels& channels) {
-    T* data = x.data + sequence.batch * x.batch + sequence.start * x.row + channels.first * x.channel;
+    T* data = x.data + sequence.batch * x.batch + sequence.start * x.row + first_of(x, channels);
     return {data, int(x.row), int(x.channel)};
 }
 
@@ -167,7 +175,7 @@ DEVICE Marks find_marks(const Unit& unit, const ScanCall& call, const Sequence& 
     for (int i = 0; i < Marks::COUNT; ++i) {
         int step = tile.first + unit.step_of(i);
         Mark& mark = marks.marks[i];
-        mark.position = call.reverse ? sequence.length - 1 - step : step;
+        mark.position = position_in(call, sequence, step);
         mark.exists = unit.inside && step < tile.end && channels.first + unit.channel_of(i) < channels.end;
         mark.part = mark.exists && present(call, sequence, sequence.start + mark.position);
     }
@@ -244,23 +252,24 @@ DEVICE Packed pack(const float (&x)[UNIT]) {
     return packed;
 }
 
-DEVICE Packed zeros() {
-    Packed packed;
-    packed.words[0] = {0, 0, 0, 0};
-#if TYPE == FLOAT32
-    packed.words[1] = {0, 0, 0, 0};
-#endif
-    return packed;
+// A unit of one number.
+DEVICE Packed all_of(float x) {
+    float values[UNIT];
+#pragma unroll
+    for (int i = 0; i < UNIT; ++i) values[i] = x;
+    return pack(values);
 }
 
-// A unit's elements; those that take no part are zero.
-DEVICE Packed load_unit(const Strip<const Number>& strip, const Unit& unit, const Marks& marks) {
+DEVICE Packed zeros() { return all_of(0.0f); }
+
+// A unit's elements; those that take no part are `absent`.
+DEVICE Packed load_unit(const Strip<const Number>& strip, const Unit& unit, const Marks& marks, float absent = 0.0f) {
 #if VECTORS
-    return marks.of(0).part ? *reinterpret_cast<const Packed*>(place(strip, unit, marks, 0)) : zeros();
+    return marks.of(0).part ? *reinterpret_cast<const Packed*>(place(strip, unit, marks, 0)) : all_of(absent);
 #else
     float values[UNIT];
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) values[i] = marks.of(i).part ? number(*place(strip, unit, marks, i)) : 0.0f;
+    for (int i = 0; i < UNIT; ++i) values[i] = marks.of(i).part ? number(*place(strip, unit, marks, i)) : absent;
     return pack(values);
 #endif
 }
@@ -284,14 +293,14 @@ DEVICE void store_unit(const Strip<T>& strip, const float (&values)[UNIT], const
 #endif
 }
 
-// A unit's neighbours in shared memory: channels, or, ALONG_TIME, steps a row apart.
-DEVICE void read_unit(float (&values)[UNIT], const float* from, int row) {
+// A unit's neighbours in shared memory, or a part of them: channels, or, ALONG_TIME, steps a row apart.
+DEVICE void read_unit(float (&values)[UNIT], const float* from, int row, int first = 0, int last = UNIT) {
 #if ALONG_TIME
 #pragma unroll
-    for (int i = 0; i < UNIT; ++i) values[i] = from[i * row];
+    for (int i = first; i < last; ++i) values[i] = from[i * row];
 #else
 #pragma unroll
-    for (int i = 0; i < UNIT; i += 4) {
+    for (int i = first; i < last; i += 4) {
         float4 four = *reinterpret_cast<const float4*>(from + i);
         values[i] = four.x;
         values[i + 1] = four.y;
@@ -412,7 +421,7 @@ struct Projections {
             int step = tile.first + index / All::HALF, state = 2 * (index % All::HALF);
             bool wanted = (All::COUNT % THREADS == 0 || index < All::COUNT) && step < tile.end &&
                           (PADDED_STATES == STATES || state < STATES);
-            int position = call.reverse ? sequence.length - 1 - step : step;
+            int position = position_in(call, sequence, step);
             wanted = wanted && present(call, sequence, sequence.start + position);
             B[i] = load_pair(B_strip, position, state, wanted);
             C[i] = load_pair(C_strip, position, state, wanted);

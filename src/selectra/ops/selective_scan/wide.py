@@ -1,17 +1,35 @@
 """How the scan's CUDA kernels for five states and more are laid over a call: scan_forward.cu and scan_backward.cu."""
 
+from typing import NamedTuple
+
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry
 from selectra.ops.selective_scan.geometry import Layout, Macros
 from selectra.ops.selective_scan.passes import Launch, Pass, Sizes
 
-FORWARD, BACKWARD, REDUCE = (f"selective_scan/scan_{name}.cu" for name in ("forward", "backward", "reduce"))
+FORWARD, THIN_FORWARD, BACKWARD, REDUCE = (
+    f"selective_scan/scan_{name}.cu" for name in ("forward", "thin_forward", "backward", "reduce")
+)
 CHAIN_THREADS = REDUCE_THREADS = 256
-# What a pass over the states alone costs beside the whole pass.
-STATES_SHARE, ADJOINT_SHARE = 0.6, 0.2
-# A second block beside the first on a multiprocessor adds so much of the first one's time.
-TIME_OF_NEIGHBOUR = 0.58
+
+
+class Costs(NamedTuple):
+    """What kernels of one kind cost, as measured on an H100."""
+
+    states: float
+    """A pass over the states alone, in that of the whole pass."""
+    neighbour: float = 0.58
+    """A second block beside the first on a multiprocessor, in the first one's time."""
+    block: float = 1.0
+    """A block alone, in a wide forward's."""
+
+
+FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6), Costs(0.3, neighbour=0.4, block=0.61), Costs(0.2)
+# Thin warps are taken where they should take this much of the wide ones' time or less.
+THIN_GAIN = 0.9
 MOST_CHUNKS, FEWEST_STEPS_OF_CHUNK = 64, 256
+# TYPE and OUT_TYPE in scan_call.cuh.
+BFLOAT16 = 1
 
 
 def forward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> Launch:
@@ -21,16 +39,21 @@ def forward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> L
         macros: Constants of scan_call.cuh.
         interval: Steps between two checkpoints.
     """
-    layout = geometry.forward_layout(sizes.states, cuda.shared_limit(device_index))
-    n_blocks = geometry.blocks(layout.width, sizes.channels, sizes.groups)
-    chunk, n_chunks = _chunks(sizes, n_blocks, layout, interval, STATES_SHARE, device_index)
+    source, layout = FORWARD, geometry.forward_layout(sizes.states, cuda.shared_limit(device_index))
+    shared = geometry.forward_shared(layout)
+    n_blocks, chunk, n_chunks, time = _cut(sizes, layout, interval, FORWARD_COSTS, device_index)
+    if _thin_takes(sizes, macros, device_index):
+        thin = _cut(sizes, geometry.THIN_LAYOUT, interval, THIN_COSTS, device_index)
+        if thin[-1] < THIN_GAIN * time:
+            source, layout, (n_blocks, chunk, n_chunks, _) = THIN_FORWARD, geometry.THIN_LAYOUT, thin
+            shared = geometry.thin_shared(layout)
     told = (*macros, *layout.macros, ("INTERVAL", interval))
-    shared, grid = geometry.forward_shared(layout), (n_blocks * sizes.n_seqs, n_chunks, 1)
+    grid = (n_blocks * sizes.n_seqs, n_chunks, 1)
 
-    last = Pass(cuda.kernel(FORWARD, "scan_forward", told, device_index, shared), grid, layout.threads, chunk)
+    last = Pass(cuda.kernel(source, "scan_forward", told, device_index, shared), grid, layout.threads, chunk)
     if n_chunks == 1:
         return Launch((last,), n_blocks, chunk, n_chunks)
-    kernel = cuda.kernel(FORWARD, "scan_states", told, device_index, shared)
+    kernel = cuda.kernel(source, "scan_states", told, device_index, shared)
     chain = _chain(sizes, macros, "scan_chain_forward", chunk, device_index)
     return Launch((Pass(kernel, grid, layout.threads, chunk), chain, last), n_blocks, chunk, n_chunks)
 
@@ -38,8 +61,7 @@ def forward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> L
 def backward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> Launch:
     """The launches of the backward, without the last sums."""
     layout = geometry.backward_layout(sizes.states, sizes.gated, interval, cuda.shared_limit(device_index))
-    n_blocks = geometry.blocks(layout.width, sizes.channels, sizes.groups)
-    chunk, n_chunks = _chunks(sizes, n_blocks, layout, interval, ADJOINT_SHARE, device_index)
+    n_blocks, chunk, n_chunks, _ = _cut(sizes, layout, interval, BACKWARD_COSTS, device_index)
     told = (*macros, *layout.macros, ("INTERVAL", interval))
     shared, grid = geometry.backward_shared(layout, sizes.gated, interval), (n_blocks * sizes.n_seqs, n_chunks, 1)
     last = Pass(cuda.kernel(BACKWARD, "scan_backward", told, device_index, shared), grid, layout.threads, chunk)
@@ -65,30 +87,42 @@ def _chain(sizes: Sizes, macros: Macros, name: str, chunk: int, device_index: in
 
 def _of_sums(macros: Macros) -> Macros:
     """The constants that scan_reduce.cu looks at as they are, the others alike for all calls."""
-    return tuple((name, value if name in ("STATES", "TYPE", "PACKED") else 0) for name, value in macros)
+    return tuple((name, value if name in ("STATES", "TYPE", "PACKED", "ROUTES") else 0) for name, value in macros)
 
 
-def _chunks(sizes: Sizes, n_blocks: int, layout: Layout, unit: int, share: float, device_index: int) -> tuple[int, int]:
-    """Steps of a chunk, a multiple of `unit`, and the number of chunks: what should take the least time."""
+def _thin_takes(sizes: Sizes, macros: Macros, device_index: int) -> bool:
+    """Whether scan_thin_forward.cu can run the call."""
+    layout, types = geometry.THIN_LAYOUT, dict(macros)
+    enough = layout.states // 2 < sizes.states <= layout.states
+    bfloat16 = types["TYPE"] == types["OUT_TYPE"] == BFLOAT16
+    return enough and bfloat16 and geometry.thin_shared(layout) <= cuda.shared_limit(device_index)
+
+
+def _cut(sizes: Sizes, layout: Layout, unit: int, costs: Costs, device_index: int) -> tuple[int, int, int, float]:
+    """Blocks along the channels, steps of a chunk (a multiple of `unit`), number of chunks, and time they should take.
+
+    The cut is the one that should take the least time; in units of a wide block alone that runs the whole length.
+    """
+    n_blocks = geometry.blocks(layout.width, sizes.channels, sizes.groups)
     processors = cuda.multiprocessors(device_index)
     blocks = n_blocks * sizes.n_seqs
     most = min(MOST_CHUNKS, sizes.length // max(FEWEST_STEPS_OF_CHUNK, unit))
-    best, chunk = _time(blocks, processors, layout.resident), 0
+    best, chunk = _time(blocks, processors, layout.resident, costs), 0
     for n_chunks in range(2, most + 1):
         steps = unit * -(-sizes.length // (n_chunks * unit))
         if -(-sizes.length // steps) != n_chunks:
             continue
-        time = _time(blocks * n_chunks, processors, layout.resident) * (1 + share) * steps / sizes.length
+        time = _time(blocks * n_chunks, processors, layout.resident, costs) * (1 + costs.states) * steps / sizes.length
         if time < 0.95 * best:
             best, chunk = time, steps
-    return (chunk, -(-sizes.length // chunk)) if chunk else (0, 1)
+    return (n_blocks, chunk, -(-sizes.length // chunk), best) if chunk else (n_blocks, 0, 1, best)
 
 
-def _time(blocks: int, processors: int, resident: int) -> float:
-    """Time of so many equal blocks, in that of one alone: whole rounds, then a last one that may be thinner."""
+def _time(blocks: int, processors: int, resident: int, costs: Costs) -> float:
+    """Time of so many equal blocks: whole rounds, then a last one that may be thinner."""
     rounds, rest = divmod(blocks, processors * resident)
-    return rounds * _side_by_side(resident) + _side_by_side(-(-rest // processors))
+    return rounds * _side_by_side(resident, costs) + _side_by_side(-(-rest // processors), costs)
 
 
-def _side_by_side(blocks: int) -> float:
-    return 1 + TIME_OF_NEIGHBOUR * (blocks - 1) if blocks else 0.0
+def _side_by_side(blocks: int, costs: Costs) -> float:
+    return costs.block * (1 + costs.neighbour * (blocks - 1)) if blocks else 0.0
