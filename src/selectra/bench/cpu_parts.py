@@ -1,7 +1,8 @@
 """`selectra bench block_parts` on a CPU: the share of each part of an S6 block, from PyTorch's profiler."""
 
 import os
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def _row(size: Size, seconds: float, device: torch.device) -> dict[str, Any]:
 
 
 def cpu_parts(mixer: S6, run: Callable[[], object], calls: int = CALLS) -> dict[str, float]:
-    """Milliseconds of each part in the median call, and of the call, "all"."""
+    """Milliseconds of each part, medians over the calls, so that what other processes take away hardly counts."""
     for _ in range(3):
         run()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
@@ -89,18 +90,21 @@ def cpu_parts(mixer: S6, run: Callable[[], object], calls: int = CALLS) -> dict[
             with record_function(WHOLE):
                 run()
     events = list(found.events() or [])
-    wholes = sorted((e for e in events if e.name == WHOLE), key=lambda event: event.time_range.elapsed_us())
-    # One call in the middle: a mean would hold what other processes took away.
-    middle = wholes[len(wholes) // 2]
-    span = middle.time_range
+    wholes = [event.time_range for event in events if event.name == WHOLE]
+    named = [(event.time_range, part) for event in events if (part := _outermost_part(event, mixer)) is not None]
+    each = [_times(whole, named) for whole in wholes]
+    times = {part: statistics.median(times[part] for times in each) for part in PARTS}
+    return times | {"all": sum(times.values())}
+
+
+def _times(whole: Any, named: Sequence[tuple[Any, str]]) -> dict[str, float]:
+    """Milliseconds of the parts of one call."""
     times = dict.fromkeys(PARTS, 0.0)
-    for event in events:
-        if span.start <= event.time_range.start and event.time_range.end <= span.end:
-            part = _part(event, mixer)
-            if part is not None and not _inside_a_part(event, mixer):
-                times[part] += event.time_range.elapsed_us()
-    times[PARTS[-1]] = span.elapsed_us() - sum(times.values())
-    return {part: time / 1e3 for part, time in times.items()} | {"all": span.elapsed_us() / 1e3}
+    for span, part in named:
+        if whole.start <= span.start and span.end <= whole.end:
+            times[part] += span.elapsed_us() / 1e3
+    times[PARTS[-1]] = whole.elapsed_us() / 1e3 - sum(times.values())
+    return times
 
 
 def _part(event: FunctionEvent, mixer: S6) -> str | None:
@@ -113,10 +117,11 @@ def _part(event: FunctionEvent, mixer: S6) -> str | None:
     return product_part(event, mixer) if event.name in PRODUCTS else None
 
 
-def _inside_a_part(event: FunctionEvent, mixer: S6) -> bool:
-    parent = event.cpu_parent
-    while parent is not None:
+def _outermost_part(event: FunctionEvent, mixer: S6) -> str | None:
+    """The part, unless the operator was called by one that has a part itself."""
+    part, parent = _part(event, mixer), event.cpu_parent
+    while part is not None and parent is not None:
         if _part(parent, mixer) is not None:
-            return True
+            return None
         parent = parent.cpu_parent
-    return False
+    return part

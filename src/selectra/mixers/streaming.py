@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def _stream_dtype(norm: AddNorm, x: Tensor, residual: Tensor | None) -> torch.dt
 
 def _is_plain(mixer: S6, norm: AddNorm | None) -> bool:
     """Whether the parts are what they seem to be, and no hook waits to be called."""
-    parts = mixer._modules
+    parts: dict[str, Any] = mixer._modules
     if norm is not None and (norm.kind != "rms" or norm._forward_hooks or norm._forward_pre_hooks):
         return False
     if modules._global_forward_hooks or modules._global_forward_pre_hooks or type(parts["conv1d"]) is not nn.Conv1d:
@@ -96,9 +96,10 @@ def _is_plain(mixer: S6, norm: AddNorm | None) -> bool:
 
 def _weights(mixer: S6, norm: AddNorm | None) -> BlockWeights:
     """Without `Module.__getattr__`, which costs more than the rest."""
-    parts, own = mixer._modules, mixer._parameters
-    maps = [parts[name]._parameters for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")]  # pyright: ignore[reportOptionalMemberAccess]
-    in_proj, conv, x_proj, dt_proj, out_proj = maps
+    parts: dict[str, Any] = mixer._modules
+    own: dict[str, Any] = mixer._parameters
+    names = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    in_proj, conv, x_proj, dt_proj, out_proj = (parts[name]._parameters for name in names)
     return BlockWeights(
         None if norm is None else norm._parameters["weight"],
         in_proj["weight"],
