@@ -65,6 +65,7 @@ class Benchmark(StrEnum):
     cross = "cross"
     block_parts = "block_parts"
     stack = "stack"
+    stream = "stream"
     model = "model"
     start = "start"
     plot = "plot"

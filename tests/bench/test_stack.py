@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from selectra.bench import cpu_parts, docs, stack, stack_table, timing
+from selectra.bench import cpu_parts, cpu_targets, docs, stack, stack_table, stream, timing
 from selectra.errors import BackendError
 from selectra.mixers import S6
 
@@ -28,20 +28,25 @@ def test_the_stacks_have_equal_parameters() -> None:
     assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(count, rel=0.02)
 
 
-def test_bench_stack_records_lengths_and_positions() -> None:
+def test_bench_stack_records_every_length() -> None:
     record = stack.bench_stack(CPU, 0.0, quiet(), lambda r: None, STUDY)
     assert [row["L"] for row in record["rows"]] == [5, 8]
-    assert [row["position"] for row in record["streaming"]] == [3, 6]
-    assert set(record["gate"]) == {"mamba", "transformer", "mamba, steps", "transformer, steps"}
-    for table in (stack_table.stack_table, stack_table.stream_table):
-        assert len({line.count("|") for line in table(record).splitlines()[:4]}) == 1
+    assert set(record["gate"]) == {"mamba", "transformer"}
+    assert len({line.count("|") for line in stack_table.stack_table(record).splitlines()[:4]}) == 1
+
+
+def test_bench_stream_records_every_position() -> None:
+    record = stream.bench_stream(CPU, 0.0, quiet(), lambda r: None, STUDY)
+    assert [row["position"] for row in record["rows"]] == [3, 6]
+    assert all(row["mamba"]["rounds"] == 2 * stream.TIMED for row in record["rows"])
+    assert len({line.count("|") for line in stack_table.stream_table(record).splitlines()}) == 1
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     step = stack.MambaStack.step
     monkeypatch.setattr(stack.MambaStack, "step", lambda self, x, states: 1.001 * step(self, x, states))
     with pytest.raises(BackendError, match="mamba is wrong step by step"):
-        stack.bench_stack(CPU, 0.0, quiet(), lambda r: None, STUDY)
+        stream.bench_stream(CPU, 0.0, quiet(), lambda r: None, STUDY)
 
 
 def test_the_table_of_stacks_says_from_where_on() -> None:
@@ -92,3 +97,29 @@ def test_the_table_of_scans_compares_with_the_best_other() -> None:
     assert lines[0] == "| forward / training step, ms | (1, 2, 3, 4) | (1, 2, 3, 8) |"
     assert lines[4] == "| transformers loop | 20.0 / 20.0 | not run |"
     assert lines[5] == "| best other / `cpu` | 10 / 10 | 30 / 30 |"
+
+
+def test_cpu_targets_are_judged_by_the_records() -> None:
+    def scan(n: int, other: float) -> list[dict[str, Any]]:
+        shape = {"b": 1, "d": 2, "l": 3, "n": n}
+        return [
+            {"shape": shape, "name": name, **{kind: {"median": time} for kind in ("forward", "training")}}
+            for name, time in (("cpu", 1.0), ("mambapy pscan", other))
+        ]
+
+    times = {"parts_ms": {"in_proj": 3.0, "x_proj": 1.0, "dt_proj": 1.0, "out_proj": 1.0, "scan": 2.0, "all": 8.0}}
+    parts = {"rows": [{"d_model": 192, "length": 196, "forward": times, "training": times}]}
+    rows = [{"L": n, "forward": {"ratio": 1}, "training": {"ratio": ratio}} for n, ratio in ((512, 0.8), (1024, 1.2))]
+    tokens = [{"position": n, "mamba": {"median": t, "fastest": t}} for n, t in ((10, 9e-4), (1000, 1.2e-3))]
+    table = cpu_targets.cpu_target_table(
+        {"rows": scan(16, 61) + scan(1, 10)}, {"rows": scan(16, 30)}, parts, {"rows": rows}, {"rows": tokens}
+    )
+    found = {cells[0]: cells[2:] for cells in (line.strip("| ").split(" | ") for line in table.splitlines()[2:])}
+    assert found["forward against the best other package, N = 16"] == ["61 (1, 2, 3, 16)", "yes"]
+    assert found["forward against the best other package, N = 1"][1] == "no"
+    assert found["training against the best other package, N = 1"][1] == "yes"
+    assert found["training against the best other package, N = 16, forced to AVX2"][1] == "no"
+    assert found["products' share of an S6 block, forward"] == ["75% (d 192, L 196)", "yes"]
+    assert found["training step, Mamba faster than the Transformer"] == ["from 1,024 tokens on", "yes"]
+    assert found["one token, any position, median"] == ["1.20 ms (fastest round 1.20)", "no"]
+    assert found["the last position over the first"] == ["1.33", "no"]

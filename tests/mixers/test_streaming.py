@@ -102,7 +102,7 @@ def test_norm_and_stream_are_joined(dtype, in_fp32, calls):
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_row_of_blocks_is_one_call(dtype, stream, calls):
-    blocks = nn.ModuleList(changed(PreNorm(AddNorm(24), S6(24, d_state=n))).to(dtype) for n in (3, 16, 8))
+    blocks: Any = nn.ModuleList(changed(PreNorm(AddNorm(24), S6(24, d_state=n))).to(dtype) for n in (3, 16, 8))
     x, residual = torch.randn(2, 1, 24).to(dtype), torch.randn(2, 1, 24, dtype=torch.float64)
     residual = residual.to(torch.promote_types(dtype, torch.float32)) if stream else None
     states = [filled(block.mixer, 2) for block in blocks]
@@ -181,8 +181,12 @@ class Halved(S6):
         return y / 2, state
 
 
+def doubled(module: nn.Module, x: Any, y: Any) -> Any:
+    return 2 * y
+
+
 UNUSUAL: dict[str, Callable[[S6], Any]] = {
-    "hook": lambda mixer: mixer.out_proj.register_forward_hook(lambda module, x, y: 2 * y),
+    "hook": lambda mixer: mixer.out_proj.register_forward_hook(doubled),
     "hook before": lambda mixer: mixer.in_proj.register_forward_pre_hook(lambda module, x: (2 * x[0],)),
     "adapter": lambda mixer: setattr(mixer, "in_proj", Adapter(mixer.in_proj)),
     "parametrised": lambda mixer: parametrize.register_parametrization(mixer.x_proj, "weight", Doubled()),

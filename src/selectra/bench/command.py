@@ -28,6 +28,7 @@ from selectra.bench.scan_gpu import bench_scan_gpu
 from selectra.bench.shapes import chosen_cases
 from selectra.bench.stack import bench_stack
 from selectra.bench.start import bench_start
+from selectra.bench.stream import bench_stream
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
@@ -121,6 +122,13 @@ def _stack(wish: Wish, device: torch.device, console: Console, save: Save) -> No
     bench_stack(device, _seconds(wish, device), console, save)
 
 
+def _stream(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cpu":
+        raise ConfigError(f"`bench stream` times a CPU, and this is {device}; give --device cpu.")
+    bench_stream(device, _seconds(wish, device), console, save)
+
+
 def _start(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     _refuse_only(wish, "has nothing to choose from here")
     if device.type != "cuda":
@@ -141,6 +149,7 @@ RUNNERS = {
     "block": _block,
     "block_parts": _block_parts,
     "stack": _stack,
+    "stream": _stream,
     "cross": _cross,
     "model": _model,
     "start": _start,

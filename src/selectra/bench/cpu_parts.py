@@ -93,13 +93,13 @@ def cpu_parts(mixer: S6, run: Callable[[], object], calls: int = CALLS) -> dict[
     wholes = [event.time_range for event in events if event.name == WHOLE]
     named = [(event.time_range, part) for event in events if (part := _outermost_part(event, mixer)) is not None]
     each = [_times(whole, named) for whole in wholes]
-    times = {part: statistics.median(times[part] for times in each) for part in PARTS}
+    times: dict[str, float] = {part: statistics.median(times[part] for times in each) for part in PARTS}
     return times | {"all": sum(times.values())}
 
 
 def _times(whole: Any, named: Sequence[tuple[Any, str]]) -> dict[str, float]:
     """Milliseconds of the parts of one call."""
-    times = dict.fromkeys(PARTS, 0.0)
+    times: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for span, part in named:
         if whole.start <= span.start and span.end <= whole.end:
             times[part] += span.elapsed_us() / 1e3

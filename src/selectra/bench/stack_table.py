@@ -37,7 +37,7 @@ def faster_from(record: Record, kind: str) -> str:
 def stream_table(record: Record) -> str:
     """Milliseconds of one token by its position: median, and fastest."""
     rows = []
-    for row in record["streaming"]:
+    for row in record["rows"]:
         times = (f"{1e3 * row[name]['median']:.2f} ({1e3 * row[name]['fastest']:.2f})" for name in NAMES)
         rows.append([f"{row['position']:,}", *times, f"{row['ratio']:.2f}"])
     return markdown(["token", "Mamba, ms (fastest)", "Transformer, ms (fastest)", "ratio"], rows)
