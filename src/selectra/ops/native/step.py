@@ -7,6 +7,7 @@ Tensors go to the kernel as addresses, and what a block's weights are is looked 
 import struct
 from collections.abc import Sequence
 from itertools import chain
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ _native = native.status()
 _call_words = struct.Struct("=20q")
 _sizes = struct.Struct("=5qd")
 _absent = (0, 0, 0)
+_address, _type = Tensor.data_ptr, attrgetter("dtype")
 
 
 class BlockWeights(NamedTuple):
@@ -129,10 +131,12 @@ def run(
 
 
 def key_of(weights: BlockWeights) -> list[object]:
-    """What changes when a weight is another one, lies elsewhere or has another type."""
-    key: list[object] = [None if w is None else w.data_ptr() for w in weights]
-    key += [None if w is None else w.dtype for w in weights]
-    return key
+    """What changes when a weight is another one, lies elsewhere or has another type.
+
+    Which weights are absent shows in it too: between any two that may be, there is one that may not.
+    """
+    present = [weight for weight in weights if weight is not None]
+    return [*map(_address, present), *map(_type, present)]
 
 
 def _words(tensor: Tensor | None) -> tuple[int, int, int]:
