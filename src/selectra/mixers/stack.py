@@ -50,7 +50,7 @@ def _plans(
     if not blocks or len(blocks) != len(states) or must_be_seen((x, residual, *chain.from_iterable(states))):
         return None
     plans: list[StepPlan] = []
-    in_fp32 = set()
+    in_fp32, batch = set(), x.shape[0]
     for block, state in zip(blocks, states, strict=True):
         if type(block) is not PreNorm:
             return None
@@ -59,7 +59,10 @@ def _plans(
             return None
         plan = plan_of(mixer, norm)
         # What blocks hand on fits the next one if the first one's input does.
-        if plan is None or not plan.takes(x, residual) or not plan.takes_state(x.shape[0], *state):
+        if plan is None or not plan.takes_state(batch, *state):
+            return None
+        # Of blocks that are alike the first speaks for all.
+        if not (plans and plan.input == plans[0].input) and not plan.takes(x, residual):
             return None
         in_fp32.add(norm.residual_in_fp32)
         plans.append(plan)

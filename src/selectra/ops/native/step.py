@@ -25,6 +25,7 @@ _native = native.status()
 _call_words = struct.Struct("=20q")
 _sizes = struct.Struct("=5qd")
 _absent = (0, 0, 0)
+_half = torch.bfloat16
 _address, _type = Tensor.data_ptr, attrgetter("dtype")
 
 
@@ -62,6 +63,7 @@ class StepPlan:
         self._dtype = torch.float64 if self._x_dtype == torch.float64 else torch.float32
         self._x_shape, self._state_shapes = (1, d_model), ((d_inner, width), (d_inner, states))
         self._fitting: tuple[object, ...] | None = None
+        self.input = (d_model, self._x_dtype)
         self._usable = _native.available and width <= LARGEST_WIDTH and all(self._fits(w) for w in weights)
         if self._usable:
             words = [word for weight in weights for word in _words(weight)]
@@ -142,4 +144,4 @@ def key_of(weights: BlockWeights) -> list[object]:
 def _words(tensor: Tensor | None) -> tuple[int, int, int]:
     if tensor is None:
         return _absent
-    return tensor.data_ptr(), tensor.stride(0), HALVED if tensor.dtype is torch.bfloat16 else WHOLE
+    return tensor.data_ptr(), tensor.stride(0), HALVED if tensor.dtype is _half else WHOLE
