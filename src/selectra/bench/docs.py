@@ -96,5 +96,6 @@ def _versions(record: dict[str, Any]) -> str:
     where = gpus[0] if record["device"].startswith("cuda") and gpus else facts["hardware"]["processor"]
     peers = [f"{name} {p if isinstance(p, str) else p['version']}" for name, p in record.get("peers", {}).items()]
     if "instruction set" in record:
-        where += f", {facts['hardware']['threads']} threads, {record['instruction set']}"
+        threads = facts["hardware"]["threads"]
+        where += f", {threads} thread{'s' if threads > 1 else ''}, {record['instruction set']}"
     return ", ".join([where, f"PyTorch {facts['versions']['torch']}", *peers])

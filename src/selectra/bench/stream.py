@@ -21,7 +21,7 @@ from selectra.errors import BackendError
 CHUNK = 4096
 STEP_AT_MOST = 1e-4
 # Tokens in a row of one contender: those that bring the weights back into the cache, and those that are timed.
-WARM, TIMED = 10, 20
+WARM, TIMED = 30, 20
 WHAT = (
     "one token of one sequence, float32, wall clock: single steps, in bursts of one contender after the other, the "
     "first steps of a burst left out; ratio: median of the bursts' ratios"
