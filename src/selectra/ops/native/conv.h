@@ -41,13 +41,13 @@ SELECTRA_INLINE void clear_absent(const Operand& mask, int64_t batch, const Step
 
 SELECTRA_INLINE void load_present(const Operand& tensor, const Operand& mask, const Sequence& sequence,
                                   const Steps& steps, ConvBlock block, Vector* tile) {
-  load_tile(strip_of(tensor, sequence.batch, block.channel, block.lanes), steps, tile);
+  load_block(tensor, sequence.batch, block.channel, block.lanes, steps, tile);
   clear_absent(mask, sequence.batch, steps, tile);
 }
 
 // w of a block, one vector a tap.
 SELECTRA_INLINE void load_weight(const ConvCall& call, ConvBlock block, Vector* weight) {
-  const Operand as_state = {call.weight.data, {0, call.weight.stride[0], call.weight.stride[1]}};
+  const Operand as_state = {call.weight.data, {0, call.weight.stride[0], call.weight.stride[1]}, kWhole};
   load_state(as_state, 0, block.channel, block.lanes, (int)call.width, weight);
 }
 
@@ -93,7 +93,7 @@ SELECTRA_INLINE void conv_chunk_forward(const ConvCall& call, const Sequence& se
     for (int t = 0; t < steps.count; ++t) work.out[t] *= sigmoid(work.out[t]);
   }
   clear_absent(call.mask, sequence.batch, steps, work.out);
-  store_tile(strip_of(call.y, sequence.batch, block.channel, block.lanes), steps, work.out);
+  store_block(call.y, sequence.batch, block.channel, block.lanes, steps, work.out);
 }
 
 // Sequences first_sequence ... last_sequence - 1 of blocks first ... last - 1.

@@ -10,14 +10,10 @@ namespace {
 // Runs body(0) ... body(tasks - 1) on up to `threads` threads.
 template <typename Body>
 SELECTRA_INLINE void for_each_task(int64_t tasks, int64_t threads, const Body& body) {
-#if defined(_OPENMP)
   if (threads > 1 && tasks > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)smaller(threads, tasks))
-    for (int64_t task = 0; task < tasks; ++task) body(task);
+    run_tasks(tasks, threads, [](const void* context, int64_t task) { (*(const Body*)context)(task); }, &body);
     return;
   }
-#endif
-  (void)threads;
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
