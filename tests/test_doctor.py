@@ -13,10 +13,11 @@ READY = cuda.CudaStatus(True, driver="13.0", nvrtc="13.1", folder=Path("kept"))
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch):
+def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Run the doctor without its examinations, on a machine whose CUDA is as told; exit code and text."""
 
     def run(status: cuda.CudaStatus, gpus: int = 0, refusal: str | None = None) -> tuple[int, str]:
+        monkeypatch.setenv("SELECTRA_CACHE", str(tmp_path))
         monkeypatch.setattr(doctor, "_devices", list)
         monkeypatch.setattr(cuda, "status", lambda: status)
         monkeypatch.setattr(cuda, "refusal", lambda index: refusal)

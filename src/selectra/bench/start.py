@@ -72,9 +72,12 @@ def first_call(name: str, device: str, folder: str) -> tuple[float, int]:
     os.environ[cache.FOLDER_VARIABLE] = str(Path(folder).absolute())
     where = torch.device(device)
     run = PREPARE[name](where)
-    # Context, random numbers and the library of matrix products are torch's own first use.
-    square = torch.randn(64, 64, device=where)
-    F.linear(square, square).sum().item()
+    # Context, random numbers, the library of matrix products and what `backward` imports when it is given a gradient
+    # (torch.fx's symbolic shapes, some 480 modules) are torch's own first use.
+    square = torch.randn(64, 64, device=where, requires_grad=True)
+    product = F.linear(square, square)
+    product.backward(torch.ones_like(product))
+    product.sum().item()
     begun = time.perf_counter()
     run()
     if where.type == "cuda":

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from selectra.ops import selective_scan
 
 # Where memory's speed bounds what is saved here.
-_DEVICES: tuple[str, ...] = ("cuda",)
+_DEVICES: tuple[str, ...] = ("cuda", "cpu")
 
 
 def linear_halves(

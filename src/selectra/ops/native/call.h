@@ -69,6 +69,29 @@ struct ConvBackwardCall {
   Operand dx, dweight, dbias, dinitial;
 };
 
+// A matrix, vector or batch whose rows lie without gaps: its first element, elements from row to row, storage.
+struct Rows {
+  void* data;
+  int64_t pitch;
+  int64_t storage;
+};
+
+// One position of a whole Mamba block. Everything may be halved but ssm.
+struct StepCall {
+  int64_t batch;
+  // How many blocks follow this one in memory; what a block reads may be what it or the one before writes.
+  int64_t following;
+  // (b, model); the residual stream before and after, with norm_weight alone
+  Rows x, residual, stream, y;
+  // (b, channels, width), (b, channels, states): read and written
+  Rows conv, ssm;
+  int64_t model, channels, states, width, rank;
+  double eps;
+  // Without norm_weight x goes into the projection as it is. Vectors and matrices as mamba_ssm's parameters.
+  Rows norm_weight, in_weight, in_bias, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D, out_weight,
+      out_bias;
+};
+
 // One build's entry points.
 struct Kernels {
   int lanes;
@@ -76,6 +99,7 @@ struct Kernels {
   int (*scan_backward)(const ScanBackwardCall&);
   int (*conv_forward)(const ConvCall&);
   int (*conv_backward)(const ConvBackwardCall&);
+  int (*step)(const StepCall&);
 };
 
 // Runs body(context, 0) ... body(context, tasks - 1) on up to `threads` threads, the calling one among them.

@@ -112,3 +112,7 @@ SELECTRA_EXPORT int selectra_cpu_conv_forward(int build, int is_double, const in
 SELECTRA_EXPORT int selectra_cpu_conv_backward(int build, int is_double, const int64_t* call) {
   return selectra::kernels_of(build, is_double).conv_backward(*(const selectra::ConvBackwardCall*)call);
 }
+
+SELECTRA_EXPORT int selectra_cpu_step(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).step(*(const selectra::StepCall*)call);
+}

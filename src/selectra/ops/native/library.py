@@ -30,7 +30,7 @@ NOT_BUILT = (
     "or a wheel for this platform, brings it"
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
-FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward")
+FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step")
 QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
 ABSENT = (0, 0, 0, 0, 0, 0)
@@ -93,9 +93,14 @@ class Library:
             ConfigError: `cu_seqlens` does not rise from 0 to the length.
             MemoryError: There is no room for the kernel's scratch memory.
         """
-        outcome = self._functions[function](
-            self.build, int(dtype == torch.float64), (ctypes.c_int64 * len(words))(*words)
-        )
+        self._run(function, dtype, (ctypes.c_int64 * len(words))(*words))
+
+    def call_packed(self, function: str, dtype: torch.dtype, words: bytes) -> None:
+        """As `call`, with words that are packed already."""
+        self._run(function, dtype, (ctypes.c_int64 * (len(words) // 8)).from_buffer_copy(words))
+
+    def _run(self, function: str, dtype: torch.dtype, words: "ctypes.Array[ctypes.c_int64]") -> None:
+        outcome = self._functions[function](self.build, int(dtype == torch.float64), words)
         if outcome == BAD_BORDERS:
             raise ConfigError("cu_seqlens must begin with 0, never fall, and end with the length.")
         if outcome == OUT_OF_MEMORY:

@@ -22,12 +22,14 @@ class Costs(NamedTuple):
     """A second block beside the first on a multiprocessor, in the first one's time."""
     block: float = 1.0
     """A block alone, in a wide forward's."""
+    chunks: int = 64
+    """More of these were never faster."""
 
 
-FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6), Costs(0.3, neighbour=0.4, block=0.61), Costs(0.2)
+FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6), Costs(0.1, neighbour=0.4, block=0.61, chunks=2), Costs(0.2)
 # Thin warps are taken where they should take this much of the wide ones' time or less.
 THIN_GAIN = 0.9
-MOST_CHUNKS, FEWEST_STEPS_OF_CHUNK = 64, 256
+FEWEST_STEPS_OF_CHUNK = 256
 # TYPE and OUT_TYPE in scan_call.cuh.
 BFLOAT16 = 1
 
@@ -106,7 +108,7 @@ def _cut(sizes: Sizes, layout: Layout, unit: int, costs: Costs, device_index: in
     n_blocks = geometry.blocks(layout.width, sizes.channels, sizes.groups)
     processors = cuda.multiprocessors(device_index)
     blocks = n_blocks * sizes.n_seqs
-    most = min(MOST_CHUNKS, sizes.length // max(FEWEST_STEPS_OF_CHUNK, unit))
+    most = min(costs.chunks, sizes.length // max(FEWEST_STEPS_OF_CHUNK, unit))
     best, chunk = _time(blocks, processors, layout.resident, costs), 0
     for n_chunks in range(2, most + 1):
         steps = unit * -(-sizes.length // (n_chunks * unit))
