@@ -18,6 +18,7 @@ from selectra.ops.native import library as native_library
 from selectra.ops.native.intact import damage
 from selectra.ops.native.library import ABI_VERSION, ISA_VARIABLE, LIBRARY_VARIABLE, Library, library
 from selectra.ops.selective_scan import cpu as scan
+from tests.ops import cpu_calls
 
 needs_library = pytest.mark.skipif(not native.status().available, reason=f"{native.status().problem}")
 needs_checksum = pytest.mark.skipif(
@@ -124,30 +125,46 @@ def test_thread_count_does_not_change_a_bit(results) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@needs_library
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
-def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared() -> None:
-    # Each call may use one thread more than the one before, so each starts exactly one.
-    code = """
+def threads_started(kernel: str, wanted: int, cores: int | None = None) -> int:
+    """Threads that start when a kernel may use `wanted`, in a fresh process kept to some cores: threads stay."""
+    code = f"""
+import os
 from pathlib import Path
 import torch
 from tests.ops import test_native
 from selectra.ops.native.library import Library
-counts = []
 def call(self, function, dtype, words, run=Library.call):
-    torch.set_num_threads(2 + len(counts))
-    words[test_native.THREADS_WORD[function]] = 2 + len(counts)
+    words[test_native.THREADS_WORD[function]] = {wanted} if function == "{kernel}" else 1
     before = len(list(Path("/proc/self/task").iterdir()))
     run(self, function, dtype, words)
-    counts.append((function, len(list(Path("/proc/self/task").iterdir())) - before))
+    if function == "{kernel}":
+        print("started", len(list(Path("/proc/self/task").iterdir())) - before)
 Library.call = call
 torch.set_num_threads(1)
-test_native.scan_results(torch.float32, **test_native.LARGE)
-test_native.conv_results(torch.float32, **test_native.LARGE)
-print(counts)
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
+test_native.{kernel.split("_", maxsplit=1)[0]}_results(torch.float32, **test_native.LARGE)
 """
-    expected = [(function, 1) for function in THREADS_WORD]
-    assert str(expected) in run_python(code, where=Path(__file__).parents[2])
+    return int(run_python(code, where=Path(__file__).parents[2]).split("started")[1])
+
+
+needs_two_cores = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir() or len(os.sched_getaffinity(0)) < 2,
+    reason="threads are counted in /proc, on two cores or more",
+)
+
+
+@needs_library
+@needs_two_cores
+@pytest.mark.parametrize("kernel", THREADS_WORD)
+def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared(kernel: str) -> None:
+    assert threads_started(kernel, 2) == 1
+
+
+@needs_library
+@needs_two_cores
+@pytest.mark.parametrize("cores", [1, 2])
+def test_no_more_threads_run_than_the_process_has_cores(cores: int) -> None:
+    assert threads_started("conv_forward", 16, cores) == cores - 1
 
 
 @needs_library
@@ -322,7 +339,7 @@ def test_an_instruction_set_beyond_the_processor_is_said_in_words(monkeypatch, l
 
 @needs_library
 def test_calls_from_several_threads_at_once_agree() -> None:
-    # One of them has the pool, the others do their tasks themselves.
+    # Of the library's own pool one call has the threads, the others do their tasks themselves.
     torch.manual_seed(0)
     u, delta = torch.randn(4, 1000, 512), torch.rand(4, 1000, 512)
     B = torch.randn(4, 1000, 1, 8)
@@ -360,6 +377,36 @@ if child == 0:
 print(os.waitpid(child, 0)[1])
 """
     assert run_python(code).strip() == "0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs CMake and a compiler")
+def test_a_build_without_openmp_runs_on_its_own_threads(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    configure = ["cmake", "-S", str(root), "-B", str(tmp_path), "-DSELECTRA_OPENMP=OFF", "-DSELECTRA_QUICK=ON"]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
+    built = next(tmp_path.glob("libselectra_cpu.*"))
+    assert b"GOMP_parallel" not in built.read_bytes()
+    these = "a_forked_child or thread_count or several_threads or starts_threads or no_more_threads"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", these]
+    environment = {**os.environ, LIBRARY_VARIABLE: str(built)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_library
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_random_calls_on_every_build_agree_with_the_reference(first: int, loaded: Library) -> None:
+    threads, builds = torch.get_num_threads(), [build for build, runs in enumerate(loaded.runs) if runs]
+    try:
+        for seed in range(first, first + 50):
+            drawn = cpu_calls.draw(seed, builds)
+            for name, error, tolerance in cpu_calls.errors(drawn):
+                assert error <= tolerance, f"case {seed}, {loaded.isas[drawn.build]}, {drawn.dtype}: {name} {error:.2e}"
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_library

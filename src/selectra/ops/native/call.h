@@ -106,6 +106,9 @@ struct Kernels {
 using TaskBody = void (*)(const void* context, int64_t task);
 void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* context);
 
+// The wanted number of threads, or that of the cores that this process may use: more only wait for each other.
+int64_t useful_threads(int64_t wanted);
+
 // Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
 void* thread_workspace(uint64_t bytes);
 

@@ -164,10 +164,11 @@ SELECTRA_INLINE void conv_sequence_backward(const ConvBackwardCall& call, int64_
   Steps steps;
   Ahead ahead;
   const BlockRange range = {0, task.first, task.last};
+  const int band = range.band();
   for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
     sequence.chunk(c, steps);
     for (int64_t index = 0; index < blocks; ++index) {
-      if (index % kBandBlocks == 0) {
+      if (index % band == 0) {
         look_ahead(call, sequence, range, {c, (int)index}, ahead);
       }
       conv_chunk_backward(call, sequence, steps, c * kChunk, conv_block(forward.channels, task.first + index), index,

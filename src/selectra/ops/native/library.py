@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# torch comes first, so that the library shares the OpenMP that torch has loaded.
 import torch
 from torch import Tensor
 
@@ -131,7 +132,7 @@ def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 
 
 def threads() -> int:
-    """Threads that a call may use: torch's setting, or one in a forked child: it is one of many, as a data loader's."""
+    """Threads that a call may use: torch's setting, or one in a forked child, where OpenMP's threads are gone."""
     return 1 if _state.forked else torch.get_num_threads()
 
 

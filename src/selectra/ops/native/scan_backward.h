@@ -300,6 +300,7 @@ SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layou
                                        const BackwardWorkspace& work) {
   Steps steps;
   Ahead ahead;
+  const int band = range.band();
   for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
     const int64_t chunk = sequence.chunk_offset + c;
     sequence.chunk(c, steps);
@@ -307,7 +308,7 @@ SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layou
     memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * call.forward.states);
     int index = 0;
     for (; index + kPair <= range.count(); index += kPair) {
-      if (index % kBandBlocks == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
       blocks_backward<kPair>(call, layout, sequence, steps, chunk, range, index, work, ahead);
     }
     if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, ahead);

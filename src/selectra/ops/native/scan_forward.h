@@ -107,6 +107,7 @@ SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, 
 SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, const Sequence& sequence,
                                    const BlockRange& range, const ForwardWorkspace& work) {
   const int64_t states = call.states;
+  const int band = range.band();
   Steps steps;
   Ahead ahead;
   for (int64_t c = 0; c < sequence.chunks(); ++c) {
@@ -117,7 +118,7 @@ SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, c
              sizeof(Vector) * range.count() * states);
     }
     for (int index = 0; index < range.count(); ++index) {
-      if (index % kBandBlocks == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
       scan_block(call, sequence, steps, layout.block(range.group, range.first + index), index, work, ahead);
     }
   }

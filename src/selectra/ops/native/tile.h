@@ -185,13 +185,15 @@ SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t c
   });
 }
 
-// Blocks whose rows are asked for together: their tensors fit into the second cache twice.
+// Blocks at most whose rows are asked for together: their tensors fit into the second cache twice.
 constexpr int kBandBlocks = 32;
 
 // Blocks first ... last - 1 of one group: what one task runs through.
 struct BlockRange {
   int64_t group, first, last;
   int count() const { return (int)(last - first); }
+  // Blocks of a band, an even number: bands of one size, so that each asks for about as much as it is large.
+  int band() const { return 2 * (int)ceil_divide(count(), 2 * ceil_divide(count(), kBandBlocks)); }
 };
 
 // A band of a range at a chunk, in the order of a run: `backward` from the last chunk to the first.
@@ -199,10 +201,10 @@ struct BandStep {
   int64_t chunk;
   int index;
 
-  int blocks(const BlockRange& range) const { return smaller(kBandBlocks, range.count() - index); }
+  int blocks(const BlockRange& range) const { return smaller(range.band(), range.count() - index); }
 
   void advance(const BlockRange& range, bool backward) {
-    index += kBandBlocks;
+    index += range.band();
     if (index >= range.count()) index = 0, chunk += backward ? -1 : 1;
   }
 };
