@@ -64,6 +64,8 @@ class Benchmark(StrEnum):
     block = "block"
     cross = "cross"
     block_parts = "block_parts"
+    stack = "stack"
+    stream = "stream"
     model = "model"
     start = "start"
     plot = "plot"

@@ -146,6 +146,8 @@ def test_bench_plot_takes_a_record_of_lengths(folder: Path, capsys: pytest.Captu
     [
         (("scan", "--device", "cpu", "--tags", "lm"), "--tags chooses among the shapes of a GPU"),
         (("block", "--tags", "lm"), "--tags has nothing to choose from"),
+        (("stack", "--tags", "lm"), "--tags has nothing to choose from"),
+        (("stream", "--tags", "lm"), "--tags has nothing to choose from"),
         (("lengths", "--device", "cpu"), "needs a CUDA device"),
         (("scan", "record.json"), "takes no file"),
         (("scan", "--out", "a", "--record", "b.json"), "give one of them"),

@@ -25,7 +25,7 @@ class Case:
         """Fresh leaves in `dtype`, laid out in memory as they were drawn; constant in time once, not repeated."""
         found = {}
         for name, tensor in self.tensors.items():
-            once = tensor[:, :1] if _constant_in_time(tensor) else tensor
+            once = tensor[:, :1] if is_constant_in_time(tensor) else tensor
             leaf = torch.empty_strided(once.size(), once.stride(), dtype=dtype)
             found[name] = leaf.copy_(once).requires_grad_()
         return found
@@ -33,23 +33,27 @@ class Case:
     def arguments(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """The call's arguments from its leaves."""
         return {
-            name: leaf.expand_as(self.tensors[name]) if _constant_in_time(self.tensors[name]) else leaf
+            name: leaf.expand_as(self.tensors[name]) if is_constant_in_time(self.tensors[name]) else leaf
             for name, leaf in leaves.items()
         }
 
 
-def _constant_in_time(tensor: Tensor) -> bool:
-    return tensor.dim() > 2 and tensor.stride(1) == 0
+def is_constant_in_time(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dim() > 2 and tensor.stride(1) == 0
 
 
-def run(op: Callable[..., Any], case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs and the gradients of every input under a fixed random loss."""
+def run(
+    op: Callable[..., Any], case: Case, dtype: torch.dtype, loss_dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs and the gradients of every input under a fixed random loss, its weights rounded to `loss_dtype`."""
     leaves = case.leaves(dtype)
     y, state = op(**case.arguments(leaves), **case.integers, **case.flags, return_final_state=True)
     generator = torch.Generator().manual_seed(1)
-    loss = sum(
-        (out * torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)).sum() for out in (y, state)
-    )
+
+    def weights(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(loss_dtype or dtype).to(dtype)
+
+    loss = sum((out * weights(out.shape)).sum() for out in (y, state))
     assert isinstance(loss, Tensor)
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     outputs = {"y": y.detach(), "final_state": state.detach()}

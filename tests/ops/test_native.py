@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from selectra.ops.native import library as native_library
 from selectra.ops.native.intact import damage
 from selectra.ops.native.library import ABI_VERSION, ISA_VARIABLE, LIBRARY_VARIABLE, Library, library
 from selectra.ops.selective_scan import cpu as scan
+from tests.ops import cpu_calls
 
 needs_library = pytest.mark.skipif(not native.status().available, reason=f"{native.status().problem}")
 needs_checksum = pytest.mark.skipif(
@@ -123,30 +125,46 @@ def test_thread_count_does_not_change_a_bit(results) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@needs_library
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
-def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared() -> None:
-    # Each call may use one thread more than the one before, so each starts exactly one.
-    code = """
+def threads_started(kernel: str, wanted: int, cores: int | None = None) -> int:
+    """Threads that start when a kernel may use `wanted`, in a fresh process kept to some cores: threads stay."""
+    code = f"""
+import os
 from pathlib import Path
 import torch
 from tests.ops import test_native
 from selectra.ops.native.library import Library
-counts = []
 def call(self, function, dtype, words, run=Library.call):
-    torch.set_num_threads(2 + len(counts))
-    words[test_native.THREADS_WORD[function]] = 2 + len(counts)
+    words[test_native.THREADS_WORD[function]] = {wanted} if function == "{kernel}" else 1
     before = len(list(Path("/proc/self/task").iterdir()))
     run(self, function, dtype, words)
-    counts.append((function, len(list(Path("/proc/self/task").iterdir())) - before))
+    if function == "{kernel}":
+        print("started", len(list(Path("/proc/self/task").iterdir())) - before)
 Library.call = call
 torch.set_num_threads(1)
-test_native.scan_results(torch.float32, **test_native.LARGE)
-test_native.conv_results(torch.float32, **test_native.LARGE)
-print(counts)
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
+test_native.{kernel.split("_", maxsplit=1)[0]}_results(torch.float32, **test_native.LARGE)
 """
-    expected = [(function, 1) for function in THREADS_WORD]
-    assert str(expected) in run_python(code, where=Path(__file__).parents[2])
+    return int(run_python(code, where=Path(__file__).parents[2]).split("started")[1])
+
+
+needs_two_cores = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir() or len(os.sched_getaffinity(0)) < 2,
+    reason="threads are counted in /proc, on two cores or more",
+)
+
+
+@needs_library
+@needs_two_cores
+@pytest.mark.parametrize("kernel", THREADS_WORD)
+def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared(kernel: str) -> None:
+    assert threads_started(kernel, 2) == 1
+
+
+@needs_library
+@needs_two_cores
+@pytest.mark.parametrize("cores", [1, 2])
+def test_no_more_threads_run_than_the_process_has_cores(cores: int) -> None:
+    assert threads_started("conv_forward", 16, cores) == cores - 1
 
 
 @needs_library
@@ -320,6 +338,28 @@ def test_an_instruction_set_beyond_the_processor_is_said_in_words(monkeypatch, l
 
 
 @needs_library
+def test_calls_from_several_threads_at_once_agree() -> None:
+    # Of the library's own pool one call has the threads, the others do their tasks themselves.
+    torch.manual_seed(0)
+    u, delta = torch.randn(4, 1000, 512), torch.rand(4, 1000, 512)
+    B = torch.randn(4, 1000, 1, 8)
+    inputs = (u, delta, -torch.rand(512, 8), B, B, None, None, None, None, None, None, True, False)
+
+    def run(_: int = 0) -> list[Tensor]:
+        y, final, checkpoints = scan.forward(*inputs, torch.float32, True)
+        return [y, final, *scan.backward(y, final, checkpoints, *inputs)]
+
+    threads, expected = torch.get_num_threads(), run()
+    try:
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(3) as executor:
+            for found in executor.map(run, range(6)):
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_can_scan() -> None:
     # Large enough for a second thread. The child compares through numpy, since torch's own threads do not survive a
@@ -341,13 +381,59 @@ print(os.waitpid(child, 0)[1])
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs CMake and a compiler")
-def test_a_build_without_openmp_runs_on_one_thread(tmp_path: Path) -> None:
+def test_a_build_without_openmp_runs_on_its_own_threads(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     configure = ["cmake", "-S", str(root), "-B", str(tmp_path), "-DSELECTRA_OPENMP=OFF", "-DSELECTRA_QUICK=ON"]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
     built = next(tmp_path.glob("libselectra_cpu.*"))
-    code = f"{RUN_A_SCAN}\nscan(); print(status())"
-    said = run_python(code, {LIBRARY_VARIABLE: str(built)})
-    assert "available=True" in said
-    assert "threads=1" in said
+    assert b"GOMP_parallel" not in built.read_bytes()
+    these = "a_forked_child or thread_count or several_threads or starts_threads or no_more_threads"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", these]
+    environment = {**os.environ, LIBRARY_VARIABLE: str(built)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+
+@needs_library
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_random_calls_on_every_build_agree_with_the_reference(first: int, loaded: Library) -> None:
+    threads, builds = torch.get_num_threads(), [build for build, runs in enumerate(loaded.runs) if runs]
+    try:
+        for seed in range(first, first + 50):
+            drawn = cpu_calls.draw(seed, builds)
+            for name, error, tolerance in cpu_calls.errors(drawn):
+                assert error <= tolerance, f"case {seed}, {loaded.isas[drawn.build]}, {drawn.dtype}: {name} {error:.2e}"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_bfloat16_is_read_and_written_as_float32_is_rounded(loaded: Library, channels_first: bool) -> None:
+    torch.manual_seed(0)
+    shape, n, groups = (2, 37, 38), 5, 2
+    u, delta, z, dy = (torch.randn(shape).bfloat16() for _ in range(4))
+    if channels_first:
+        u, delta, z, dy = (tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (u, delta, z, dy))
+    A, D, bias = -torch.rand(38, n), torch.randn(38), torch.randn(38)
+    B, C = (torch.randn(2, 37, groups, n).bfloat16() for _ in range(2))
+    initial, dfinal = torch.randn(2, 38, n), torch.randn(2, 38, n)
+    mask = torch.rand(2, 37) < 0.8
+
+    def results(cast) -> list[Tensor]:
+        wide = [cast(tensor) for tensor in (u, delta, B, C, z, dy)]
+        inputs = (wide[0], wide[1], A, wide[2], wide[3], D, wide[4], bias, initial, mask, None, True, False)
+        y, final, checkpoints = scan.forward(*inputs, wide[0].dtype, True)
+        conv_inputs = (wide[0], D[:, None] * torch.ones(4), bias, None, mask, None, True, True)
+        convolved, last = conv.forward(*conv_inputs)
+        backs = (*scan.backward(wide[5], dfinal, checkpoints, *inputs), *conv.backward(wide[5], last, *conv_inputs))
+        return [y, final, convolved, *backs]
+
+    for build, runs in enumerate(loaded.runs):
+        if not runs:
+            continue
+        loaded.build = build
+        for got, want in zip(results(lambda x: x), results(Tensor.float), strict=True):
+            assert torch.equal(got, want.to(got.dtype)), loaded.isas[build]

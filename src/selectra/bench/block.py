@@ -60,7 +60,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, d_model: int, head_size: int, n_parameters: int) -> None:
         super().__init__()
-        self.head_size = head_size
+        self.head_size, self.n_heads = head_size, d_model // head_size
         self.norms = nn.ModuleList(nn.RMSNorm(d_model) for _ in range(2))
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
@@ -74,6 +74,16 @@ class TransformerBlock(nn.Module):
         """Causal, (b, l, d_model) to the same."""
         q, k, v = (part.unflatten(2, (-1, self.head_size)) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1))
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+
+    def step(self, x: Tensor, cache: Tensor, position: int) -> Tensor:
+        """One position, which attends to the keys and values before it in `cache` (2, b, heads, length, head_size)."""
+        q, k, v = (part.unflatten(2, (-1, self.head_size)) for part in self.qkv(self.norms[0](x)).chunk(3, dim=-1))
+        for kept, new in zip(cache, (k, v), strict=True):
+            kept[:, :, position] = new[:, 0]
+        keys, values = cache[:, :, :, : position + 1]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)
         x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norms[1](x))))
 

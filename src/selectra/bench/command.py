@@ -16,6 +16,7 @@ from rich.console import Console
 from selectra.bench import scan
 from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block
 from selectra.bench.block_parts import bench_block_parts
+from selectra.bench.cpu_parts import bench_cpu_parts
 from selectra.bench.cross import CASES as CROSS_CASES
 from selectra.bench.cross import TINY_CASES as TINY_CROSS_CASES
 from selectra.bench.cross import bench_cross
@@ -25,7 +26,9 @@ from selectra.bench.lengths import bench_lengths
 from selectra.bench.model import bench_model
 from selectra.bench.scan_gpu import bench_scan_gpu
 from selectra.bench.shapes import chosen_cases
+from selectra.bench.stack import bench_stack
 from selectra.bench.start import bench_start
+from selectra.bench.stream import bench_stream
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
@@ -102,13 +105,28 @@ def _block(wish: Wish, device: torch.device, console: Console, save: Save) -> No
 
 def _block_parts(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     _refuse_only(wish, "has nothing to choose from here")
-    if device.type != "cuda":
-        raise ConfigError(f"`bench block_parts` needs a CUDA device, whose kernels it times; this is {device}.")
+    if device.type == "cpu":
+        bench_cpu_parts(device, _seconds(wish, device), console, save)
+        return
     bench_block_parts(device, PARTS_SECONDS if wish.seconds is None else wish.seconds, console, save)
 
 
 def _model(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     bench_model(device, _seconds(wish, device), console, save, wish.only)
+
+
+def _stack(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cpu":
+        raise ConfigError(f"`bench stack` times a CPU, and this is {device}; give --device cpu.")
+    bench_stack(device, _seconds(wish, device), console, save)
+
+
+def _stream(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    _refuse_only(wish, "has nothing to choose from here")
+    if device.type != "cpu":
+        raise ConfigError(f"`bench stream` times a CPU, and this is {device}; give --device cpu.")
+    bench_stream(device, _seconds(wish, device), console, save)
 
 
 def _start(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
@@ -130,6 +148,8 @@ RUNNERS = {
     "lengths": _lengths,
     "block": _block,
     "block_parts": _block_parts,
+    "stack": _stack,
+    "stream": _stream,
     "cross": _cross,
     "model": _model,
     "start": _start,

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
+from selectra.bench.cpu_targets import cpu_target_table
 from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
+from selectra.bench.stack_table import cpu_parts_table, cpu_scan_table, stack_table, stream_table
 from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
 from selectra.errors import ConfigError, DataError
@@ -35,6 +37,11 @@ TABLES: dict[str, Callable[..., str]] = {
     "norms": norms_table,
     "cross": cross_table,
     "model": model_table,
+    "stack": stack_table,
+    "stream": stream_table,
+    "cpu_parts": cpu_parts_table,
+    "cpu_scan": cpu_scan_table,
+    "cpu_targets": cpu_target_table,
     "start": start_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
 }
@@ -87,5 +94,8 @@ def _versions(record: dict[str, Any]) -> str:
     facts = record["environment"]
     gpus = facts["hardware"]["gpus"]
     where = gpus[0] if record["device"].startswith("cuda") and gpus else facts["hardware"]["processor"]
-    peers = ", ".join(f"{name} {peer['version']}" for name, peer in record.get("peers", {}).items())
-    return f"{where}, PyTorch {facts['versions']['torch']}{', ' + peers if peers else ''}"
+    peers = [f"{name} {p if isinstance(p, str) else p['version']}" for name, p in record.get("peers", {}).items()]
+    if "instruction set" in record:
+        threads = facts["hardware"]["threads"]
+        where += f", {threads} thread{'s' if threads > 1 else ''}, {record['instruction set']}"
+    return ", ".join([where, f"PyTorch {facts['versions']['torch']}", *peers])

@@ -83,14 +83,14 @@ def _results(subject: Subject) -> dict[str, Tensor]:
 
 def measure(subjects: Mapping[str, Subject], seconds: float, device: torch.device) -> list[dict[str, Any]]:
     """Forward without gradient, and training step, of every subject in turn: wall clock, with the host's time in it."""
-    forward = interleaved({name: _forward(each) for name, each in subjects.items()}, seconds, device)
-    training = interleaved({name: _training(each) for name, each in subjects.items()}, seconds, device)
+    forward = interleaved({name: forward_of(each) for name, each in subjects.items()}, seconds, device)
+    training = interleaved({name: training_of(each) for name, each in subjects.items()}, seconds, device)
     rows = []
     for name, each in subjects.items():
         parameters = sum(parameter.numel() for parameter in each.parameters())
         times = {"forward": asdict(forward[name]), "training": asdict(training[name])}
         row = {"name": name, "parameters": parameters, "input": list(each.x.shape), **times}
-        rows.append(row | {"backends": _backends(each), "peak_bytes": _peak(each, device)})
+        rows.append(row | {"backends": backends(each), "peak_bytes": _peak(each, device)})
     return rows
 
 
@@ -102,13 +102,13 @@ def measure_ways(subject: Subject, seconds: float, device: torch.device) -> dict
     """
     torch.compiler.reset()
     compiled = Subject(torch.compile(subject.module, fullgraph=True, dynamic=False), subject.x, subject.call)  # pyright: ignore[reportArgumentType]
-    want, got = (_forward(each)() for each in (subject, compiled))
+    want, got = (forward_of(each)() for each in (subject, compiled))
     assert isinstance(want, Tensor) and isinstance(got, Tensor)
     error = ((got - want).abs().max() / want.abs().max()).item()
     if not error <= COMPILED_AT_MOST:
         raise BackendError(f"compiled, the output differs by {error:.1e} of its maximum.")
-    forward = interleaved({"compiled": _forward(compiled), "graph": _graph(_forward(subject))}, seconds, device)
-    training = interleaved({"compiled": _training(compiled)}, seconds, device)
+    forward = interleaved({"compiled": forward_of(compiled), "graph": _graph(forward_of(subject))}, seconds, device)
+    training = interleaved({"compiled": training_of(compiled)}, seconds, device)
     kinds = {"forward": forward, "training": training}
     return {kind: {way: asdict(timing) for way, timing in found.items()} for kind, found in kinds.items()}
 
@@ -132,7 +132,9 @@ def _graph(run: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def _forward(subject: Subject) -> Callable[[], object]:
+def forward_of(subject: Subject) -> Callable[[], object]:
+    """A forward without gradient."""
+
     def run() -> object:
         with torch.no_grad():
             return subject.call(subject.module, subject.x)
@@ -140,7 +142,8 @@ def _forward(subject: Subject) -> Callable[[], object]:
     return run
 
 
-def _training(subject: Subject) -> Callable[[], object]:
+def training_of(subject: Subject) -> Callable[[], object]:
+    """A forward, and a backward for the input and all parameters."""
     x = subject.x.detach().requires_grad_()
     leaves = [x, *subject.parameters()]
 
@@ -151,9 +154,10 @@ def _training(subject: Subject) -> Callable[[], object]:
     return run
 
 
-def _backends(subject: Subject) -> dict[str, str]:
+def backends(subject: Subject) -> dict[str, str]:
+    """The backend that each operator really ran on."""
     with BackendWatch() as watch:
-        _forward(subject)()
+        forward_of(subject)()
     return watch.found()
 
 
@@ -162,7 +166,7 @@ def _peak(subject: Subject, device: torch.device) -> dict[str, int] | None:
     if device.type != "cuda":
         return None
     found = {}
-    for kind, make in (("forward", _forward), ("training", _training)):
+    for kind, make in (("forward", forward_of), ("training", training_of)):
         run = make(subject)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -100,8 +100,11 @@ def _part(event: Any, mixer: S6) -> str | None:
     """Which part PyTorch's operator belongs to; the products by their sizes."""
     if event.name in COPIES:
         return "copies"
-    if event.name not in PRODUCTS:
-        return None
+    return product_part(event, mixer) if event.name in PRODUCTS else None
+
+
+def product_part(event: Any, mixer: S6) -> str:
+    """Which of the projections a product belongs to, by its sizes."""
     sizes = {size for shape in event.input_shapes for size in shape}
     if mixer.d_inner not in sizes:
         return "in_proj"

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from torch import Tensor
 from selectra.bench import check
 from selectra.bench.timing import Timing, interleaved
 from selectra.errors import BackendError
-from selectra.ops import selective_scan
+from selectra.ops import native, selective_scan
 from selectra.train.record import environment
 
 
@@ -30,7 +31,13 @@ class Shape(NamedTuple):
     n: int
 
 
-SHAPES = (Shape(8, 384, 196, 16), Shape(1, 768, 1024, 16), Shape(1, 256, 4096, 16))
+# The last differ from the first in the state size alone.
+SHAPES = (
+    Shape(8, 384, 196, 16),
+    Shape(1, 768, 1024, 16),
+    Shape(1, 256, 4096, 16),
+    *(Shape(8, 384, 196, n) for n in (1, 4, 64)),
+)
 FLAGS: dict[str, Any] = {"delta_softplus": True}
 # Of each tensor's maximum, in float32: what other packages may differ from ours.
 PEERS_AT_MOST = 1e-4
@@ -70,6 +77,8 @@ def bench_scan(
         "what": "one call of the selective scan with softplus, step bias, skip and gate, float32",
         "environment": environment(),
         "peers": {name: version(name) for name in ("mambapy", "transformers") if _installed(name)},
+        "instruction set": native.status().isa,
+        "load before": os.getloadavg(),
         "device": str(device),
         "seconds for each measurement": seconds,
         "rows": [],
@@ -78,6 +87,7 @@ def bench_scan(
         running = {name: c for name, c in contenders.items() if c.longest is None or shape.l <= c.longest}
         rows = _measure(shape, running, seconds, device)
         record["rows"] += rows
+        record["load after"] = os.getloadavg()
         save(record)
         _show(rows, shape, console)
         for name in contenders.keys() - running.keys():
@@ -192,7 +202,7 @@ def _peers(device: torch.device) -> dict[str, Contender]:
     if _installed("mambapy"):
         found["mambapy pscan"] = Contender(_mambapy(device))
     if _installed("transformers"):
-        found["transformers loop"] = Contender(_transformers(), channels_first=True, longest=1024)
+        found["transformers loop"] = Contender(_transformers(), channels_first=True, longest=512)
     return found
 
 

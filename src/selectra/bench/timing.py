@@ -3,7 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -40,6 +41,26 @@ def interleaved(
                 times[name].append(_seconds(run, repeats[name], device))
         rounds += 1
     return {name: Timing(statistics.median(t), min(t), len(t)) for name, t in times.items()}
+
+
+def paired(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Any]:
+    """Time two contenders in turn on the CPU; besides their times the median of the rounds' ratios, second over first.
+
+    A contender whose single call outlasts `seconds` is timed in its first call and once more.
+    """
+    device = torch.device("cpu")
+    first = {name: _seconds(run, 1, device) for name, run in contenders.items()}
+    slow = max(first.values()) > seconds
+    quick = first if slow else {name: _seconds(run, 1, device) for name, run in contenders.items()}
+    repeats = {name: max(1, min(50, int(max(quick.values()) / 3 / max(t, 1e-6)))) for name, t in quick.items()}
+    times: dict[str, list[float]] = {name: [t] if slow else [] for name, t in first.items()}
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < (2 if slow else 5) or (not slow and time.perf_counter() < end):
+        for name, run in contenders.items():
+            times[name].append(_seconds(run, repeats[name], device))
+    rounds = [second / one for one, second in zip(*times.values(), strict=True)]
+    found: dict[str, Any] = {name: asdict(Timing(statistics.median(t), min(t), len(t))) for name, t in times.items()}
+    return found | {"ratio": statistics.median(rounds)}
 
 
 def _seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -67,3 +67,14 @@ class PreNorm(nn.Module):
         """What the mixer makes of the normalised sum, not yet added, and the sum; `options` go to the mixer."""
         x, stream = self.norm(x, residual)
         return self.mixer(x, **options), stream
+
+    def step_(
+        self, x: Float[Tensor, "b l d_model"], residual: Float[Tensor, "b l d_model"] | None, state: Any
+    ) -> tuple[Float[Tensor, "b l d_model"], Float[Tensor, "b l d_model"]]:
+        """As `forward`, usually of one position, on from the mixer's `state`, which is written; without gradient."""
+        joined = getattr(self.mixer, "step_behind_", None)
+        if joined is not None:
+            return joined(self.norm, x, residual, state)
+        with torch.no_grad():
+            x, stream = self.norm(x, residual)
+        return self.mixer.step_(x, state), stream  # pyright: ignore[reportCallIssue]

@@ -19,7 +19,7 @@ from selectra.ops import selective_scan
 from selectra.ops.transforms import is_batched
 
 # Where memory's speed bounds what is saved here.
-_DEVICES: tuple[str, ...] = ("cuda",)
+_DEVICES: tuple[str, ...] = ("cuda", "cpu")
 
 
 def linear_halves(

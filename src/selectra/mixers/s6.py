@@ -15,8 +15,10 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError
+from selectra.layers.norm import AddNorm
 from selectra.mixers.projections import linear_halves, select
 from selectra.mixers.sizes import mixer_sizes, require_sizes
+from selectra.mixers.streaming import quick_step
 from selectra.ops import causal_conv1d, checks, selective_scan
 
 
@@ -213,9 +215,28 @@ class S6(SelectivePath):
         """Mix the next chunk, of any length, and return the state to continue from; gradients flow through it."""
         return self._block(x, state, mask=mask)
 
-    @torch.no_grad()
     def step_(self, x: Float[Tensor, "b l d_model"], state: State) -> Float[Tensor, "b l d_model"]:
         """Like `scan`, usually of one position, but overwrites the state's tensors; without gradient."""
+        found = quick_step(self, x, state) if type(self) is S6 else None
+        return self._scan_into(x, state) if found is None else found[0]
+
+    def step_behind_(
+        self,
+        norm: AddNorm,
+        x: Float[Tensor, "b l d_model"],
+        residual: Float[Tensor, "b l d_model"] | None,
+        state: State,
+    ) -> tuple[Float[Tensor, "b l d_model"], Float[Tensor, "b l d_model"]]:
+        """`norm(x, residual)` and `step_` of what it gives, in one call where that can be; also gives the stream."""
+        found = quick_step(self, x, state, norm, residual) if type(self) is S6 and type(norm) is AddNorm else None
+        if found is not None:
+            return found
+        with torch.no_grad():
+            x, stream = norm(x, residual)
+        return self.step_(x, state), stream
+
+    @torch.no_grad()
+    def _scan_into(self, x: Tensor, state: State) -> Tensor:
         y, after = self.scan(x, state)
         for tensor, value in zip(state, after, strict=True):
             tensor.copy_(value)

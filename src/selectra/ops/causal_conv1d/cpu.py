@@ -1,7 +1,7 @@
 """The `cpu` backend of `causal_conv1d`: compiled kernels on data pointers.
 
-Tensors are read through their strides, without copies; the kernels compute in float32, or in float64 where `x` is
-float64.
+Tensors are read through their strides, without copies, bfloat16 too; float16 is turned into float32 first. The kernels
+compute in float32, or in float64 where `x` is float64.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectra.ops import native
-from selectra.ops.native.library import library, n_sequences, operand, refusal, threads
+from selectra.ops.native.library import is_readable, library, n_sequences, operand, readable, refusal, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -51,7 +51,7 @@ def forward(
     dtype = _compute_dtype(x)
     inputs = _inputs(dtype, x, weight, bias, initial_state, mask, cu_seqlens)
     final_state = torch.empty((n_sequences(x.shape[0], cu_seqlens), *weight.shape), dtype=dtype)
-    y = torch.empty(x.shape, dtype=dtype)
+    y = _new_like(x, dtype)
     words = _words(inputs, silu, reverse)
     library().call("conv_forward", dtype, [*words, *operand(final_state), *operand(y)])
     return y.to(x.dtype), final_state
@@ -80,8 +80,8 @@ def backward(
     """
     dtype = _compute_dtype(x)
     inputs = _inputs(dtype, x, weight, bias, initial_state, mask, cu_seqlens)
-    dy, dfinal = dy.to(dtype), dfinal.to(dtype)
-    dx = torch.empty(x.shape, dtype=dtype)
+    dy, dfinal = readable(dy, dtype), dfinal.to(dtype)
+    dx = _new_like(x, dtype)
     dweight = torch.zeros(weight.shape, dtype=dtype)
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=dtype)
     dinitial = None if initial_state is None else torch.empty(initial_state.shape, dtype=dtype)
@@ -102,11 +102,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _new_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a result, in the type of `x` if the kernels write it."""
+    return torch.empty(x.shape, dtype=x.dtype if is_readable(x.dtype, dtype) else dtype)
+
+
 def _inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The six inputs as the kernels read them: numbers in the compute dtype, borders as contiguous int32."""
-    *numbers, mask, cu_seqlens = tensors
-    inputs = [None if tensor is None else tensor.to(dtype) for tensor in numbers]
-    return [*inputs, mask, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()]
+    """The six inputs as the kernels read them: `x` as it is stored, borders as contiguous int32."""
+    x, weight, bias, initial_state, mask, cu_seqlens = tensors
+    assert x is not None
+    weight, bias, initial_state = (
+        None if tensor is None else tensor.to(dtype) for tensor in (weight, bias, initial_state)
+    )
+    borders = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    return [readable(x, dtype), weight, bias, initial_state, mask, borders]
 
 
 def _words(inputs: Sequence[Tensor | None], silu: bool, reverse: bool) -> list[int]:

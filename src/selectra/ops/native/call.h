@@ -7,7 +7,7 @@
 
 namespace selectra {
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 
 // Steps between two checkpoints of the scan's state, and the height of every tile. With 32 the backward's tiles leave
 // the first cache and it takes a fifth longer; with 16 the checkpoints are twice as many: n / 16 numbers for each of u.
@@ -21,12 +21,20 @@ enum Outcome : int {
   kBadBorders = 2,
 };
 
-// A tensor: its first element and its strides in elements. Without data it is absent.
+// How a tensor's numbers are stored: in the type that the kernel computes in, or (float kernels) as bfloat16.
+enum Storage : int64_t {
+  kWhole = 0,
+  kHalved = 1,
+};
+
+// A tensor: its first element, its strides in elements, and its storage. Without data it is absent.
 struct Operand {
   void* data;
   int64_t stride[4];
+  int64_t storage;
 };
 
+// Of a scan's tensors u, delta, B, C, z, y and their gradients may be halved; of a convolution's x, y and theirs.
 struct ScanCall {
   // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
   int64_t sequences, length, channels, states, groups, softplus, reverse, threads;
@@ -61,6 +69,29 @@ struct ConvBackwardCall {
   Operand dx, dweight, dbias, dinitial;
 };
 
+// A matrix, vector or batch whose rows lie without gaps: its first element, elements from row to row, storage.
+struct Rows {
+  void* data;
+  int64_t pitch;
+  int64_t storage;
+};
+
+// One position of a whole Mamba block. Everything may be halved but ssm.
+struct StepCall {
+  int64_t batch;
+  // How many blocks follow this one in memory; what a block reads may be what it or the one before writes.
+  int64_t following;
+  // (b, model); the residual stream before and after, with norm_weight alone
+  Rows x, residual, stream, y;
+  // (b, channels, width), (b, channels, states): read and written
+  Rows conv, ssm;
+  int64_t model, channels, states, width, rank;
+  double eps;
+  // Without norm_weight x goes into the projection as it is. Vectors and matrices as mamba_ssm's parameters.
+  Rows norm_weight, in_weight, in_bias, conv_weight, conv_bias, x_weight, dt_weight, dt_bias, A_log, D, out_weight,
+      out_bias;
+};
+
 // One build's entry points.
 struct Kernels {
   int lanes;
@@ -68,7 +99,15 @@ struct Kernels {
   int (*scan_backward)(const ScanBackwardCall&);
   int (*conv_forward)(const ConvCall&);
   int (*conv_backward)(const ConvBackwardCall&);
+  int (*step)(const StepCall&);
 };
+
+// Runs body(context, 0) ... body(context, tasks - 1) on up to `threads` threads, the calling one among them.
+using TaskBody = void (*)(const void* context, int64_t task);
+void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* context);
+
+// The wanted number of threads, or that of the cores that this process may use: more only wait for each other.
+int64_t useful_threads(int64_t wanted);
 
 // Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
 void* thread_workspace(uint64_t bytes);

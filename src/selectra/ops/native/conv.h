@@ -41,18 +41,18 @@ SELECTRA_INLINE void clear_absent(const Operand& mask, int64_t batch, const Step
 
 SELECTRA_INLINE void load_present(const Operand& tensor, const Operand& mask, const Sequence& sequence,
                                   const Steps& steps, ConvBlock block, Vector* tile) {
-  load_tile(strip_of(tensor, sequence.batch, block.channel, block.lanes), steps, tile);
+  load_block(tensor, sequence.batch, block.channel, block.lanes, steps, tile);
   clear_absent(mask, sequence.batch, steps, tile);
 }
 
 // w of a block, one vector a tap.
 SELECTRA_INLINE void load_weight(const ConvCall& call, ConvBlock block, Vector* weight) {
-  const Operand as_state = {call.weight.data, {0, call.weight.stride[0], call.weight.stride[1]}};
+  const Operand as_state = {call.weight.data, {0, call.weight.stride[0], call.weight.stride[1]}, kWhole};
   load_state(as_state, 0, block.channel, block.lanes, (int)call.width, weight);
 }
 
-// out_t = bias + sum_j w_j window_{t + 1 + j}; Width 0 means `width`.
-template <int Width>
+// out_t = act(bias + sum_j w_j window_{t + 1 + j}); Width 0 means `width`.
+template <int Width, bool Silu = false>
 SELECTRA_INLINE void convolve(int count, int width, const Vector* weight, Vector bias, const Vector* window,
                               Vector* out) {
   const int taps = Width ? Width : width;
@@ -60,7 +60,7 @@ SELECTRA_INLINE void convolve(int count, int width, const Vector* weight, Vector
     Vector sum = bias;
 #pragma GCC unroll 4
     for (int j = 0; j < taps; ++j) sum += weight[j] * window[t + 1 + j];
-    out[t] = sum;
+    out[t] = Silu ? sum * sigmoid(sum) : sum;
   }
 }
 
@@ -85,15 +85,12 @@ SELECTRA_INLINE void conv_chunk_forward(const ConvCall& call, const Sequence& se
   for (int j = 0; j < width; ++j) work.window[j] = last[j];
   load_present(call.x, call.mask, sequence, steps, block, work.window + width);
   with_width(width, [&](auto taps) {
-    convolve<decltype(taps)::value>(steps.count, width, work.weight + index * width, work.bias[index], work.window,
-                                    work.out);
+    const auto apply = call.silu ? convolve<decltype(taps)::value, true> : convolve<decltype(taps)::value>;
+    apply(steps.count, width, work.weight + index * width, work.bias[index], work.window, work.out);
   });
   for (int j = 0; j < width; ++j) last[j] = work.window[steps.count + j];
-  if (call.silu) {
-    for (int t = 0; t < steps.count; ++t) work.out[t] *= sigmoid(work.out[t]);
-  }
   clear_absent(call.mask, sequence.batch, steps, work.out);
-  store_tile(strip_of(call.y, sequence.batch, block.channel, block.lanes), steps, work.out);
+  store_block(call.y, sequence.batch, block.channel, block.lanes, steps, work.out);
 }
 
 // Sequences first_sequence ... last_sequence - 1 of blocks first ... last - 1.

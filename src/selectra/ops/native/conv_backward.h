@@ -4,6 +4,8 @@
 // w_j it is sum_t g_t x_{t - k + 1 + j}. Inputs -k ... -1 are the initial state's.
 #pragma once
 
+#include <initializer_list>
+
 #include "conv.h"
 
 namespace selectra {
@@ -78,9 +80,25 @@ SELECTRA_INLINE void convolve_back(int count, int width, const Vector* weight, c
   }
 }
 
+// What the next band of a task will read and write, asked for while the one before it runs.
+SELECTRA_INLINE void look_ahead(const ConvBackwardCall& call, const Sequence& sequence, const BlockRange& range,
+                                BandStep now, Ahead& ahead) {
+  ahead.clear();
+  BandStep next = now;
+  next.advance(range, true);
+  if (next.chunk < 0) return;
+  Steps steps;
+  sequence.chunk(next.chunk, steps);
+  const int64_t channel = (range.first + next.index) * kLanes, channels = (int64_t)next.blocks(range) * kLanes;
+  for (const Operand* tensor : {&call.forward.x, &call.dy, &call.dx}) {
+    ahead.add_rows(*tensor, sequence.batch, channel, channels, steps);
+  }
+  ahead.spread(kChunk * now.blocks(range));
+}
+
 SELECTRA_INLINE void conv_chunk_backward(const ConvBackwardCall& call, const Sequence& sequence, const Steps& steps,
                                          int64_t from, ConvBlock block, int64_t index,
-                                         const ConvBackwardWorkspace& work) {
+                                         const ConvBackwardWorkspace& work, Ahead& ahead) {
   const ConvCall& forward = call.forward;
   const int width = (int)forward.width, count = steps.count;
   const Vector* const weight = work.weight + index * width;
@@ -103,7 +121,10 @@ SELECTRA_INLINE void conv_chunk_backward(const ConvBackwardCall& call, const Seq
     for (int j = 0; j < width; ++j) later[j] = work.gradient[j];
   });
   Vector bias_sum = work.dbias[index];
-  for (int t = 0; t < count; ++t) bias_sum += work.gradient[t];
+  for (int t = 0; t < count; ++t) {
+    ahead.ask();
+    bias_sum += work.gradient[t];
+  }
   work.dbias[index] = bias_sum;
   // The final state's column j is the input count - k + j of the sequence.
   const int64_t first_column = width - sequence.count + from;
@@ -111,7 +132,7 @@ SELECTRA_INLINE void conv_chunk_backward(const ConvBackwardCall& call, const Seq
     work.tile[t] += work.dfinal[index * width + first_column + t];
   }
   clear_absent(forward.mask, sequence.batch, steps, work.tile);
-  store_tile(strip_of(call.dx, sequence.batch, block.channel, block.lanes), steps, work.tile);
+  store_block(call.dx, sequence.batch, block.channel, block.lanes, steps, work.tile);
 }
 
 // The initial state's column i is the input i - k: read by the steps before i, and final where the sequence is short.
@@ -141,11 +162,17 @@ SELECTRA_INLINE void conv_sequence_backward(const ConvBackwardCall& call, int64_
   }
   memset(work.later, 0, sizeof(Vector) * blocks * width);
   Steps steps;
+  Ahead ahead;
+  const BlockRange range = {0, task.first, task.last};
+  const int band = range.band();
   for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
     sequence.chunk(c, steps);
     for (int64_t index = 0; index < blocks; ++index) {
+      if (index % band == 0) {
+        look_ahead(call, sequence, range, {c, (int)index}, ahead);
+      }
       conv_chunk_backward(call, sequence, steps, c * kChunk, conv_block(forward.channels, task.first + index), index,
-                          work);
+                          work, ahead);
     }
   }
   for (int64_t index = 0; call.dinitial.data && index < blocks; ++index) {
@@ -168,7 +195,7 @@ static void conv_task_backward(const ConvBackwardCall& call, const Sequences& se
   for (int64_t s = task.first_sequence; s < task.last_sequence; ++s) {
     conv_sequence_backward(call, s, sequences[s], task, work);
   }
-  const Operand weight_share = {dweight, {0, width, 1}};
+  const Operand weight_share = {dweight, {0, width, 1}, kWhole};
   for (int64_t index = 0; index < blocks; ++index) {
     const ConvBlock block = conv_block(forward.channels, task.first + index);
     store_state(weight_share, 0, block.channel, block.lanes, (int)width, work.dweight + index * width);

@@ -2,10 +2,11 @@
 #include "conv_backward.h"
 #include "scan_backward_tasks.h"
 #include "scan_forward.h"
+#include "step.h"
 
 namespace selectra {
 
 extern const Kernels SELECTRA_KERNELS;
-const Kernels SELECTRA_KERNELS = {kLanes, scan_forward, scan_backward, conv_forward, conv_backward};
+const Kernels SELECTRA_KERNELS = {kLanes, scan_forward, scan_backward, conv_forward, conv_backward, step};
 
 }  // namespace selectra

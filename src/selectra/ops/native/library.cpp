@@ -91,14 +91,6 @@ SELECTRA_EXPORT const char* selectra_cpu_build_name(int build) { return selectra
 
 SELECTRA_EXPORT int selectra_cpu_build_runs(int build) { return selectra::processor_runs(build); }
 
-SELECTRA_EXPORT int selectra_cpu_has_threads(void) {
-#if defined(_OPENMP)
-  return 1;
-#else
-  return 0;
-#endif
-}
-
 SELECTRA_EXPORT int selectra_cpu_chunk(void) { return selectra::kChunk; }
 
 SELECTRA_EXPORT int selectra_cpu_lanes(int build, int is_double) {
@@ -119,4 +111,8 @@ SELECTRA_EXPORT int selectra_cpu_conv_forward(int build, int is_double, const in
 
 SELECTRA_EXPORT int selectra_cpu_conv_backward(int build, int is_double, const int64_t* call) {
   return selectra::kernels_of(build, is_double).conv_backward(*(const selectra::ConvBackwardCall*)call);
+}
+
+SELECTRA_EXPORT int selectra_cpu_step(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).step(*(const selectra::StepCall*)call);
 }

@@ -23,18 +23,19 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
     "or a wheel for this platform, brings it"
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
-FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward")
-QUERIES = ("chunk", "has_threads", "build_count", "build_name", "build_runs", "lanes")
+FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step")
+QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
-ABSENT = (0, 0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
+WHOLE, HALVED = 0, 1
 logger = logging.getLogger("selectra")
 
 
@@ -69,7 +70,6 @@ class Library:
     def __init__(self, handle: ctypes.CDLL, path: str) -> None:
         self.path = path
         self.chunk: int = handle.selectra_cpu_chunk()
-        self.has_threads = bool(handle.selectra_cpu_has_threads())
         name = handle.selectra_cpu_build_name
         name.restype = ctypes.c_char_p
         self.isas = tuple(name(build).decode() for build in range(handle.selectra_cpu_build_count()))
@@ -93,9 +93,14 @@ class Library:
             ConfigError: `cu_seqlens` does not rise from 0 to the length.
             MemoryError: There is no room for the kernel's scratch memory.
         """
-        outcome = self._functions[function](
-            self.build, int(dtype == torch.float64), (ctypes.c_int64 * len(words))(*words)
-        )
+        self._run(function, dtype, (ctypes.c_int64 * len(words))(*words))
+
+    def call_packed(self, function: str, dtype: torch.dtype, words: bytes) -> None:
+        """As `call`, with words that are packed already."""
+        self._run(function, dtype, (ctypes.c_int64 * (len(words) // 8)).from_buffer_copy(words))
+
+    def _run(self, function: str, dtype: torch.dtype, words: "ctypes.Array[ctypes.c_int64]") -> None:
+        outcome = self._functions[function](self.build, int(dtype == torch.float64), words)
         if outcome == BAD_BORDERS:
             raise ConfigError("cu_seqlens must begin with 0, never fall, and end with the length.")
         if outcome == OUT_OF_MEMORY:
@@ -103,11 +108,22 @@ class Library:
 
 
 def operand(tensor: Tensor | None) -> tuple[int, ...]:
-    """The words of one tensor: address and strides, padded to four; zeros for None."""
+    """The words of one tensor: address, strides padded to four, and storage; zeros for None."""
     if tensor is None:
         return ABSENT
     stride = tensor.stride()
-    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1])
+    storage = HALVED if tensor.dtype == torch.bfloat16 else WHOLE
+    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage)
+
+
+def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor with numbers as a kernel that computes in `dtype` reads and writes them, where it takes bfloat16 too."""
+    return tensor if is_readable(tensor.dtype, dtype) else tensor.to(dtype)
+
+
+def is_readable(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a kernel that computes in `dtype` reads and writes numbers that are stored in `stored`."""
+    return stored == dtype or (stored == torch.bfloat16 and dtype == torch.float32)
 
 
 def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
@@ -117,7 +133,7 @@ def n_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
 
 def threads() -> int:
     """Threads that a call may use: torch's setting, or one in a forked child, where OpenMP's threads are gone."""
-    return 1 if _state.forked or not library().has_threads else torch.get_num_threads()
+    return 1 if _state.forked else torch.get_num_threads()
 
 
 def library() -> Library:
@@ -142,7 +158,7 @@ def status() -> NativeStatus:
         path=found.path,
         isa=found.isas[found.build] if usable else None,
         isas_built=found.isas,
-        threads=1 if _state.forked or not found.has_threads else torch.get_num_threads(),
+        threads=threads(),
         problem=_state.problem,
         refuses_wish=not usable,
         note=_note(found),

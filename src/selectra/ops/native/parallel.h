@@ -10,21 +10,18 @@ namespace {
 // Runs body(0) ... body(tasks - 1) on up to `threads` threads.
 template <typename Body>
 SELECTRA_INLINE void for_each_task(int64_t tasks, int64_t threads, const Body& body) {
-#if defined(_OPENMP)
   if (threads > 1 && tasks > 1) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads((int)smaller(threads, tasks))
-    for (int64_t task = 0; task < tasks; ++task) body(task);
+    run_tasks(tasks, threads, [](const void* context, int64_t task) { (*(const Body*)context)(task); }, &body);
     return;
   }
-#endif
-  (void)threads;
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
 // The threads that are worth waking for so many vector operations: each takes at least about 0.05 ms of them.
 SELECTRA_INLINE int64_t threads_for(int64_t threads, int64_t vector_operations) {
   constexpr int64_t kOperationsPerThread = 100000;
-  return larger<int64_t>(1, smaller(threads, vector_operations / kOperationsPerThread));
+  const int64_t worth = smaller(threads, vector_operations / kOperationsPerThread);
+  return worth > 1 ? useful_threads(worth) : 1;
 }
 
 // Part `part` of `parts` about equal parts of 0 ... count begins here.

@@ -19,21 +19,22 @@ constexpr int kBackwardStates = 4;
 
 // One block's tiles of a chunk, one vector a step.
 struct BlockTiles {
-  // dt; its slope with respect to delta; u; dt u; the output before the gate.
-  Vector *dt, *slope, *u, *input, *y;
-  // The gradient of the output before the gate; the factor of y in the gradient of z.
-  Vector *dy, *gate;
+  // delta, u, z, and in their place their gradients; the gradient of the output before the gate.
+  Vector *delta, *u, *gate, *dy;
+  // dt; its slope with respect to delta; dt u; the output before the gate.
+  Vector *dt, *slope, *input, *y;
   // Sums over the states: g B, and g a h A.
   Vector *dinput, *dexponent;
 
   explicit BlockTiles(Arena& arena)
-      : dt(arena.take<Vector>(kChunk)),
-        slope(arena.take<Vector>(kChunk)),
+      : delta(arena.take<Vector>(kChunk)),
         u(arena.take<Vector>(kChunk)),
+        gate(arena.take<Vector>(kChunk)),
+        dy(arena.take<Vector>(kChunk)),
+        dt(delta),
+        slope(arena.take<Vector>(kChunk)),
         input(arena.take<Vector>(kChunk)),
         y(arena.take<Vector>(kChunk)),
-        dy(arena.take<Vector>(kChunk)),
-        gate(arena.take<Vector>(kChunk)),
         dinput(arena.take<Vector>(kChunk)),
         dexponent(arena.take<Vector>(kChunk)) {}
 };
@@ -41,9 +42,9 @@ struct BlockTiles {
 struct BackwardWorkspace {
   // Of every block: A, A log2(e), the gradient of the state, of A; D and the bias and their gradients.
   Vector *A, *rates, *dstate, *dA, *skip, *bias, *dskip, *dbias;
-  // Of kPair blocks and kBackwardStates states: decay of every step, state before the chunk and after every step.
-  Vector *decay, *trail;
-  // The gradients of B and C by lane, summed over blocks: by register block of states, then [step][state][B or C].
+  // Of kPair blocks and kBackwardStates states: of every step its decay and the decayed state before it.
+  Vector *decay, *decayed;
+  // The gradients of B and C by lane, summed over blocks: by register block of states, then [step][B or C][state].
   Vector* lane_sums;
   // B and C of a chunk; one row of their gradients by register block.
   Real *rows, *sums;
@@ -59,52 +60,61 @@ struct BackwardWorkspace {
         dskip(arena.take<Vector>(blocks)),
         dbias(arena.take<Vector>(blocks)),
         decay(arena.take<Vector>(kPair * kChunk * kBackwardStates)),
-        trail(arena.take<Vector>(kPair * (kChunk + 1) * kBackwardStates)),
+        decayed(arena.take<Vector>(kPair * kChunk * kBackwardStates)),
         lane_sums(arena.take<Vector>(kChunk * 2 * states)),
         rows(arena.take<Real>(kChunk * 2 * states)),
         sums(arena.take<Real>(kChunk * 2 * kBackwardStates)),
         tiles{BlockTiles(arena), BlockTiles(arena)} {}
 };
 
-// Runs the states forward again and keeps every decay and state; adds C . h to y where the gate needs it.
+// Runs the states forward again and keeps every decay and decayed state; adds dy h to the gradient of C, and C . h to y
+// where the gate needs it.
 template <int Blocks, int States, bool Gated>
 SELECTRA_INLINE void rerun(int count, const BlockTiles* tiles, const Vector* const* rates,
                            const Real* const* checkpoint, const Real* rows, int64_t states, Vector* __restrict decay,
-                           Vector* __restrict trail, const Ahead& ahead) {
+                           Vector* __restrict decayed, Vector* __restrict lane_sums, Ahead& ahead) {
   Vector h[Blocks][States];
 #pragma GCC unroll 2
   for (int p = 0; p < Blocks; ++p) {
 #pragma GCC unroll 8
-    for (int n = 0; n < States; ++n) trail[p * States + n] = h[p][n] = load(checkpoint[p] + n * kLanes);
+    for (int n = 0; n < States; ++n) h[p][n] = load(checkpoint[p] + n * kLanes);
   }
   for (int t = 0; t < count; ++t) {
     const Real* B = rows + t * 2 * states;
     const Real* C = B + states;
-    ahead.ask(t);
     Vector* const decay_now = decay + t * Blocks * States;
-    Vector* const after = trail + (t + 1) * Blocks * States;
+    Vector* const decayed_now = decayed + t * Blocks * States;
+    Vector* const sums = lane_sums + (2 * t + 1) * States;
+    ahead.ask();
+    Vector y[Blocks];
 #pragma GCC unroll 2
-    for (int p = 0; p < Blocks; ++p) {
-      const Vector step = tiles[p].dt[t], x = tiles[p].input[t];
-      Vector y = Gated ? tiles[p].y[t] : Vector{};
+    for (int p = 0; p < Blocks; ++p) y[p] = Gated ? tiles[p].y[t] : Vector{};
 #pragma GCC unroll 8
-      for (int n = 0; n < States; ++n) {
-        const Vector a = exp2_of_product(step, rates[p][n]);
-        h[p][n] = a * h[p][n] + x * B[n];
+    for (int n = 0; n < States; ++n) {
+      Vector dC = sums[n];
+#pragma GCC unroll 2
+      for (int p = 0; p < Blocks; ++p) {
+        const Vector a = exp2_of_product(tiles[p].dt[t], rates[p][n]);
+        const Vector before = a * h[p][n];
         decay_now[p * States + n] = a;
-        after[p * States + n] = h[p][n];
-        if (Gated) y += h[p][n] * C[n];
+        decayed_now[p * States + n] = before;
+        h[p][n] = before + tiles[p].input[t] * B[n];
+        dC += tiles[p].dy[t] * h[p][n];
+        if (Gated) y[p] += h[p][n] * C[n];
       }
-      if (Gated) tiles[p].y[t] = y;
+      sums[n] = dC;
     }
+#pragma GCC unroll 2
+    for (int p = 0; Gated && p < Blocks; ++p) tiles[p].y[t] = y[p];
   }
 }
 
 // Carries the gradient of the states back through a chunk.
 template <int Blocks, int States>
 SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector* const* A, const Real* rows,
-                                int64_t states, const Vector* __restrict decay, const Vector* __restrict trail,
-                                Vector* const* dstate, Vector* const* dA, Vector* __restrict lane_sums) {
+                                int64_t states, const Vector* __restrict decay, const Vector* __restrict decayed,
+                                Vector* const* dstate, Vector* const* dA, Vector* __restrict lane_sums,
+                                Ahead& ahead) {
   Vector g[Blocks][States], rate_sum[Blocks][States];
 #pragma GCC unroll 2
   for (int p = 0; p < Blocks; ++p) {
@@ -118,9 +128,9 @@ SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector
     const Real* B = rows + t * 2 * states;
     const Real* C = B + states;
     const Vector* a = decay + t * Blocks * States;
-    const Vector* before = trail + t * Blocks * States;
-    const Vector* after = before + Blocks * States;
-    Vector* sums = lane_sums + t * 2 * States;
+    const Vector* before = decayed + t * Blocks * States;
+    Vector* const sums = lane_sums + 2 * t * States;
+    ahead.ask();
     Vector dinput[Blocks], dexponent[Blocks];
 #pragma GCC unroll 2
     for (int p = 0; p < Blocks; ++p) {
@@ -129,21 +139,18 @@ SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector
     }
 #pragma GCC unroll 8
     for (int n = 0; n < States; ++n) {
-      Vector dB = sums[2 * n], dC = sums[2 * n + 1];
+      Vector dB = sums[n];
 #pragma GCC unroll 2
       for (int p = 0; p < Blocks; ++p) {
-        const Vector dy = tiles[p].dy[t];
-        const Vector gradient = g[p][n] + dy * C[n];
-        dC += dy * after[p * States + n];
+        const Vector gradient = g[p][n] + tiles[p].dy[t] * C[n];
         dB += gradient * tiles[p].input[t];
         dinput[p] += gradient * B[n];
         g[p][n] = gradient * a[p * States + n];
-        const Vector through_exponent = g[p][n] * before[p * States + n];
+        const Vector through_exponent = gradient * before[p * States + n];
         dexponent[p] += through_exponent * A[p][n];
         rate_sum[p][n] += through_exponent * tiles[p].dt[t];
       }
-      sums[2 * n] = dB;
-      sums[2 * n + 1] = dC;
+      sums[n] = dB;
     }
 #pragma GCC unroll 2
     for (int p = 0; p < Blocks; ++p) {
@@ -165,11 +172,11 @@ SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector
 SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
                                       Block block, Vector bias, Vector skip, const BlockTiles& tiles) {
   const ScanCall& forward = call.forward;
-  load_tile(strip_of(forward.delta, sequence.batch, block.channel, block.lanes), steps, tiles.dt);
-  load_tile(strip_of(forward.u, sequence.batch, block.channel, block.lanes), steps, tiles.u);
-  load_tile(strip_of(call.dy, sequence.batch, block.channel, block.lanes), steps, tiles.dy);
+  load_block(forward.delta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
+  load_block(forward.u, sequence.batch, block.channel, block.lanes, steps, tiles.u);
+  load_block(call.dy, sequence.batch, block.channel, block.lanes, steps, tiles.dy);
   for (int t = 0; t < steps.count; ++t) {
-    const Vector delta = tiles.dt[t] + bias;
+    const Vector delta = tiles.delta[t] + bias;
     const Softplus soft = forward.softplus ? softplus(delta) : Softplus{delta, broadcast(1)};
     tiles.dt[t] = soft.value;
     tiles.slope[t] = soft.slope;
@@ -177,7 +184,7 @@ SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequen
     tiles.dinput[t] = tiles.dexponent[t] = Vector{};
   }
   if (!forward.z.data) return;
-  load_tile(strip_of(forward.z, sequence.batch, block.channel, block.lanes), steps, tiles.gate);
+  load_block(forward.z, sequence.batch, block.channel, block.lanes, steps, tiles.gate);
   for (int t = 0; t < steps.count; ++t) {
     const Vector z = tiles.gate[t], dy = tiles.dy[t], s = sigmoid(z);
     tiles.gate[t] = dy * (s + z * s * (1 - s));
@@ -193,46 +200,51 @@ SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequenc
   for (int t = 0; t < steps.count; ++t) {
     const Vector dinput = tiles.dinput[t], u = tiles.u[t], dy = tiles.dy[t];
     const Vector ddelta = (tiles.dexponent[t] + u * dinput) * tiles.slope[t];
-    tiles.dinput[t] = tiles.dt[t] * dinput + skip * dy;
-    tiles.dexponent[t] = ddelta;
+    tiles.u[t] = tiles.dt[t] * dinput + skip * dy;
+    tiles.delta[t] = ddelta;
     skip_sum += dy * u;
     bias_sum += ddelta;
   }
   dskip = skip_sum;
   dbias = bias_sum;
-  store_tile(strip_of(call.du, sequence.batch, block.channel, block.lanes), steps, tiles.dinput);
-  store_tile(strip_of(call.ddelta, sequence.batch, block.channel, block.lanes), steps, tiles.dexponent);
+  store_block(call.du, sequence.batch, block.channel, block.lanes, steps, tiles.u);
+  store_block(call.ddelta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
   if (!call.forward.z.data) return;
   for (int t = 0; t < steps.count; ++t) tiles.gate[t] *= tiles.y[t];
-  store_tile(strip_of(call.dz, sequence.batch, block.channel, block.lanes), steps, tiles.gate);
+  store_block(call.dz, sequence.batch, block.channel, block.lanes, steps, tiles.gate);
 }
 
-// What the next kPair blocks, from `index` on, will read and write.
-SELECTRA_INLINE Ahead tensors_of(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
-                                 const Steps& steps, const BlockRange& range, int index) {
-  Ahead ahead(steps);
-  for (int64_t next = range.first + index; next < smaller(range.last, range.first + index + kPair); ++next) {
-    const Block block = layout.block(range.group, next);
-    for (const Operand* tensor : {&call.forward.delta, &call.forward.u, &call.forward.z, &call.dy, &call.du,
-                                  &call.ddelta, &call.dz}) {
-      if (tensor->data) ahead.add(strip_of(*tensor, sequence.batch, block.channel, block.lanes));
-    }
+// What the next band will read and write, asked for while the one before it runs.
+SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
+                                const BlockRange& range, BandStep now, Ahead& ahead) {
+  const ScanCall& forward = call.forward;
+  ahead.clear();
+  BandStep next = now;
+  next.advance(range, true);
+  if (next.chunk < 0) return;
+  Steps steps;
+  sequence.chunk(next.chunk, steps);
+  const int64_t first = range.first + next.index, blocks = next.blocks(range);
+  const int64_t channel = layout.block(range.group, first).channel;
+  for (const Operand* tensor : {&forward.delta, &forward.u, &call.dy, &forward.z, &call.du, &call.ddelta, &call.dz}) {
+    ahead.add_rows(*tensor, sequence.batch, channel, blocks * kLanes, steps);
   }
-  return ahead;
+  ahead.add(checkpoint_of(forward, layout, sequence.chunk_offset + next.chunk, range.group, first),
+            blocks * forward.states * (int64_t)sizeof(Vector));
+  ahead.spread(2 * kChunk * ceil_divide(now.blocks(range), kPair) * ceil_divide(forward.states, kBackwardStates));
 }
 
 // `Blocks` neighbouring blocks of the range, from `index` on, through one chunk.
 template <int Blocks>
 static void blocks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
                             const Steps& steps, int64_t chunk, const BlockRange& range, int index,
-                            const BackwardWorkspace& work, const Ahead& ahead) {
+                            const BackwardWorkspace& work, Ahead& ahead) {
   const ScanCall& forward = call.forward;
   const int states = (int)forward.states;
   for (int p = 0; p < Blocks; ++p) {
     prepare_backward(call, sequence, steps, layout.block(range.group, range.first + index + p), work.bias[index + p],
                      work.skip[index + p], work.tiles[p]);
   }
-  const Ahead nothing(steps);
   for_state_blocks<kBackwardStates>(states, [&](auto size, int n) {
     constexpr int kStates = decltype(size)::value;
     const Real* checkpoint[Blocks];
@@ -247,16 +259,16 @@ static void blocks_backward(const ScanBackwardCall& call, const Layout& layout, 
       dA[p] = work.dA + offset;
     }
     const Real* rows = work.rows + n;
-    const Ahead& now = n ? nothing : ahead;
+    Vector* const lane_sums = work.lane_sums + (int64_t)n * 2 * kChunk;
     if (forward.z.data) {
-      rerun<Blocks, kStates, true>(steps.count, work.tiles, rates, checkpoint, rows, states, work.decay, work.trail,
-                                   now);
+      rerun<Blocks, kStates, true>(steps.count, work.tiles, rates, checkpoint, rows, states, work.decay, work.decayed,
+                                   lane_sums, ahead);
     } else {
-      rerun<Blocks, kStates, false>(steps.count, work.tiles, rates, checkpoint, rows, states, work.decay, work.trail,
-                                    now);
+      rerun<Blocks, kStates, false>(steps.count, work.tiles, rates, checkpoint, rows, states, work.decay, work.decayed,
+                                    lane_sums, ahead);
     }
-    carry_back<Blocks, kStates>(steps.count, work.tiles, A, rows, states, work.decay, work.trail, dstate, dA,
-                                work.lane_sums + (int64_t)n * 2 * kChunk);
+    carry_back<Blocks, kStates>(steps.count, work.tiles, A, rows, states, work.decay, work.decayed, dstate, dA,
+                                lane_sums, ahead);
   });
   for (int p = 0; p < Blocks; ++p) {
     finish_backward(call, sequence, steps, layout.block(range.group, range.first + index + p), work.skip[index + p],
@@ -276,8 +288,8 @@ SELECTRA_INLINE void write_row_gradients(const ScanCall& forward, const Operand&
     for (int i = 0; i < steps.count * 2 * kStates; i += kLanes) store(work.sums + i, sum_lanes(lanes + i));
     for (int t = 0; t < steps.count; ++t) {
       for (int m = 0; m < kStates; ++m) {
-        to_B[steps.position[t] * dB.stride[1] + n + m] = work.sums[(t * kStates + m) * 2];
-        to_C[steps.position[t] * dC.stride[1] + n + m] = work.sums[(t * kStates + m) * 2 + 1];
+        to_B[steps.position[t] * dB.stride[1] + n + m] = work.sums[2 * t * kStates + m];
+        to_C[steps.position[t] * dC.stride[1] + n + m] = work.sums[(2 * t + 1) * kStates + m];
       }
     }
   });
@@ -287,6 +299,8 @@ SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layou
                                        const BlockRange& range, const Operand& dB, const Operand& dC,
                                        const BackwardWorkspace& work) {
   Steps steps;
+  Ahead ahead;
+  const int band = range.band();
   for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
     const int64_t chunk = sequence.chunk_offset + c;
     sequence.chunk(c, steps);
@@ -294,10 +308,10 @@ SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layou
     memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * call.forward.states);
     int index = 0;
     for (; index + kPair <= range.count(); index += kPair) {
-      const Ahead ahead = tensors_of(call, layout, sequence, steps, range, index + kPair);
+      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
       blocks_backward<kPair>(call, layout, sequence, steps, chunk, range, index, work, ahead);
     }
-    if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, Ahead(steps));
+    if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, ahead);
     write_row_gradients(call.forward, dB, dC, sequence, steps, range.group, work);
   }
 }

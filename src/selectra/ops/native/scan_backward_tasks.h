@@ -50,7 +50,7 @@ struct BackwardShares {
   static void take(Arena& arena, Shares& shares, const Operand& output, int64_t size, int64_t parts) {
     shares.size = size;
     if (!output.data) return;
-    shares.data = parts > 1 ? arena.take<Real>(size * parts) : (Real*)output.data;
+    shares.data = parts > 1 || output.storage != kWhole ? arena.take<Real>(size * parts) : (Real*)output.data;
   }
 };
 
@@ -91,7 +91,7 @@ static void scan_range_backward(const ScanBackwardCall& call, const Layout& layo
       store_state(call.dinitial, s, block.channel, block.lanes, states, work.dstate + index * states);
     }
   }
-  const Operand dA = {shares.dA.part(part), {0, states, 1}};
+  const Operand dA = {shares.dA.part(part), {0, states, 1}, kWhole};
   for (int index = 0; index < range.count(); ++index) {
     const Block block = layout.block(range.group, range.first + index);
     store_state(dA, 0, block.channel, block.lanes, states, work.dA + index * states);
@@ -102,17 +102,20 @@ static void scan_range_backward(const ScanBackwardCall& call, const Layout& layo
 
 // Adds the shares up in their order.
 SELECTRA_INLINE void sum_shares(const Shares& shares, int64_t parts, const Operand& output, int64_t threads) {
-  if (parts <= 1 || !output.data) return;
+  if (!output.data || shares.data == output.data) return;
   constexpr int64_t kPiece = 4096;
-  Real* const out = (Real*)output.data;
   for_each_task(ceil_divide(shares.size, kPiece), threads_for(threads, parts * shares.size / kLanes),
                 [&](int64_t piece) {
                   const int64_t end = smaller(shares.size, (piece + 1) * kPiece);
-                  for (int64_t i = piece * kPiece; i < end; ++i) out[i] = shares.data[i];
+                  Real* const sum = shares.data;
                   for (int64_t part = 1; part < parts; ++part) {
                     const Real* share = shares.part(part);
-                    for (int64_t i = piece * kPiece; i < end; ++i) out[i] += share[i];
+                    for (int64_t i = piece * kPiece; i < end; ++i) sum[i] += share[i];
                   }
+                  with_storage(output, [&](auto storage) {
+                    auto* const out = (typename decltype(storage)::Number*)output.data;
+                    for (int64_t i = piece * kPiece; i < end; ++i) out[i] = storage.narrow(sum[i]);
+                  });
                 });
 }
 

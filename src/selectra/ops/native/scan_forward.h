@@ -4,6 +4,8 @@
 // derivation is in ops/selective_scan/README.md.
 #pragma once
 
+#include <initializer_list>
+
 #include "scan_tiles.h"
 
 namespace selectra {
@@ -16,7 +18,8 @@ struct ForwardWorkspace {
   // Of every block: A log2(e), the running state; D and the bias of delta.
   Vector *rates, *state, *skip, *bias;
   // Of one block and chunk.
-  Vector *dt, *u, *input, *y, *gate;
+  Vector *dt, *input, *y, *gate;
+  // B and C of a chunk.
   Real* rows;
 
   ForwardWorkspace(Arena& arena, int64_t blocks, int64_t states)
@@ -25,7 +28,6 @@ struct ForwardWorkspace {
         skip(arena.take<Vector>(blocks)),
         bias(arena.take<Vector>(blocks)),
         dt(arena.take<Vector>(kChunk)),
-        u(arena.take<Vector>(kChunk)),
         input(arena.take<Vector>(kChunk)),
         y(arena.take<Vector>(kChunk)),
         gate(arena.take<Vector>(kChunk)),
@@ -35,7 +37,7 @@ struct ForwardWorkspace {
 // Runs `States` states of one block through a chunk and adds C . h to y.
 template <int States>
 SELECTRA_INLINE void advance_states(int count, const Vector* dt, const Vector* input, const Vector* rates,
-                                    const Real* rows, int64_t states, Vector* state, Vector* y, const Ahead& ahead) {
+                                    const Real* rows, int64_t states, Vector* state, Vector* y, Ahead& ahead) {
   Vector h[States];
 #pragma GCC unroll 16
   for (int n = 0; n < States; ++n) h[n] = state[n];
@@ -51,60 +53,63 @@ SELECTRA_INLINE void advance_states(int count, const Vector* dt, const Vector* i
       (n % 2 ? odd : even) += h[n] * C[n];
     }
     y[t] = even + odd;
-    ahead.ask(t);
+    ahead.ask();
   }
 #pragma GCC unroll 16
   for (int n = 0; n < States; ++n) state[n] = h[n];
 }
 
-// dt, u, dt u and the first part of y, D u.
-SELECTRA_INLINE void prepare_forward(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
-                                     int index, const ForwardWorkspace& work) {
-  load_tile(strip_of(call.delta, sequence.batch, block.channel, block.lanes), steps, work.dt);
-  load_tile(strip_of(call.u, sequence.batch, block.channel, block.lanes), steps, work.u);
+// What the next band will read and write, asked for while the one before it runs.
+SELECTRA_INLINE void look_ahead(const ScanCall& call, const Layout& layout, const Sequence& sequence,
+                                const BlockRange& range, BandStep now, Ahead& ahead) {
+  ahead.clear();
+  BandStep next = now;
+  next.advance(range, false);
+  if (next.chunk >= sequence.chunks()) return;
+  Steps steps;
+  sequence.chunk(next.chunk, steps);
+  const Block first = layout.block(range.group, range.first + next.index);
+  const int64_t channels = (int64_t)next.blocks(range) * kLanes;
+  for (const Operand* tensor : {&call.delta, &call.u, &call.z, &call.y}) {
+    ahead.add_rows(*tensor, sequence.batch, first.channel, channels, steps);
+  }
+  ahead.spread(kChunk * now.blocks(range) * ceil_divide(call.states, kForwardStates));
+}
+
+SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
+                                int index, const ForwardWorkspace& work, Ahead& ahead) {
+  const int states = (int)call.states;
   const Vector bias = work.bias[index], skip = work.skip[index];
+  load_block(call.delta, sequence.batch, block.channel, block.lanes, steps, work.dt);
+  load_block(call.u, sequence.batch, block.channel, block.lanes, steps, work.y);
   if (call.softplus) {
     for (int t = 0; t < steps.count; ++t) work.dt[t] = softplus(work.dt[t] + bias).value;
   } else {
     for (int t = 0; t < steps.count; ++t) work.dt[t] += bias;
   }
   for (int t = 0; t < steps.count; ++t) {
-    work.input[t] = work.dt[t] * work.u[t];
-    work.y[t] = skip * work.u[t];
+    work.input[t] = work.dt[t] * work.y[t];
+    work.y[t] *= skip;
   }
-}
-
-// What the next block will read.
-SELECTRA_INLINE Ahead inputs_of(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block) {
-  Ahead ahead(steps);
-  ahead.add(strip_of(call.delta, sequence.batch, block.channel, block.lanes));
-  ahead.add(strip_of(call.u, sequence.batch, block.channel, block.lanes));
-  if (call.z.data) ahead.add(strip_of(call.z, sequence.batch, block.channel, block.lanes));
-  ahead.add(strip_of(call.y, sequence.batch, block.channel, block.lanes));
-  return ahead;
-}
-
-SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
-                                int index, const ForwardWorkspace& work, const Ahead& ahead) {
-  const int states = (int)call.states;
-  prepare_forward(call, sequence, steps, block, index, work);
   Vector* const state = work.state + index * states;
   const Vector* const rates = work.rates + index * states;
   for_state_blocks<kForwardStates>(states, [&](auto size, int n) {
     advance_states<decltype(size)::value>(steps.count, work.dt, work.input, rates + n, work.rows + n, states,
-                                          state + n, work.y, n ? Ahead(steps) : ahead);
+                                          state + n, work.y, ahead);
   });
   if (call.z.data) {
-    load_tile(strip_of(call.z, sequence.batch, block.channel, block.lanes), steps, work.gate);
+    load_block(call.z, sequence.batch, block.channel, block.lanes, steps, work.gate);
     for (int t = 0; t < steps.count; ++t) work.y[t] *= work.gate[t] * sigmoid(work.gate[t]);
   }
-  store_tile(strip_of(call.y, sequence.batch, block.channel, block.lanes), steps, work.y);
+  store_block(call.y, sequence.batch, block.channel, block.lanes, steps, work.y);
 }
 
 SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, const Sequence& sequence,
                                    const BlockRange& range, const ForwardWorkspace& work) {
   const int64_t states = call.states;
+  const int band = range.band();
   Steps steps;
+  Ahead ahead;
   for (int64_t c = 0; c < sequence.chunks(); ++c) {
     sequence.chunk(c, steps);
     pack_input_output_rows(call, sequence, range.group, steps, work.rows);
@@ -113,9 +118,7 @@ SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, c
              sizeof(Vector) * range.count() * states);
     }
     for (int index = 0; index < range.count(); ++index) {
-      const int64_t next = range.first + index + 1;
-      const Ahead ahead = next < range.last ? inputs_of(call, sequence, steps, layout.block(range.group, next))
-                                            : Ahead(steps);
+      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
       scan_block(call, sequence, steps, layout.block(range.group, range.first + index), index, work, ahead);
     }
   }

@@ -26,12 +26,6 @@ struct Layout {
   }
 };
 
-// Blocks first ... last - 1 of one group: what one task runs through.
-struct BlockRange {
-  int64_t group, first, last;
-  int count() const { return (int)(last - first); }
-};
-
 // Calls body(size, n) for register blocks of `size` states, the size a compile-time constant, that make up all states.
 template <int Largest, typename Body>
 SELECTRA_INLINE void for_state_blocks(int states, const Body& body) {
@@ -45,17 +39,21 @@ SELECTRA_INLINE void for_state_blocks(int states, const Body& body) {
 // B and C of a chunk, one row a step in the order of the run: states numbers of B, then states numbers of C.
 SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const Steps& steps,
                                int states, Real* rows) {
-  const Real* base = (const Real*)tensor.data + sequence.batch * tensor.stride[0] + group * tensor.stride[2];
-  const int64_t stride = tensor.stride[3];
-  for (int t = 0; t < steps.count; ++t) {
-    const Real* from = base + steps.position[t] * tensor.stride[1];
-    Real* row = rows + (int64_t)t * 2 * states;
-    if (stride == 1) {
-      for (int n = 0; n < states; ++n) row[n] = from[n];
-    } else {
-      for (int n = 0; n < states; ++n) row[n] = from[n * stride];
+  with_storage(tensor, [&](auto storage) {
+    using Storage = decltype(storage);
+    const auto* base =
+        (const typename Storage::Number*)tensor.data + sequence.batch * tensor.stride[0] + group * tensor.stride[2];
+    const int64_t stride = tensor.stride[3];
+    for (int t = 0; t < steps.count; ++t) {
+      const auto* from = base + steps.position[t] * tensor.stride[1];
+      Real* row = rows + (int64_t)t * 2 * states;
+      int n = 0;
+      if (stride == 1) {
+        for (; n + kLanes <= states; n += kLanes) store(row + n, Storage::load(from + n));
+      }
+      for (; n < states; ++n) row[n] = Storage::widen(from[n * stride]);
     }
-  }
+  });
 }
 
 SELECTRA_INLINE void pack_input_output_rows(const ScanCall& call, const Sequence& sequence, int64_t group,
@@ -66,7 +64,7 @@ SELECTRA_INLINE void pack_input_output_rows(const ScanCall& call, const Sequence
 
 // A of a block, one vector a state.
 SELECTRA_INLINE void load_rates(const Operand& A, Block block, int states, Vector* rates) {
-  const Operand as_state = {A.data, {0, A.stride[0], A.stride[1]}};
+  const Operand as_state = {A.data, {0, A.stride[0], A.stride[1]}, kWhole};
   load_state(as_state, 0, block.channel, block.lanes, states, rates);
 }
 

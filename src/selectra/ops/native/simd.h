@@ -95,6 +95,27 @@ SELECTRA_INLINE void store_some(Real* to, Vector v, int count) {
 #endif
 }
 
+// bfloat16 is the upper half of a float: as many of them as a vector has lanes.
+typedef uint16_t HalfVector __attribute__((vector_size(kLanes * 2)));
+typedef uint32_t WordVector __attribute__((vector_size(kLanes * 4)));
+
+SELECTRA_INLINE Vector widen_lanes(HalfVector half) {
+  static_assert(sizeof(Vector) >= sizeof(WordVector), "");
+  const WordVector bits = __builtin_convertvector(half, WordVector) << 16;
+  Vector v = {};
+  memcpy(&v, &bits, sizeof bits);
+  return v;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+SELECTRA_INLINE HalfVector narrow_lanes(Vector v) {
+  WordVector bits;
+  memcpy(&bits, &v, sizeof bits);
+  const WordVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const WordVector magnitude = bits & 0x7fffffff;
+  return __builtin_convertvector(magnitude > 0x7f800000 ? WordVector{} + 0x7fc0 : rounded, HalfVector);
+}
+
 // Lanes a0 b0 a1 b1 ... of the lower half (Half = 0) or the upper half (Half = 1) of a and b.
 template <int Half, int... Lane>
 SELECTRA_INLINE Vector interleave_lanes(Vector a, Vector b, std::integer_sequence<int, Lane...>) {

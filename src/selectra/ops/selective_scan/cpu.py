@@ -1,7 +1,7 @@
 """The `cpu` backend of `selective_scan`: compiled kernels on data pointers.
 
-Tensors are read through their strides, without copies. bfloat16 and float16 inputs are turned into float32 first; the
-kernels compute in float32, or in float64 where `u` is float64.
+Tensors are read through their strides, without copies, bfloat16 too; float16 is turned into float32 first. The kernels
+compute in float32, or in float64 where `u` is float64.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectra.ops import native
-from selectra.ops.native.library import library, n_sequences, operand, refusal, threads
+from selectra.ops.native.library import is_readable, library, n_sequences, operand, readable, refusal, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -86,7 +86,7 @@ def forward(
     # Packed sequences leave a part of the upper bound unused.
     new = u.new_empty if n_seqs is None else u.new_zeros
     checkpoints = new(checkpoint_shape(u, A, B.shape[2], n_seqs) if save else (0,), dtype=dtype)
-    y = _new_like(u, dtype, inputs)
+    y = _new(u, out_dtype, dtype, inputs)
     words = _words(inputs, B.shape[2], delta_softplus, reverse)
     words += (*operand(final_state), *operand(checkpoints if save else None), *operand(y))
     library().call("scan_forward", dtype, words)
@@ -123,9 +123,9 @@ def backward(
     """
     dtype = compute_dtype(u)
     inputs = _inputs(dtype, u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens)
-    dy, dfinal = dy.to(dtype), dfinal.to(dtype)
-    du, ddelta, dB, dC = (_new_like(tensor, dtype, inputs) for tensor in (u, delta, B, C))
-    dz = None if z is None else _new_like(z, dtype, inputs)
+    dy, dfinal = readable(dy, dtype), dfinal.to(dtype)
+    du, ddelta, dB, dC = (_new(tensor, tensor.dtype, dtype, inputs) for tensor in (u, delta, B, C))
+    dz = None if z is None else _new(z, z.dtype, dtype, inputs)
     dA = torch.zeros(A.shape, dtype=dtype)
     dD = None if D is None else torch.zeros(D.shape, dtype=dtype)
     dbias = None if delta_bias is None else torch.zeros(delta_bias.shape, dtype=dtype)
@@ -143,17 +143,21 @@ def backward(
 
 
 def _inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The eleven inputs as the kernels read them: numbers in the compute dtype, borders as contiguous int32."""
-    *numbers, mask, cu_seqlens = tensors
-    inputs = [None if tensor is None else tensor.to(dtype) for tensor in numbers]
-    return [*inputs, mask, None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()]
+    """The eleven inputs as the kernels read them: what grows with the length as it is stored, borders as int32."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens = tensors
+    u, delta, B, C, z = (None if tensor is None else readable(tensor, dtype) for tensor in (u, delta, B, C, z))
+    A, D, delta_bias, initial_state = (
+        None if tensor is None else tensor.to(dtype) for tensor in (A, D, delta_bias, initial_state)
+    )
+    borders = None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous()
+    return [u, delta, A, B, C, D, z, delta_bias, initial_state, mask, borders]
 
 
-def _new_like(tensor: Tensor, dtype: torch.dtype, inputs: Sequence[Tensor | None]) -> Tensor:
-    """Room for a result; zeros where the kernels leave absent positions out."""
+def _new(shape_of: Tensor, wanted: torch.dtype, dtype: torch.dtype, inputs: Sequence[Tensor | None]) -> Tensor:
+    """Room for a result, in the type that is wanted if the kernels write it; zeros where they leave positions out."""
     mask = inputs[-2]
     make = torch.empty if mask is None else torch.zeros
-    return make(tensor.shape, dtype=dtype)
+    return make(shape_of.shape, dtype=wanted if is_readable(wanted, dtype) else dtype)
 
 
 def _words(inputs: Sequence[Tensor | None], groups: int, delta_softplus: bool, reverse: bool) -> list[int]:

@@ -1,0 +1,242 @@
+// The library's kernels, called through its C interface, against plain loops in double: what a machine without Python
+// can run, such as an emulated one. Says what is wrong and returns 1, or says how many comparisons held.
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <vector>
+
+#include "call.h"
+
+extern "C" {
+int selectra_cpu_build_count(void);
+const char* selectra_cpu_build_name(int build);
+int selectra_cpu_build_runs(int build);
+int selectra_cpu_chunk(void);
+int selectra_cpu_lanes(int build, int is_double);
+int selectra_cpu_scan_forward(int build, int is_double, const int64_t* call);
+int selectra_cpu_scan_backward(int build, int is_double, const int64_t* call);
+int selectra_cpu_conv_forward(int build, int is_double, const int64_t* call);
+int selectra_cpu_conv_backward(int build, int is_double, const int64_t* call);
+}
+
+using namespace selectra;
+using Numbers = std::vector<double>;
+
+static int failures = 0, comparisons = 0;
+static unsigned seed = 1;
+
+static double uniform() {
+  seed = seed * 1664525u + 1013904223u;
+  return (seed >> 8) / double(1 << 24);
+}
+
+static Numbers random_numbers(size_t count, double from, double to) {
+  Numbers x(count);
+  // Exact in bfloat16 too, so that every storage holds the same.
+  for (double& v : x) {
+    float rounded = (float)(from + (to - from) * uniform());
+    uint32_t bits;
+    memcpy(&bits, &rounded, 4);
+    bits &= 0xffff0000u;
+    memcpy(&rounded, &bits, 4);
+    v = rounded;
+  }
+  return x;
+}
+
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+// A contiguous tensor as the kernels see it, in one of three storages.
+struct Tensor {
+  enum Kind { kDouble, kFloat, kBfloat16 } kind;
+  std::vector<char> bytes;
+  int64_t stride[4];
+
+  Tensor(Kind kind, const Numbers& values, std::vector<int64_t> shape) : kind(kind), stride{0, 0, 0, 0} {
+    int64_t step = 1;
+    for (int i = (int)shape.size() - 1; i >= 0; --i) stride[i] = step, step *= shape[i];
+    bytes.resize(values.size() * 8);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const float single = (float)values[i];
+      if (kind == kDouble) memcpy(&bytes[8 * i], &values[i], 8);
+      if (kind == kFloat) memcpy(&bytes[4 * i], &single, 4);
+      if (kind == kBfloat16) memcpy(&bytes[2 * i], (const char*)&single + 2, 2);
+    }
+  }
+
+  Operand operand() {
+    return {bytes.data(), {stride[0], stride[1], stride[2], stride[3]}, kind == kBfloat16 ? kHalved : kWhole};
+  }
+
+  double at(size_t i) const {
+    double x = 0;
+    float single = 0;
+    if (kind == kDouble) memcpy(&x, &bytes[8 * i], 8);
+    if (kind == kFloat) memcpy(&single, &bytes[4 * i], 4);
+    if (kind == kBfloat16) memcpy((char*)&single + 2, &bytes[2 * i], 2);
+    return kind == kDouble ? x : single;
+  }
+};
+
+static void compare(const char* what, const char* build, const Tensor& got, const Numbers& want) {
+  const double tolerance[] = {1e-12, 3e-5, 8e-3};
+  double largest = 0, error = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    largest = fmax(largest, fabs(want[i]));
+    const double difference = fabs(got.at(i) - want[i]);
+    // A NaN is no number to fmax.
+    if (!(difference <= error)) error = difference;
+  }
+  ++comparisons;
+  if (!(error <= tolerance[got.kind] * largest)) {
+    printf("%s (%s, storage %d): off by %g of %g\n", what, build, got.kind, error, largest);
+    ++failures;
+  }
+}
+
+static const int64_t b = 2, l = 37, d = 38, n = 7, groups = 2, width = 4;
+
+static void check_scan(int build, Tensor::Kind kind, bool reverse) {
+  const char* name = selectra_cpu_build_name(build);
+  const bool is_double = kind == Tensor::kDouble;
+  const Tensor::Kind own = is_double ? Tensor::kDouble : Tensor::kFloat;
+  const Numbers u = random_numbers(b * l * d, -1, 1), delta = random_numbers(b * l * d, -2, 2),
+                z = random_numbers(b * l * d, -2, 2), dy = random_numbers(b * l * d, -1, 1),
+                A = random_numbers(d * n, -2, -.1), B = random_numbers(b * l * groups * n, -1, 1),
+                C = random_numbers(b * l * groups * n, -1, 1), D = random_numbers(d, -1, 1),
+                bias = random_numbers(d, -1, 1), h0 = random_numbers(b * d * n, -1, 1),
+                dlast = random_numbers(b * d * n, -1, 1);
+  Numbers y(b * l * d), last(b * d * n), du(y), ddelta(y), dz(y), dA(d * n), dB(B.size()), dC(B.size()), dD(d),
+      dbias(d), dh0(b * d * n);
+  for (int64_t s = 0; s < b; ++s) {
+    for (int64_t c = 0; c < d; ++c) {
+      const int64_t group = c / (d / groups);
+      Numbers inner(l);
+      for (int64_t k = 0; k < n; ++k) {
+        Numbers h(l + 1);
+        h[0] = h0[(s * d + c) * n + k];
+        const double rate = A[c * n + k];
+        auto at = [&](int64_t t) { return (s * l + (reverse ? l - 1 - t : t)) * d + c; };
+        auto row = [&](int64_t t) { return ((s * l + (reverse ? l - 1 - t : t)) * groups + group) * n + k; };
+        auto dt = [&](int64_t t) { return log1p(exp(delta[at(t)] + bias[c])); };
+        for (int64_t t = 0; t < l; ++t) {
+          h[t + 1] = exp(dt(t) * rate) * h[t] + dt(t) * B[row(t)] * u[at(t)];
+          inner[t] += h[t + 1] * C[row(t)];
+        }
+        last[(s * d + c) * n + k] = h[l];
+        double g = dlast[(s * d + c) * n + k];
+        for (int64_t t = l - 1; t >= 0; --t) {
+          const double dinner = dy[at(t)] * z[at(t)] * sigmoid(z[at(t)]), a = exp(dt(t) * rate);
+          g += dinner * C[row(t)];
+          dC[row(t)] += dinner * h[t + 1];
+          dB[row(t)] += g * dt(t) * u[at(t)];
+          du[at(t)] += g * dt(t) * B[row(t)];
+          const double ddt = g * (a * h[t] * rate + B[row(t)] * u[at(t)]) * sigmoid(delta[at(t)] + bias[c]);
+          ddelta[at(t)] += ddt;
+          dbias[c] += ddt;
+          dA[c * n + k] += g * a * h[t] * dt(t);
+          g *= a;
+        }
+        dh0[(s * d + c) * n + k] = g;
+      }
+      for (int64_t t = 0; t < l; ++t) {
+        const int64_t i = (s * l + (reverse ? l - 1 - t : t)) * d + c;
+        const double before_gate = inner[t] + D[c] * u[i], open = sigmoid(z[i]);
+        y[i] = before_gate * z[i] * open;
+        dz[i] = dy[i] * before_gate * (open + z[i] * open * (1 - open));
+        du[i] += dy[i] * z[i] * open * D[c];
+        dD[c] += dy[i] * z[i] * open * u[i];
+      }
+    }
+  }
+  const int64_t lanes = selectra_cpu_lanes(build, is_double), chunk = selectra_cpu_chunk();
+  const int64_t blocks = groups * ((d / groups + lanes - 1) / lanes);
+  const std::vector<int64_t> wide = {b, l, d}, rows = {b, l, groups, n}, state = {b, d, n};
+  Tensor tu(kind, u, wide), tdelta(kind, delta, wide), tz(kind, z, wide), tdy(kind, dy, wide), tA(own, A, {d, n}),
+      tB(kind, B, rows), tC(kind, C, rows), tD(own, D, {d}), tbias(own, bias, {d}), th0(own, h0, state),
+      tdlast(own, dlast, state), ty(kind, y, wide), tlast(own, last, state),
+      saved(own, Numbers(b * ((l + chunk - 1) / chunk) * blocks * lanes * n), {1});
+  Tensor tdu(kind, u, wide), tddelta(kind, u, wide), tdz(kind, u, wide), tdA(own, Numbers(d * n), {d, n}),
+      tdB(kind, B, rows), tdC(kind, B, rows), tdD(own, Numbers(d), {d}), tdbias(own, Numbers(d), {d}),
+      tdh0(own, h0, state);
+  const Operand none = {nullptr, {0, 0, 0, 0}, kWhole};
+  for (int64_t threads = 1; threads <= 3; threads += 2) {
+    ScanCall call = {b, l, d, n, groups, 1, reverse, threads, tu.operand(), tdelta.operand(), tA.operand(),
+                     tB.operand(), tC.operand(), tD.operand(), tz.operand(), tbias.operand(), th0.operand(), none, none,
+                     tlast.operand(), saved.operand(), ty.operand()};
+    failures += selectra_cpu_scan_forward(build, is_double, (const int64_t*)&call) != 0;
+    compare("y", name, ty, y);
+    compare("final state", name, tlast, last);
+    ScanBackwardCall back = {call, tdy.operand(), tdlast.operand(), tdu.operand(), tddelta.operand(), tdA.operand(),
+                             tdB.operand(), tdC.operand(), tdD.operand(), tdz.operand(), tdbias.operand(),
+                             tdh0.operand()};
+    failures += selectra_cpu_scan_backward(build, is_double, (const int64_t*)&back) != 0;
+    compare("gradient of u", name, tdu, du);
+    compare("gradient of delta", name, tddelta, ddelta);
+    compare("gradient of A", name, tdA, dA);
+    compare("gradient of B", name, tdB, dB);
+    compare("gradient of C", name, tdC, dC);
+    compare("gradient of D", name, tdD, dD);
+    compare("gradient of z", name, tdz, dz);
+    compare("gradient of the bias", name, tdbias, dbias);
+    compare("gradient of the initial state", name, tdh0, dh0);
+  }
+}
+
+static void check_conv(int build, Tensor::Kind kind) {
+  const char* name = selectra_cpu_build_name(build);
+  const bool is_double = kind == Tensor::kDouble;
+  const Tensor::Kind own = is_double ? Tensor::kDouble : Tensor::kFloat;
+  const Numbers x = random_numbers(b * l * d, -1, 1), dy = random_numbers(b * l * d, -1, 1),
+                w = random_numbers(d * width, -1, 1), bias = random_numbers(d, -1, 1);
+  Numbers y(b * l * d), dx(b * l * d), dw(d * width), dbias(d), last(b * d * width);
+  for (int64_t s = 0; s < b; ++s) {
+    for (int64_t t = 0; t < l; ++t) {
+      for (int64_t c = 0; c < d; ++c) {
+        double sum = bias[c];
+        for (int64_t j = 0; j < width; ++j) {
+          if (t - width + 1 + j >= 0) sum += w[c * width + j] * x[(s * l + t - width + 1 + j) * d + c];
+        }
+        const double open = sigmoid(sum), g = dy[(s * l + t) * d + c] * (open + sum * open * (1 - open));
+        y[(s * l + t) * d + c] = sum * open;
+        dbias[c] += g;
+        for (int64_t j = 0; j < width; ++j) {
+          const int64_t from = (s * l + t - width + 1 + j) * d + c;
+          if (t - width + 1 + j < 0) continue;
+          dw[c * width + j] += g * x[from];
+          dx[from] += g * w[c * width + j];
+        }
+        if (t >= l - width) last[(s * d + c) * width + t - l + width] = x[(s * l + t) * d + c];
+      }
+    }
+  }
+  Tensor tx(kind, x, {b, l, d}), tdy(kind, dy, {b, l, d}), ty(kind, y, {b, l, d}), tdx(kind, x, {b, l, d}),
+      tw(own, w, {d, width}), tbias(own, bias, {d}), tlast(own, last, {b, d, width}),
+      tdw(own, Numbers(d * width), {d, width}), tdbias(own, Numbers(d), {d});
+  const Operand none = {nullptr, {0, 0, 0, 0}, kWhole};
+  ConvCall call = {b, l, d, width, 1, 0, 2, tx.operand(), tw.operand(), tbias.operand(), none, none, none,
+                   tlast.operand(), ty.operand()};
+  failures += selectra_cpu_conv_forward(build, is_double, (const int64_t*)&call) != 0;
+  ConvBackwardCall back = {call, tdy.operand(), none, tdx.operand(), tdw.operand(), tdbias.operand(), none};
+  failures += selectra_cpu_conv_backward(build, is_double, (const int64_t*)&back) != 0;
+  compare("convolution", name, ty, y);
+  compare("convolution's final state", name, tlast, last);
+  compare("gradient of x", name, tdx, dx);
+  compare("gradient of the weight", name, tdw, dw);
+  compare("gradient of the convolution's bias", name, tdbias, dbias);
+}
+
+int main() {
+  for (int build = 0; build < selectra_cpu_build_count(); ++build) {
+    if (!selectra_cpu_build_runs(build)) continue;
+    for (Tensor::Kind kind : {Tensor::kDouble, Tensor::kFloat, Tensor::kBfloat16}) {
+      check_scan(build, kind, false);
+      check_scan(build, kind, true);
+      check_conv(build, kind);
+    }
+    printf("%s\n", selectra_cpu_build_name(build));
+  }
+  printf("%d comparisons, %d failures\n", comparisons, failures);
+  return failures != 0;
+}
