@@ -132,3 +132,18 @@ def test_gated_norms(rms: bool, before: bool, group: int | None) -> None:
     zero = torch.zeros(6, dtype=torch.float64)
     want = formula(inputs["x"], 1 + zero, zero, inputs["z"])
     torch.testing.assert_close(module(inputs["x"], inputs["z"]).detach(), want)
+
+
+@pytest.mark.parametrize("residual_type", [None, torch.float32])
+def test_sums_of_half_types_are_rounded_once(residual_type: torch.dtype | None) -> None:
+    from mamba_ssm.ops.triton.layer_norm import rms_norm_fn
+
+    x, x1 = (torch.randn(5, 8).bfloat16() for _ in range(2))
+    residual, rowscale = None if residual_type is None else torch.randn(5, 8), torch.rand(5)
+    before, flags = 0 if residual is None else residual, {"prenorm": True, "residual_in_fp32": True}
+    _, total = rms_norm_fn(x, torch.ones(8), None, residual, x1, **flags)
+    torch.testing.assert_close(total, x.float() + x1.float() + before, rtol=1e-6, atol=1e-6)
+    _, total = rms_norm_fn(x, torch.ones(8), None, residual, rowscale=rowscale, **flags)
+    torch.testing.assert_close(total, x.float() * rowscale[:, None] + before, rtol=1e-6, atol=1e-6)
+    # Without a residual its type is the input's.
+    assert rms_norm_fn(x, torch.ones(8), None, rowscale=rowscale, prenorm=True)[1].dtype == torch.bfloat16

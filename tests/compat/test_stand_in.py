@@ -176,3 +176,23 @@ sys.exit(3)
     assert done.stderr.count("selectra.compat stands in for mamba_ssm") == 1
     absent = run_script(tmp_path, "run", "absent.py")
     assert absent.returncode == 2 and "there is no file 'absent.py'" in absent.stderr
+
+
+def test_a_folder_without_a_package_is_not_taken_for_one(packages: Path) -> None:
+    (packages / "mamba_ssm" / "assets").mkdir(parents=True)
+    try:
+        missing = compat.install()
+        assert missing["mamba_ssm"] == stand_in.NOT_INSTALLED
+        assert importlib.import_module("mamba_ssm").__version__.endswith("selectra")
+    finally:
+        forget()
+
+
+def test_undone_where_somebody_else_took_the_finder_out() -> None:
+    compat.install()
+    before = list(sys.meta_path)
+    sys.meta_path[:] = [finder for finder in before if not isinstance(finder, stand_in.StandIn)]
+    compat.uninstall()
+    assert not any(isinstance(finder, stand_in.StandIn) for finder in sys.meta_path)
+    assert set(compat.install()) and importlib.import_module("mamba_ssm")
+    compat.uninstall()

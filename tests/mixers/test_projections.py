@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from selectra.mixers import S6, projections
+from selectra.ops import causal_conv1d, dispatch, selective_scan
 
 
 @pytest.fixture
@@ -63,6 +65,65 @@ def test_a_hook_or_an_adapter_is_called() -> None:
     adapter.load_state_dict(mixer.in_proj.state_dict())
     mixer.in_proj = adapter
     assert not torch.allclose(mixer(x), y)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_another_forward_and_hooks_of_all_modules_are_called() -> None:
+    x, mixer = torch.randn(1, 4, 8).requires_grad_(), S6(8)
+    y, called = mixer(x), []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module)):
+        mixer(x)
+    assert mixer.in_proj in called and mixer.x_proj in called
+    # As libraries do that move weights before a call.
+    forward = mixer.in_proj.forward
+    mixer.in_proj.forward = lambda input: 2 * forward(input)
+    assert not torch.allclose(mixer(x), y)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    mixer, x = S6(8).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    mixer(x.requires_grad_()).square().sum().backward()
+    want = [p.grad for p in mixer.parameters()]
+    mixer.zero_grad()
+    y: Any = checkpoint(mixer, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    torch.testing.assert_close([p.grad for p in mixer.parameters()], want)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_backward_under_autocast_and_batches_of_gradients() -> None:
+    mixer, x = S6(8), torch.randn(2, 5, 8).requires_grad_()
+    y = mixer(x)
+    (want,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.02 * float(want.abs().max()))
+    (many,) = torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)
+    torch.testing.assert_close(many, want.expand(3, -1, -1, -1))
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_second_gradients_of_the_reference_however_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer, x = S6(8, d_state=3, dt_rank=2).double(), torch.randn(1, 4, 8, dtype=torch.float64)
+
+    def penalty() -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(mixer(leaf).square().sum(), mixer.dt_proj.weight, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    with selective_scan.using("reference"), causal_conv1d.using("reference"):
+        want = penalty()
+    choices = {"selective_scan": "reference", "causal_conv1d": "reference"}
+    monkeypatch.setattr(dispatch._environment, "choices", choices)
+    torch.testing.assert_close(penalty(), want, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_recorded_program_holds_no_function_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    assert not {"_HalvesBackward", "_SelectionBackward"} & nodes(S6(8)(torch.randn(1, 4, 8).requires_grad_()))
 
 
 @pytest.mark.usefixtures("anywhere")

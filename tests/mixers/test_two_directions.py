@@ -98,8 +98,11 @@ def test_bidirectional_is_the_sum_of_two_scans_between_shared_projections():
     assert close(mixer(x), mixer.out_proj(ahead + back.flip(1)))
 
 
-def test_both_directions_at_once_are_the_sum_of_two_scans():
+@pytest.mark.parametrize("tied", [False, True])
+def test_both_directions_at_once_are_the_sum_of_two_scans(tied: bool):
     mixer = build(Bidirectional, d_conv=3, expand=2)
+    if tied:
+        mixer.back = mixer.ahead
     leaves = [*mixer.parameters()]
     u, z = mixer.in_proj(inputs(batch=2, length=5)).chunk(2, dim=-1)
     apart = mixer.ahead.mix(u, z)[0] + mixer.back.mix(u, z, reverse=True)[0]

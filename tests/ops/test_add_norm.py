@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import BackendError, ConfigError
 from selectra.ops import add_norm
@@ -141,11 +142,32 @@ def test_one_use_of_the_results_is_enough(kernels: Any) -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("types", [(BF16, BF16, F32), (F16, F16, F32), (BF16, F32, F32), (F16, BF16, F32)])
+def test_a_wider_stream_holds_the_sum_as_it_is(kernels: Any, types: tuple[torch.dtype, ...]) -> None:
+    x, residual = (torch.randn(5, 24).to(dtype) for dtype in types[:2])
+    want = x.float() + residual.float()
+    with add_norm.using("portable"):
+        found = add_norm(x, residual, residual_dtype=types[2])
+    for _, total in (found, kernels(x, residual, residual_dtype=types[2])):
+        assert torch.equal(total, want)
+
+
 def test_no_rows(kernels: Any) -> None:
     tensors, flags = drawn((0, 24), TYPES[1], "layer")
     y, total, *grads = results(kernels, tensors, flags, (torch.zeros(0, 24), torch.zeros(0, 24)))
     assert y.shape == total.shape == (0, 24)
     assert all((grad == 0).all() for grad in grads)
+
+
+def test_checkpointing_gives_the_same_gradients(kernels: Any) -> None:
+    tensors, flags = drawn((5, 24), TYPES[1], "layer")
+    grads = (torch.randn(5, 24), torch.randn(5, 24))
+    want = results(kernels, tensors, flags, grads)
+
+    def again(*tensors: Tensor | None, **flags: Any) -> Any:
+        return checkpoint(partial(kernels, **flags), *tensors, use_reentrant=False)
+
+    assert all(torch.equal(a, b) for a, b in zip(results(again, tensors, flags, grads), want, strict=True))
 
 
 def test_gradients_are_equal_bit_by_bit(emulated_gpu: EmulatedGpu) -> None:

@@ -45,6 +45,16 @@ def op(request: pytest.FixtureRequest) -> Op[Any, Any, Any]:
     return request.param
 
 
+def test_a_batch_of_gradients_is_taken_one_by_one(op: Op[Any, Any, Any], backend: str) -> None:
+    x, *others = leaves(op)
+    with op.using(backend):
+        y = op(x, *others)
+    given = torch.randn(3, *y.shape, dtype=y.dtype)
+    (got,) = torch.autograd.grad(y, x, given, retain_graph=True, is_grads_batched=True)
+    want = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in given]
+    torch.testing.assert_close(got, torch.stack(want))
+
+
 TRANSFORMS: dict[str, Function] = {
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
     "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),

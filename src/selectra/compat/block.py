@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.compat.norms import RMSNorm, layer_norm_fn
+from selectra.compat.pickled import completed
 
 
 class Block(nn.Module):
@@ -41,6 +42,10 @@ class Block(nn.Module):
         if mlp_cls is not nn.Identity:
             self.norm2 = norm_cls(dim)
             self.mlp = mlp_cls(dim)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickled block; that of 2024 knew no perceptron."""
+        super().__setstate__(completed(state, mlp=None, layer_idx=None))
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from selectra.compat.inner import convolved, scanned, select
 from selectra.compat.layout import at_least_float32
+from selectra.compat.pickled import completed
 from selectra.compat.state_update import selective_state_update
 from selectra.errors import ConfigError
 from selectra.ops import causal_conv1d
@@ -109,6 +110,12 @@ class Mamba(nn.Module):
             self._add_path(suffix, conv_bias)
             self._add_skip(suffix)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **self._at)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickled block of mamba_ssm or of a fork, which keeps its own arguments alone."""
+        kind = "v2" if state.get("bimamba") else state.get("bimamba_type") or "none"
+        own = completed(state, if_divide_out=False, init_layer_scale=None, nslices=5)
+        super().__setstate__(own | {"bimamba_type": kind})
 
     def _add_path(self, suffix: str, conv_bias: bool) -> None:
         inner, k = self.d_inner, self.d_conv

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selectra.compat.pickled import completed
 from selectra.errors import ConfigError
 
 
@@ -55,15 +56,17 @@ def layer_norm_fn(
     """
     if x1 is not None and rowscale is not None:
         raise ConfigError("rowscale goes with one input; x1 was given too.")
-    total, mask = _dropped(x if rowscale is None else x * rowscale[..., None], dropout_p)
+    stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    # What is added is rounded once.
+    wide = x.dtype if x1 is None and rowscale is None else torch.promote_types(x.dtype, torch.float32)
+    total, mask = _dropped(x.to(wide) if rowscale is None else x.to(wide) * rowscale[..., None], dropout_p)
     mask1 = None
     if x1 is not None:
-        x1, mask1 = _dropped(x1, dropout_p)
+        x1, mask1 = _dropped(x1.to(wide), dropout_p)
         total = total + x1
     if residual is not None:
-        total = (total + residual).to(residual.dtype)
-    elif residual_in_fp32:
-        total = total.to(torch.float32)
+        total = total + residual
+    total = total.to(stream)
     found = [_norm(total, weight, bias, eps, is_rms_norm).to(x.dtype)]
     if weight1 is not None:
         found.append(_norm(total, weight1, bias1, eps, is_rms_norm).to(x.dtype))
@@ -203,6 +206,10 @@ class RMSNorm(nn.Module):
         self.drop = nn.Dropout(dropout_p) if dropout_p > 0.0 else None
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a pickled norm; earlier ones knew no dropout."""
+        super().__setstate__(completed(state, drop=None))
 
     def reset_parameters(self) -> None:
         """Scale 1."""

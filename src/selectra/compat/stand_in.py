@@ -76,7 +76,9 @@ class StandIn(MetaPathFinder, Loader):
 
     def leave(self) -> None:
         """Give the names back, and the modules that were put aside."""
-        sys.meta_path.remove(self)
+        # Others take finders out too.
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         for name, module in list(sys.modules.items()):
             if getattr(getattr(module, "__spec__", None), "loader", None) is self:
                 del sys.modules[name]
@@ -112,10 +114,13 @@ def _problem_of_kernel(name: str, gpu: bool) -> str | None:
 
 def _spec(name: str) -> ModuleSpec | None:
     try:
-        return importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name)
     except ValueError:
         # A module that somebody put into sys.modules by hand, without a specification: it is there.
         return ModuleSpec(name, None)
+    # A folder of that name on the path, as a clone of a repository has, is no package.
+    is_folder = spec is not None and spec.origin is None and spec.submodule_search_locations is not None
+    return None if is_folder else spec
 
 
 def describe(missing: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selectra.mixers.projections import is_plain
 from selectra.mixers.s6 import SelectivePath, at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import mixer_sizes
 from selectra.ops import cross_scan
@@ -69,18 +70,13 @@ class Bidirectional(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called."""
-        linears = (linear for path in (self.ahead, self.back) for linear in (path.x_proj, path.dt_proj))
-        return all(
-            type(linear) is nn.Linear
-            and not (linear._forward_hooks or linear._forward_pre_hooks)
-            and not (linear._backward_hooks or linear._backward_pre_hooks)
-            for linear in linears
-        )
+        return all(is_plain(linear) for path in (self.ahead, self.back) for linear in (path.x_proj, path.dt_proj))
 
     def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         """Both paths in one launch of the scan, added."""
         paths = (self.ahead, self.back)
-        u = torch.stack([path.convolve(u, reverse=path is self.back)[0] for path in paths], 2)
+        # By position: both may be one module.
+        u = torch.stack([path.convolve(u, reverse=back)[0] for path, back in zip(paths, (False, True), strict=True)], 2)
         A_log, D, bias = (
             torch.stack(own) for own in zip(*((p.A_log, p.D, p.dt_proj.bias) for p in paths), strict=True)
         )

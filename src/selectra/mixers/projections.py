@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from selectra.ops import selective_scan
+from selectra.ops.transforms import is_batched
 
 # Where memory's speed bounds what is saved here.
 _DEVICES: tuple[str, ...] = ("cuda", "cpu")
@@ -36,7 +38,7 @@ def select(
     """u, the step before its bias, B and C of a selective scan: `x_proj(u)`, cut by `sizes`, and `dt_proj`."""
     # The reference's gradients are autograd's, which may share memory; a kernel's are new. Autocast rounds what goes
     # into a product, and u goes into the scan too.
-    if selective_scan.asked == "reference" or u.dtype != _product_dtype(u) or not _in_place(u, x_proj, dt_proj):
+    if selective_scan.wish() == "reference" or u.dtype != _product_dtype(u) or not _in_place(u, x_proj, dt_proj):
         dt, B, C = x_proj(u).split(list(sizes), dim=-1)
         return u, F.linear(dt, dt_proj.weight), B, C
     return _Selection.apply(*_cast(u, x_proj.weight, dt_proj.weight), tuple(sizes))  # pyright: ignore[reportReturnType]
@@ -48,20 +50,23 @@ def _in_place(x: Tensor, *linears: nn.Linear) -> bool:
         x.device.type in _DEVICES
         and torch.is_grad_enabled()
         and x.requires_grad
-        and all(_plain(linear) for linear in linears)
+        and all(is_plain(linear) and linear.weight.requires_grad for linear in linears)
+        # A recorded program cannot hold a function of Python.
+        and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
     )
 
 
-def _plain(linear: nn.Linear) -> bool:
-    """Whether it is no adapter and has no hook, which would not be called."""
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether a call of it is the product with its weight: no adapter, no hook, no other forward put in its place."""
     return (
         type(linear) is nn.Linear
-        and linear.weight.requires_grad
         and type(linear.weight) is nn.Parameter
+        and "forward" not in linear.__dict__
         and not (linear._forward_hooks or linear._forward_pre_hooks)
         and not (linear._backward_hooks or linear._backward_pre_hooks)
+        and not _has_any_global_hook()
     )
 
 
@@ -82,6 +87,11 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
+def _is_plain_backward(grad: Tensor) -> bool:
+    """Whether products may go into what is there: not for second gradients, batches of gradients, nor autocast."""
+    return not (torch.is_grad_enabled() or is_batched(grad) or torch.is_autocast_enabled(grad.device.type))
+
+
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -91,17 +101,17 @@ class _Halves(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dfirst: Tensor, dsecond: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        x, (upper, lower) = _flat(x), weight.chunk(2)
+        whole, weight = ctx.saved_tensors
+        x, (upper, lower) = _flat(whole), weight.chunk(2)
         first, second = _flat(dfirst), _flat(dsecond)
-        if torch.is_grad_enabled():
+        if not _is_plain_backward(dfirst):
             dx, dweight = first @ upper + second @ lower, torch.cat([first.mT @ x, second.mT @ x])
         else:
             dx = torch.mm(first, upper).addmm_(second, lower)
             dweight = torch.empty_like(weight)
             for grad, part in zip((first, second), dweight.chunk(2), strict=True):
                 torch.mm(grad.mT, x, out=part)
-        return dx.view(ctx.saved_tensors[0].shape), dweight
+        return dx.view(whole.shape), dweight
 
 
 class _Selection(torch.autograd.Function):
@@ -121,7 +131,7 @@ class _Selection(torch.autograd.Function):
         flat, grad = _flat(u), _flat(ddelta)
         dprojected = torch.cat([grad @ dt_proj, _flat(dB), _flat(dC)], dim=-1)
         ddt_proj, dx_proj = grad.mT @ _flat(dt), dprojected.mT @ flat
-        if torch.is_grad_enabled():
+        if not _is_plain_backward(du):
             return (_flat(du) + dprojected @ x_proj).view(u.shape), dx_proj, ddt_proj, None
         # The scan made this gradient for this function alone.
         return _flat(du).addmm_(dprojected, x_proj).view(u.shape), dx_proj, ddt_proj, None

@@ -32,6 +32,11 @@ def needs_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def is_batched(grad: Tensor | None) -> bool:
+    """Whether it is several gradients in one, as `torch.autograd.grad(is_grads_batched=True)` hands to a backward."""
+    return grad is not None and not torch.compiler.is_compiling() and _functorch.is_legacy_batchedtensor(grad)
+
+
 def refuse_transforms(name: str, tensors: Iterable[Tensor | None]) -> None:
     """Raise inside torch.func's gradients, and where a tensor carries a tangent, which would be lost in silence.
 

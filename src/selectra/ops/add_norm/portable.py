@@ -17,7 +17,11 @@ def run(call: NormCall) -> tuple[Tensor, Tensor]:
     """The normalised sum and the sum."""
     if call.x.is_cuda and not torch.compiler.is_compiling():
         say_slow_path("add_norm", "portable", call, "cuda")
-    residual = call.x if call.residual is None else call.x + call.residual
+    residual = call.x
+    if call.residual is not None:
+        # The sum is rounded once: to the type of the new stream, which may be wider than both.
+        wider = torch.promote_types(call.x.dtype, call.residual_dtype)
+        residual = call.x.to(wider) + call.residual
     residual = residual.to(call.residual_dtype)
     # At least as wide as both: a stream in float32 is not rounded before the norm, nor is a float32 norm's result.
     dtype = torch.promote_types(residual.dtype, call.x.dtype)

@@ -1,6 +1,6 @@
 """The CUDA kernels of `add_norm` as an operator of PyTorch; the other backends are PyTorch's own functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 from selectra.ops.add_norm import cuda
 from selectra.ops.add_norm.call import NormCall
 from selectra.ops.autocast import keep_types_under_autocast
-from selectra.ops.transforms import needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
+from selectra.ops.transforms import is_batched, needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 FLAGS = "float eps, bool centred, ScalarType residual_dtype, str backend"
 N_TENSORS = 4
@@ -57,8 +57,12 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         # A gradient that shall have one itself is refused in words by the registration.
-        direct = not torch.is_grad_enabled() and not needs_dispatcher((dy, dsum, *ctx.saved_tensors))
-        return (None, *_gradients(ctx, dy, dsum, cuda.backward if direct else torch.ops.selectra.add_norm_backward))
+        # Checkpointing gives what was saved once.
+        saved = ctx.saved_tensors
+        direct = not (torch.is_grad_enabled() or needs_dispatcher((dy, dsum, *saved)))
+        direct = direct and not (is_batched(dy) or is_batched(dsum))
+        backward = cuda.backward if direct else torch.ops.selectra.add_norm_backward
+        return (None, *_gradients(ctx, saved, dy, dsum, backward))
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,15 +115,19 @@ def _save(ctx: Any, call: NormCall, total: Tensor, stats: Tensor) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor | None, dsum: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    grads = _gradients(ctx, dy, dsum, torch.ops.selectra.add_norm_backward)
+    grads = _gradients(ctx, ctx.saved_tensors, dy, dsum, torch.ops.selectra.add_norm_backward)
     return (*grads, None, None, None, None)
 
 
 def _gradients(
-    ctx: Any, dy: Tensor | None, dsum: Tensor | None, backward: Callable[..., tuple[Tensor | None, ...]]
+    ctx: Any,
+    saved: Sequence[Any],
+    dy: Tensor | None,
+    dsum: Tensor | None,
+    backward: Callable[..., tuple[Tensor | None, ...]],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual, weight and bias, None for those that are None."""
-    total, stats, weight, bias = ctx.saved_tensors
+    total, stats, weight, bias = saved
     refuse_tangents("add_norm", (dy, dsum, total))
     centred, x_dtype, residual_dtype = ctx.flags
     if dy is None:

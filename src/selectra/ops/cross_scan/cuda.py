@@ -182,6 +182,8 @@ def _plan(scan: ScanCall, y: Tensor, call: CrossCall, interval: int, back: bool,
         back,
         tuple(None if x is None else x.stride() for x in (call.u, call.delta, call.z)),
         call.u.shape,
+        # Strides alone do not tell the number of states: A and B may be parts of wider tensors.
+        scan.B.shape[3],
         tuple(call.routes),
         call.delta_softplus,
         interval,

@@ -13,7 +13,7 @@ from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.cross_scan import cuda
 from selectra.ops.cross_scan.call import CrossCall
 from selectra.ops.selective_scan.cuda import require_cuda
-from selectra.ops.transforms import needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
+from selectra.ops.transforms import is_batched, needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias"
 # The backend is told to whoever watches which one ran.
@@ -56,7 +56,7 @@ class _CrossScan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, checkpoints = ctx.saved_tensors
         # A gradient that shall have one itself is refused in words by the registration.
-        if torch.is_grad_enabled() or needs_dispatcher((dy, *inputs)):
+        if torch.is_grad_enabled() or is_batched(dy) or needs_dispatcher((dy, *inputs)):
             return None, *_registered_gradients(dy, checkpoints, inputs, ctx.flags)
         return None, *cuda.backward(CrossCall._make((*inputs, *ctx.flags)), dy, checkpoints)
 

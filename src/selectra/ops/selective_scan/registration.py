@@ -16,7 +16,7 @@ from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.dispatch import say_slow_path
 from selectra.ops.selective_scan import cpu, cuda, portable
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.transforms import needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
+from selectra.ops.transforms import is_batched, needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -103,9 +103,10 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, checkpoints = ctx.saved_tensors
+        batched = is_batched(dy) or is_batched(dfinal)
         dy, dfinal = _output_gradients(dy, dfinal, inputs, ctx.flags)
         # A gradient that shall have one itself is refused in words by the registration.
-        if torch.is_grad_enabled() or needs_dispatcher((dy, dfinal, *inputs)):
+        if torch.is_grad_enabled() or batched or needs_dispatcher((dy, dfinal, *inputs)):
             grads = _registered_gradients(dy, dfinal, checkpoints, inputs, ctx.flags)
         else:
             *flags, backend = ctx.flags
