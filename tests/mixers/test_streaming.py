@@ -188,6 +188,9 @@ def doubled(module: nn.Module, x: Any, y: Any) -> Any:
 UNUSUAL: dict[str, Callable[[S6], Any]] = {
     "hook": lambda mixer: mixer.out_proj.register_forward_hook(doubled),
     "hook before": lambda mixer: mixer.in_proj.register_forward_pre_hook(lambda module, x: (2 * x[0],)),
+    "another forward": lambda mixer: setattr(
+        mixer.out_proj, "forward", lambda x: 2 * nn.functional.linear(x, mixer.out_proj.weight)
+    ),
     "adapter": lambda mixer: setattr(mixer, "in_proj", Adapter(mixer.in_proj)),
     "parametrised": lambda mixer: parametrize.register_parametrization(mixer.x_proj, "weight", Doubled()),
     "parametrised own": lambda mixer: parametrize.register_parametrization(mixer, "A_log", Doubled()),

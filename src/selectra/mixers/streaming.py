@@ -83,15 +83,20 @@ def _stream_dtype(norm: AddNorm, x: Tensor, residual: Tensor | None) -> torch.dt
 def _is_plain(mixer: S6, norm: AddNorm | None) -> bool:
     """Whether the parts are what they seem to be, and no hook waits to be called."""
     parts: dict[str, Any] = mixer._modules
-    if norm is not None and (norm.kind != "rms" or norm._forward_hooks or norm._forward_pre_hooks):
+    if norm is not None and (norm.kind != "rms" or _is_changed(norm)):
         return False
     if modules._global_forward_hooks or modules._global_forward_pre_hooks or type(parts["conv1d"]) is not nn.Conv1d:
         return False
     for name in _MAPS:
         part = parts[name]
-        if type(part) is not nn.Linear or part._forward_hooks or part._forward_pre_hooks:
+        if type(part) is not nn.Linear or _is_changed(part):
             return False
     return True
+
+
+def _is_changed(part: nn.Module) -> bool:
+    """Whether a call of it does more than its class says: a hook, or another forward put in its place."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__)
 
 
 def _weights(mixer: S6, norm: AddNorm | None) -> BlockWeights:
