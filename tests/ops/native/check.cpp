@@ -18,6 +18,7 @@ int selectra_cpu_scan_forward(int build, int is_double, const int64_t* call);
 int selectra_cpu_scan_backward(int build, int is_double, const int64_t* call);
 int selectra_cpu_conv_forward(int build, int is_double, const int64_t* call);
 int selectra_cpu_conv_backward(int build, int is_double, const int64_t* call);
+int selectra_cpu_step(int build, int is_double, const int64_t* call);
 }
 
 using namespace selectra;
@@ -56,7 +57,8 @@ struct Tensor {
   Tensor(Kind kind, const Numbers& values, std::vector<int64_t> shape) : kind(kind), stride{0, 0, 0, 0} {
     int64_t step = 1;
     for (int i = (int)shape.size() - 1; i >= 0; --i) stride[i] = step, step *= shape[i];
-    bytes.resize(values.size() * 8);
+    // No byte more than the numbers take: a sanitizer sees who reads beyond.
+    bytes.resize(values.size() * (kind == kDouble ? 8 : kind == kFloat ? 4 : 2));
     for (size_t i = 0; i < values.size(); ++i) {
       const float single = (float)values[i];
       if (kind == kDouble) memcpy(&bytes[8 * i], &values[i], 8);
@@ -69,6 +71,8 @@ struct Tensor {
     return {bytes.data(), {stride[0], stride[1], stride[2], stride[3]}, kind == kBfloat16 ? kHalved : kWhole};
   }
 
+  Rows rows() { return {bytes.data(), stride[0], kind == kBfloat16 ? kHalved : kWhole}; }
+
   double at(size_t i) const {
     double x = 0;
     float single = 0;
@@ -76,6 +80,12 @@ struct Tensor {
     if (kind == kFloat) memcpy(&single, &bytes[4 * i], 4);
     if (kind == kBfloat16) memcpy((char*)&single + 2, &bytes[2 * i], 2);
     return kind == kDouble ? x : single;
+  }
+
+  Numbers numbers() const {
+    Numbers all(bytes.size() / (kind == kDouble ? 8 : kind == kFloat ? 4 : 2));
+    for (size_t i = 0; i < all.size(); ++i) all[i] = at(i);
+    return all;
   }
 };
 
@@ -85,8 +95,8 @@ static void compare(const char* what, const char* build, const Tensor& got, cons
   for (size_t i = 0; i < want.size(); ++i) {
     largest = fmax(largest, fabs(want[i]));
     const double difference = fabs(got.at(i) - want[i]);
-    // A NaN is no number to fmax.
-    if (!(difference <= error)) error = difference;
+    // A NaN is no number to fmax, and stays.
+    if (!isnan(error) && !(difference <= error)) error = difference;
   }
   ++comparisons;
   if (!(error <= tolerance[got.kind] * largest)) {
@@ -227,6 +237,153 @@ static void check_conv(int build, Tensor::Kind kind) {
   compare("gradient of the convolution's bias", name, tdbias, dbias);
 }
 
+// A Mamba block for the step: its tensors as the kernel sees them, and its state as the plain loops do.
+struct Block {
+  static constexpr int64_t model = 13, channels = 26;
+  int64_t batch, states, width, rank;
+  // Without: no norm, and none of the parameters that may be absent.
+  bool whole;
+  Tensor norm, in, in_bias, filter, filter_bias, select, dt, dt_bias, A_log, D, out, out_bias, conv, ssm, stream, y;
+  Numbers window, h;
+
+  static Tensor made(Tensor::Kind kind, int64_t rows, int64_t columns, double from, double to) {
+    return Tensor(kind, random_numbers(rows * columns, from, to), {rows, columns});
+  }
+
+  // `kind` is that of x, y and the matrices, `vectors` of A_log, D, biases and residual stream, `own` of the state.
+  Block(Tensor::Kind kind, Tensor::Kind vectors, Tensor::Kind own, int64_t batch, int64_t states, int64_t width,
+        int64_t rank, bool whole)
+      : batch(batch), states(states), width(width), rank(rank), whole(whole), norm(made(vectors, 1, model, .5, 1.5)),
+        in(made(kind, 2 * channels, model, -.5, .5)), in_bias(made(vectors, 1, 2 * channels, -1, 1)),
+        filter(made(kind, channels, width, -1, 1)), filter_bias(made(vectors, 1, channels, -1, 1)),
+        select(made(kind, rank + 2 * states, channels, -.5, .5)), dt(made(kind, channels, rank, -1, 1)),
+        dt_bias(made(vectors, 1, channels, -3, 1)), A_log(made(vectors, channels, states, -1, 2)),
+        D(made(vectors, 1, channels, -1, 1)), out(made(kind, model, channels, -.5, .5)),
+        out_bias(made(vectors, 1, model, -1, 1)), conv(made(kind, batch, channels * width, -1, 1)),
+        ssm(made(own, batch, channels * states, -1, 1)), stream(made(vectors, batch, model, -1, 1)),
+        y(made(kind, batch, model, -1, 1)), window(conv.numbers()), h(ssm.numbers()) {}
+
+  StepCall call(int64_t following, Tensor& x, Tensor* residual) {
+    const Rows none = {nullptr, 0, kWhole};
+    auto perhaps = [&](Tensor& tensor) { return whole ? tensor.rows() : none; };
+    return {batch, following, x.rows(), residual ? residual->rows() : none, perhaps(stream), y.rows(), conv.rows(),
+            ssm.rows(), model, channels, states, width, rank, 1e-5, perhaps(norm), in.rows(), perhaps(in_bias),
+            filter.rows(), perhaps(filter_bias), select.rows(), dt.rows(), perhaps(dt_bias), A_log.rows(), perhaps(D),
+            out.rows(), perhaps(out_bias)};
+  }
+};
+
+// matrix x + bias, without a bias where there is none.
+static Numbers plain_product(const Tensor& matrix, const Tensor* bias, const Numbers& x) {
+  Numbers y(matrix.numbers().size() / x.size());
+  for (size_t i = 0; i < y.size(); ++i) {
+    y[i] = bias ? bias->at(i) : 0;
+    for (size_t k = 0; k < x.size(); ++k) y[i] += matrix.at(i * x.size() + k) * x[k];
+  }
+  return y;
+}
+
+// What the kernel wrote, compared; the plain loops go on with it where it is rounded to bfloat16, else with theirs.
+static void settle(const char* what, const char* build, const Tensor& got, Numbers& want) {
+  compare(what, build, got, want);
+  if (got.kind == Tensor::kBfloat16) want = got.numbers();
+}
+
+// The norm of x + residual, which becomes the residual stream, row by row.
+static Numbers plain_norm(const char* build, const Block& block, const Numbers& x, Numbers& residual) {
+  if (!block.whole) return x;
+  for (size_t i = 0; i < x.size(); ++i) residual[i] += x[i];
+  settle("step's residual stream", build, block.stream, residual);
+  Numbers normed(residual);
+  for (int64_t s = 0; s < block.batch; ++s) {
+    double squares = 0;
+    for (int64_t i = 0; i < Block::model; ++i) squares += pow(residual[s * Block::model + i], 2);
+    for (int64_t i = 0; i < Block::model; ++i)
+      normed[s * Block::model + i] *= block.norm.at(i) / sqrt(squares / Block::model + 1e-5);
+  }
+  return normed;
+}
+
+// Convolution and what follows it for one row of the batch, given u and z side by side.
+static Numbers plain_row(Block& block, int64_t s, const Numbers& halves) {
+  const int64_t channels = Block::channels, states = block.states, width = block.width;
+  auto perhaps = [&](Tensor& tensor) { return block.whole ? &tensor : nullptr; };
+  Numbers u(channels), gated(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = block.whole ? block.filter_bias.at(c) : 0;
+    const double* window = &block.window[(s * channels + c) * width];
+    for (int64_t j = 0; j < width; ++j) sum += block.filter.at(c * width + j) * window[j];
+    u[c] = sum * sigmoid(sum);
+  }
+  const Numbers selected = plain_product(block.select, nullptr, u);
+  const Numbers low(selected.begin(), selected.begin() + block.rank);
+  const Numbers dt = plain_product(block.dt, perhaps(block.dt_bias), low);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double step = log1p(exp(dt[c])), z = halves[channels + c];
+    double sum = block.whole ? block.D.at(c) * u[c] : 0;
+    for (int64_t k = 0; k < states; ++k) {
+      double& h = block.h[(s * channels + c) * states + k];
+      h = exp(-step * exp(block.A_log.at(c * states + k))) * h + step * selected[block.rank + k] * u[c];
+      sum += h * selected[block.rank + states + k];
+    }
+    gated[c] = sum * z * sigmoid(z);
+  }
+  return plain_product(block.out, perhaps(block.out_bias), gated);
+}
+
+// What the kernel must have made of x, block by block: y, the residual stream and both states.
+static Numbers plain_step(const char* build, Block& block, const Numbers& x, Numbers& residual) {
+  const int64_t channels = Block::channels, model = Block::model, width = block.width;
+  const Numbers normed = plain_norm(build, block, x, residual);
+  std::vector<Numbers> halves;
+  for (int64_t s = 0; s < block.batch; ++s) {
+    const Numbers row(normed.begin() + s * model, normed.begin() + (s + 1) * model);
+    halves.push_back(plain_product(block.in, block.whole ? &block.in_bias : nullptr, row));
+    for (int64_t c = 0; c < channels; ++c) {
+      double* window = &block.window[(s * channels + c) * width];
+      for (int64_t j = 0; j + 1 < width; ++j) window[j] = window[j + 1];
+      window[width - 1] = halves[s][c];
+    }
+  }
+  settle("step's window", build, block.conv, block.window);
+  Numbers y;
+  for (int64_t s = 0; s < block.batch; ++s) {
+    const Numbers row = plain_row(block, s, halves[s]);
+    y.insert(y.end(), row.begin(), row.end());
+  }
+  compare("step's state", build, block.ssm, block.h);
+  settle("step", build, block.y, y);
+  return y;
+}
+
+// Two blocks in one call, two positions in a row: the first block writes over what it reads, the second elsewhere.
+static void check_step(int build, Tensor::Kind kind, int64_t batch, int64_t states, int64_t width, int64_t rank,
+                       bool whole) {
+  const Tensor::Kind own = kind == Tensor::kDouble ? Tensor::kDouble : Tensor::kFloat;
+  // As without residual_in_fp32 and with it.
+  const Tensor::Kind vectors = width == 4 ? kind : own;
+  Block first(kind, vectors, own, batch, states, width, rank, whole);
+  Block second(kind, vectors, own, batch, states, width, rank, whole);
+  for (int position = 0; position < 2; ++position) {
+    const bool has_residual = whole && position == 1;
+    const Numbers x = first.y.numbers();
+    Numbers residual = has_residual ? first.stream.numbers() : Numbers(x.size());
+    const StepCall calls[] = {first.call(1, first.y, has_residual ? &first.stream : nullptr),
+                              second.call(0, first.y, whole ? &first.stream : nullptr)};
+    failures += selectra_cpu_step(build, kind == Tensor::kDouble, (const int64_t*)calls) != 0;
+    const char* name = selectra_cpu_build_name(build);
+    plain_step(name, second, plain_step(name, first, x, residual), residual);
+  }
+}
+
+static void check_steps(int build, Tensor::Kind kind) {
+  for (int64_t batch : {1, 3})
+    for (int64_t states : {3, 16})
+      for (int64_t width : {2, 4})
+        for (int64_t rank : {1, 5})
+          for (bool whole : {false, true}) check_step(build, kind, batch, states, width, rank, whole);
+}
+
 int main() {
   for (int build = 0; build < selectra_cpu_build_count(); ++build) {
     if (!selectra_cpu_build_runs(build)) continue;
@@ -234,6 +391,7 @@ int main() {
       check_scan(build, kind, false);
       check_scan(build, kind, true);
       check_conv(build, kind);
+      check_steps(build, kind);
     }
     printf("%s\n", selectra_cpu_build_name(build));
   }
