@@ -107,7 +107,7 @@ def test_quantiles_add_an_axis():
         ({"seq_len": 0}, "seq_len=0"),
         ({"stride": 9}, "stride=9 is longer than patch_len=8"),
         ({"norm": "batch"}, "norm='batch'"),
-        ({"window_norm": "first"}, "mode='first'"),
+        ({"window_norm": "first"}, "window_norm='first'"),
         ({"quantiles": (0.5, 1.0)}, "quantiles"),
     ],
 )
