@@ -67,6 +67,18 @@ def test_batch_elements_do_not_see_each_other(name):
 
 
 @EACH
+def test_the_horizon_is_not_seen(name):
+    """Windows are views of one record, in which each one's horizon follows it and lies in the next one's window."""
+    model, record = build(name), torch.randn(40, 3)
+    x = record.unfold(0, 24, 8).transpose(1, 2)  # rows 0 to 23, 8 to 31, 16 to 39
+    y = model(x)
+    for i in range(3):
+        known = record.clone()
+        known[8 * i + 24 :] = math.nan
+        assert torch.allclose(model(known[8 * i : 8 * i + 24][None])[0], y[i], rtol=1e-5, atol=1e-6)
+
+
+@EACH
 def test_what_is_not_observed_has_no_effect(name):
     model, (x, observed) = build(name), window()
     y = model(x, observed=observed)
@@ -153,7 +165,8 @@ def test_every_model_takes_all_covariates_through_the_wrapper(name):
     model, (x, observed), given = wrap(name), window(), covariates()
     y = model(x, observed=observed, **given)
     # The residual head starts at 0.
-    assert torch.equal(y, model.model(x, observed=observed))
+    own = {kind: value for kind, value in given.items() if kind in models.entry(name).takes}
+    assert torch.equal(y, model.model(x, observed=observed, **own))
     with torch.no_grad():
         model.encoder.head.weight.normal_()
     y = model(x, observed=observed, **given)

@@ -66,7 +66,7 @@ def test_every_option_computes_what_the_official_code_does(revin, residual, ch_i
         **{"revin": revin, "residual": residual, "ch_ind": ch_ind, "d_state": 5, "dconv": 3, "e_fact": 2},
     }
     names = {"horizon": "pred_len", "n_series": "enc_in", "d_conv": "dconv", "expand": "e_fact"}
-    sizes = {ours: config[names.get(ours, ours)] for ours in (*names, "seq_len", "n1", "n2", "d_state")}
+    sizes: dict[str, Any] = {ours: config[names.get(ours, ours)] for ours in (*names, "seq_len", "n1", "n2", "d_state")}
     model = TimeMachine(
         **sizes, channel_independent=bool(ch_ind), residual=bool(residual), window_norm="revin" if revin else "instance"
     ).double()
@@ -88,7 +88,7 @@ def test_every_option_computes_what_the_official_code_does(revin, residual, ch_i
 
 def test_dropout_stands_at_the_entrance_of_each_scale():
     """All dropped, the Mambas hear nothing, and the residual way around dropout is open."""
-    sizes = {"seq_len": 14, "horizon": 6, "n_series": 3, "n1": 8, "n2": 4, "d_state": 4}
+    sizes: dict[str, Any] = {"seq_len": 14, "horizon": 6, "n_series": 3, "n1": 8, "n2": 4, "d_state": 4}
     model = TimeMachine(**sizes, window_norm="none").train()
     model.dropout1.p = model.dropout2.p = 1.0
     x = torch.randn(2, 14, 3)
@@ -127,7 +127,7 @@ def test_sizes_of_wide_data_mix_the_series(data):
 
 
 def test_independent_series_do_not_see_each_other_and_mixed_ones_see_those_before():
-    sizes = {"seq_len": 14, "horizon": 6, "n_series": 3, "n1": 8, "n2": 4, "d_state": 4}
+    sizes: dict[str, Any] = {"seq_len": 14, "horizon": 6, "n_series": 3, "n1": 8, "n2": 4, "d_state": 4}
     for independent, seen in ((True, torch.eye(3) > 0), (False, torch.ones(3, 3).tril() > 0)):
         model = TimeMachine(**sizes, channel_independent=independent).eval()
         x = torch.randn(1, 14, 3, requires_grad=True)

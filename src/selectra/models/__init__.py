@@ -1,8 +1,10 @@
 """The architectures: one file each, one line each."""
 
 from .dlinear import DLinear as DLinear
+from .itransformer import ITransformer as ITransformer
 from .linear import Linear as Linear
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
+from .s_mamba import SMamba as SMamba
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
