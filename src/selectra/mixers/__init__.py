@@ -1,8 +1,9 @@
 """Mixers keep the shape `(b, l, d)` and mix across positions or channels."""
 
 from selectra.mixers.bidirectional import Bidirectional
+from selectra.mixers.einfft import EinFFT
 from selectra.mixers.s6 import S6, SelectivePath, State
 from selectra.mixers.selective_channel import SelectiveChannel
 from selectra.mixers.weighted_average import WeightedAverage
 
-__all__ = ["S6", "Bidirectional", "SelectiveChannel", "SelectivePath", "State", "WeightedAverage"]
+__all__ = ["S6", "Bidirectional", "EinFFT", "SelectiveChannel", "SelectivePath", "State", "WeightedAverage"]

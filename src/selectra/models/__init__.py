@@ -6,5 +6,6 @@ from .linear import Linear as Linear
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
 from .s_mamba import SMamba as SMamba
+from .simba_series import SimbaSeries as SimbaSeries
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2

@@ -89,7 +89,7 @@ class ITransformer(nn.Module):
         require_rate(dropout=dropout)
         self.revin = RevIN(n_series, window_norm, scale_gradient=window_norm == "instance")
         self.embed = VariateEmbed(seq_len, d_model, dropout)
-        rates = {"dropout": dropout, "mixer_dropout": dropout}
+        rates: dict[str, Any] = {"dropout": dropout, "mixer_dropout": dropout}
         self.layers = nn.Sequential(
             *(EncoderLayer(Attention(d_model, n_heads, dropout), d_model, d_ff, **rates) for _ in range(depth))
         )
