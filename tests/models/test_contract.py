@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import selectra.models  # noqa: F401
+from selectra.errors import ConfigError
 from selectra.layers.covariates import WithCovariates
+from selectra.layers.revin import WindowNorm
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -18,9 +21,11 @@ EACH = pytest.mark.parametrize("name", NAMES)
 SHAPES = pytest.mark.parametrize(("seq_len", "horizon", "n_series"), [(24, 8, 3), (17, 5, 1), (8, 1, 2), (31, 37, 4)])
 
 
-def build(name: str, *, seq_len: int = 24, horizon: int = 8, n_series: int = 3, season: int = 4) -> nn.Module:
+def build(
+    name: str, *, seq_len: int = 24, horizon: int = 8, n_series: int = 3, season: int = 4, **arguments: Any
+) -> nn.Module:
     facts = {"seq_len": seq_len, "horizon": horizon, "n_series": n_series, "season": season}
-    return models.build(Spec(name), facts).eval()
+    return models.build(Spec(name, **arguments), facts).eval()
 
 
 def window(batch: int = 4, seq_len: int = 24, n_series: int = 3) -> tuple[Tensor, Tensor]:
@@ -97,6 +102,33 @@ def test_a_full_mask_is_no_mask(name):
 
 
 @EACH
+def test_window_norms_are_the_same_for_all(name):
+    if "window_norm" not in models.entry(name).parameters():
+        pytest.skip("has none")
+    x, observed = window()
+    for mode in get_args(WindowNorm):
+        model = build(name, window_norm=mode)
+        y = model(x, observed=observed)
+        follows = torch.allclose(model(x + 5, observed=observed)[1:], y[1:] + 5, rtol=1e-3, atol=1e-3)
+        assert follows == (mode != "none"), mode
+        twice = torch.allclose(model(3 * x, observed=observed)[1:], 3 * y[1:], rtol=1e-2, atol=1e-2)
+        assert twice or mode not in ("instance", "revin"), mode
+
+
+@EACH
+def test_quantiles_add_an_axis(name):
+    if "quantiles" not in models.entry(name).parameters():
+        pytest.skip("has none")
+    model, (x, observed) = build(name, quantiles=(0.1, 0.5, 0.9)), window()
+    y = model(x, observed=observed)
+    assert y.shape == (4, 8, 3, 3) and y.isfinite().all()
+    assert not torch.allclose(y[..., 0], y[..., 1])
+    for wrong in ((0.5, 1.0), (0.0,)):
+        with pytest.raises(ConfigError, match="quantiles"):
+            build(name, quantiles=wrong)
+
+
+@EACH
 def test_weights_are_saved_and_loaded(name, tmp_path):
     model, other, (x, observed) = build(name), build(name), window()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -119,7 +151,9 @@ def test_bfloat16_autocast_stays_near(name):
 def test_compiles_into_one_graph(name):
     torch.compiler.reset()
     model, (x, observed) = build(name), window()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # PyTorch traces none of its own recurrent networks.
+    traced = not any(isinstance(module, nn.RNNBase) for module in model.modules())
+    compiled = torch.compile(model, fullgraph=traced, backend="aot_eager")
     for given in ({}, {"observed": observed}):
         y, expected = compiled(x, **given), model(x, **given)
         assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
