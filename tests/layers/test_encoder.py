@@ -33,6 +33,7 @@ def test_batch_norm_2d_keeps_statistics_of_each_row_and_feature():
     layer, x = BatchNorm2d(4, 3), 5 + 2 * torch.randn(50, 4, 3)
     y = layer.train()(x)
     assert y.mean(0).abs().max() < 1e-5 and (y.std(0, correction=0) - 1).abs().max() < 1e-2
+    assert layer.running_mean is not None
     assert torch.allclose(layer.running_mean, 0.01 * x.mean(0).flatten(), atol=1e-6)
     before = [b.clone() for b in layer.buffers()]
     assert torch.allclose(layer(x[:1]), layer.eval()(x[:1]))

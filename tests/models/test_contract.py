@@ -185,9 +185,13 @@ class Batch:
 
 
 def wrap(name: str, takes: tuple[str, ...] | None = None) -> WithCovariates:
-    entry = models.entry(name)
-    sizes = {"seq_len": 24, "horizon": 8, "n_series": 3, "n_past": 2, "n_future": 3, "n_static": 4}
-    return WithCovariates(build(name), takes=entry.takes if takes is None else takes, name=name, **sizes)
+    takes = models.entry(name).takes if takes is None else takes
+    counts = {"past": 2, "future": 3, "static": 4}
+    own = {
+        f"n_{kind}": n for kind, n in counts.items() if kind in takes and f"n_{kind}" in models.entry(name).parameters()
+    }
+    sizes = {"seq_len": 24, "horizon": 8, "n_series": 3, **{f"n_{kind}": n for kind, n in counts.items()}}
+    return WithCovariates(build(name, **own), takes=takes, name=name, **sizes)
 
 
 def covariates(batch: int = 4) -> dict[str, Tensor]:
@@ -201,14 +205,15 @@ def test_every_model_takes_all_covariates_through_the_wrapper(name):
     # The residual head starts at 0.
     own = {kind: value for kind, value in given.items() if kind in models.entry(name).takes}
     assert torch.equal(y, model.model(x, observed=observed, **own))
-    with torch.no_grad():
-        model.encoder.head.weight.normal_()
+    if model.encoded:
+        with torch.no_grad():
+            model.encoder.head.weight.normal_()
     y = model(x, observed=observed, **given)
     assert y.shape == (4, 8, 3)
     for kind, value in given.items():
         assert not torch.allclose(model(x, observed=observed, **{**given, kind: value + 1}), y), kind
     y.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
+    assert not model.encoded or all(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
 
 
 @EACH

@@ -43,7 +43,7 @@ class AddNorm(nn.Module):
 
 
 class BatchNorm2d(nn.BatchNorm1d):
-    """Each (row, feature) normalised over the batch, with its own gain and bias: TSMixer's 2D norm, for `(b, l, d)`.
+    """Each (row, feature) normalised over the batch, with its own gain and bias: TSMixer's 2D norm, for `(..., l, d)`.
 
     As Keras has it, from which TSMixer's numbers come: eps 1e-3 and a share of 0.01 of each batch in the running
     statistics. A batch of one, which has no deviation, is normalised by these in training too.
@@ -56,8 +56,8 @@ class BatchNorm2d(nn.BatchNorm1d):
     def __init__(self, rows: int, features: int) -> None:
         super().__init__(rows * features, eps=1e-3, momentum=0.01)
 
-    def forward(self, input: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
-        flat = input.flatten(1)
+    def forward(self, input: Float[Tensor, "*batch l d"]) -> Float[Tensor, "*batch l d"]:
+        flat = input.flatten(-2).flatten(0, -2)
         if self.training and len(flat) == 1:
             y = F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         else:
