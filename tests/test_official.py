@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from selectra.errors import ConfigError, DataError
-from selectra.mixers import S6
+from selectra.mixers import S6, EinFFT
 from selectra.official import OfficialMamba, from_official, readers, reads
 from tests.golden import PRECISIONS, Golden
 
@@ -60,6 +60,16 @@ def test_prefill_then_decode(stored: Stored):
     stored.check("out", "decode_y", torch.cat(ys, 1))
     stored.check("out", "decode_conv_state", conv)
     stored.check("out", "decode_ssm_state", ssm)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_einfft(dtype: torch.dtype, golden: Path):
+    Golden.read(golden, "simba_einfft", dtype).check_all()
+
+
+def test_einfft_is_called_with_the_grid_too():
+    official, x = from_official("badripatro/simba:EinFFT", {"dim": 8}, EinFFT(8).state_dict()), torch.randn(1, 6, 8)
+    assert torch.equal(official(x, 2, 3)[0], official(x)[0])
 
 
 CONFIG: dict[str, Any] = {"d_model": 6, "d_state": 4}
