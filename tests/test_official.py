@@ -1,73 +1,41 @@
 """Official weights compute what the official code computes, and what does not fit is said in words."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from selectra.errors import ConfigError, DataError
-from selectra.mixers import S6
+from selectra.mixers import S6, EinFFT
 from selectra.official import OfficialMamba, from_official, readers, reads
+from tests.golden import PRECISIONS, Golden
 
 NAMES = ["mamba1_n16", "mamba1_n8", "mamba1_bias_k2"]
-PRECISIONS = [torch.float32, torch.float64]
 SOURCE = "state-spaces/mamba:Mamba"
 
 
-class Golden(NamedTuple):
-    """One stored instance, and how its tensors are compared in one precision."""
-
-    about: dict[str, Any]
-    tensors: dict[str, Tensor]
-    dtype: torch.dtype
+class Stored(Golden):
+    """One of a Mamba."""
 
     def module(self) -> OfficialMamba:
-        state = {k.removeprefix("state."): v.to(self.dtype) for k, v in self.tensors.items() if k.startswith("state.")}
-        module = from_official(self.about["source"], self.about["config"], state)
+        module = super().module()
         assert isinstance(module, OfficialMamba)
         return module
 
-    def inputs(self) -> list[Tensor]:
-        return [self.tensors[f"in.{name}"].to(self.dtype) for name in self.about["inputs"]]
-
-    def check(self, kind: str, name: str, got: Tensor | None) -> None:
-        assert got is not None and got.dtype == self.dtype
-        if self.dtype == torch.float64:
-            expected, tolerance = self.tensors[f"{kind}64.{name}"], 1e-9
-        else:
-            expected = self.tensors[f"{kind}.{name}"]
-            tolerance = self.about["tolerance"]["per_tensor_relative_to_max"][f"{kind}.{name}"]
-        assert got.shape == expected.shape
-        assert (got.detach() - expected).abs().max() <= tolerance * expected.abs().max(), f"{kind}.{name}"
-
 
 @pytest.fixture(params=[(name, dtype) for name in NAMES for dtype in PRECISIONS], ids=str)
-def stored(request: pytest.FixtureRequest, golden: Path) -> Golden:
-    name, dtype = request.param
-    return Golden(json.loads((golden / f"{name}.json").read_text()), load_file(golden / f"{name}.safetensors"), dtype)
+def stored(request: pytest.FixtureRequest, golden: Path) -> Stored:
+    return Stored(*Golden.read(golden, *request.param))
 
 
-def test_outputs_and_every_gradient(stored: Golden):
-    module, inputs = stored.module(), [x.requires_grad_() for x in stored.inputs()]
-    outputs = module(*inputs)
-    assert isinstance(outputs, tuple) and len(outputs) == len(stored.about["primary"])
-    loss = torch.zeros((), dtype=stored.dtype)
-    for name, output in zip(stored.about["primary"], outputs, strict=True):
-        stored.check("out", name, output)
-        loss = loss + (output * stored.tensors[f"lossw.{name}"].to(stored.dtype)).sum()
-    loss.backward()
-    gradients = {name: p.grad for name, p in module.model.named_parameters()}
-    gradients |= {f"in.{name}": x.grad for name, x in zip(stored.about["inputs"], inputs, strict=True)}
-    for name in stored.about["grads"]:
-        stored.check("grad", name, gradients[name])
+def test_outputs_and_every_gradient(stored: Stored):
+    stored.check_all()
 
 
-def test_steps(stored: Golden):
+def test_steps(stored: Stored):
     module, (x,) = stored.module(), stored.inputs()
     conv, ssm = module.allocate_inference_cache(len(x), x.shape[1])
     ys = [module.step(x[:, t : t + 1], conv, ssm)[0] for t in range(x.shape[1])]
@@ -76,7 +44,7 @@ def test_steps(stored: Golden):
     stored.check("out", "step_ssm_state", ssm)
 
 
-def test_prefill_then_decode(stored: Golden):
+def test_prefill_then_decode(stored: Stored):
     module, (x,) = stored.module(), stored.inputs()
     module.layer_idx = 3
     n_prefill = stored.tensors["out.prefill_y"].shape[1]
@@ -92,6 +60,16 @@ def test_prefill_then_decode(stored: Golden):
     stored.check("out", "decode_y", torch.cat(ys, 1))
     stored.check("out", "decode_conv_state", conv)
     stored.check("out", "decode_ssm_state", ssm)
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+def test_einfft(dtype: torch.dtype, golden: Path):
+    Golden.read(golden, "simba_einfft", dtype).check_all()
+
+
+def test_einfft_is_called_with_the_grid_too():
+    official, x = from_official("badripatro/simba:EinFFT", {"dim": 8}, EinFFT(8).state_dict()), torch.randn(1, 6, 8)
+    assert torch.equal(official(x, 2, 3)[0], official(x)[0])
 
 
 CONFIG: dict[str, Any] = {"d_model": 6, "d_state": 4}

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError, DataError
+from selectra.mixers.einfft import EinFFT
 from selectra.mixers.s6 import S6, State
 from selectra.spec import nearest, read_value
 
@@ -232,6 +233,19 @@ def read_mamba(
         bias=bias,
     )
     return OfficialMamba(model, layer_idx).to(device=chosen_device, dtype=chosen_dtype)
+
+
+class OfficialEinFFT(Official):
+    """SiMBA's mixer, which is given the grid's height and width and makes no use of them."""
+
+    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
+        return (self.model(x),)
+
+
+@reads("badripatro/simba:EinFFT")
+def read_einfft(*, dim: int) -> OfficialEinFFT:
+    """SiMBA's spectral channel mixer."""
+    return OfficialEinFFT(EinFFT(dim))
 
 
 def read_device(device: str | int | torch.device | None) -> torch.device | None:

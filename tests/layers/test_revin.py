@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 from selectra.errors import ConfigError
 from selectra.layers.revin import RevIN
 
-MODES = pytest.mark.parametrize("mode", ["none", "last", "instance"])
+MODES = pytest.mark.parametrize("mode", ["none", "last", "mean", "instance"])
 
 
 def window() -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +74,26 @@ def test_statistics_carry_no_gradient():
     assert x.grad is not None and torch.allclose(x.grad, (1 / statistics.scale).expand_as(x))
 
 
+def test_the_gradient_passes_the_scale_where_asked():
+    x = window()[0].requires_grad_()
+    layer = RevIN(3, scale_gradient=True)
+    y, statistics = layer(x)
+    assert not statistics.shift.requires_grad and statistics.scale.requires_grad
+    y.square().sum().backward()
+    # Without the shift's part, the sum of squares of what has deviation 1 does not depend on x but through the mean.
+    assert x.grad is not None and x.grad.abs().max() < 1e-4
+
+
+def test_revin_is_instance_with_a_gain_and_a_bias():
+    x = window()[0]
+    layer = RevIN(3, "revin").double()
+    torch.nn.init.constant_(layer.weight, 2.0)  # pyright: ignore[reportArgumentType]
+    torch.nn.init.constant_(layer.bias, 1.0)  # pyright: ignore[reportArgumentType]
+    assert torch.allclose(layer(x)[0], 2 * RevIN(3)(x)[0] + 1)
+    assert list(RevIN(3, "revin").state_dict()) == ["weight", "bias"]
+
+
 def test_an_unknown_mode_is_named():
     # The shape-checking hook, where it runs, refuses the value before the constructor does.
     with pytest.raises((ConfigError, TypeCheckError), match="'mean'"):
-        RevIN(1, "mean")  # pyright: ignore[reportArgumentType]
+        RevIN(1, "median")  # pyright: ignore[reportArgumentType]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import selectra.models  # noqa: F401
+from selectra.errors import ConfigError
 from selectra.layers.covariates import WithCovariates
+from selectra.layers.revin import WindowNorm
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -18,9 +21,11 @@ EACH = pytest.mark.parametrize("name", NAMES)
 SHAPES = pytest.mark.parametrize(("seq_len", "horizon", "n_series"), [(24, 8, 3), (17, 5, 1), (8, 1, 2), (31, 37, 4)])
 
 
-def build(name: str, *, seq_len: int = 24, horizon: int = 8, n_series: int = 3, season: int = 4) -> nn.Module:
+def build(
+    name: str, *, seq_len: int = 24, horizon: int = 8, n_series: int = 3, season: int = 4, **arguments: Any
+) -> nn.Module:
     facts = {"seq_len": seq_len, "horizon": horizon, "n_series": n_series, "season": season}
-    return models.build(Spec(name), facts).eval()
+    return models.build(Spec(name, **arguments), facts).eval()
 
 
 def window(batch: int = 4, seq_len: int = 24, n_series: int = 3) -> tuple[Tensor, Tensor]:
@@ -67,6 +72,18 @@ def test_batch_elements_do_not_see_each_other(name):
 
 
 @EACH
+def test_the_horizon_is_not_seen(name):
+    """Windows are views of one record, in which each one's horizon follows it and lies in the next one's window."""
+    model, record = build(name), torch.randn(40, 3)
+    x = record.unfold(0, 24, 8).transpose(1, 2)  # rows 0 to 23, 8 to 31, 16 to 39
+    y = model(x)
+    for i in range(3):
+        known = record.clone()
+        known[8 * i + 24 :] = math.nan
+        assert torch.allclose(model(known[8 * i : 8 * i + 24][None])[0], y[i], rtol=1e-5, atol=1e-6)
+
+
+@EACH
 def test_what_is_not_observed_has_no_effect(name):
     model, (x, observed) = build(name), window()
     y = model(x, observed=observed)
@@ -82,6 +99,33 @@ def test_what_is_not_observed_has_no_effect(name):
 def test_a_full_mask_is_no_mask(name):
     model, (x, _) = build(name), window()
     assert torch.allclose(model(x, observed=torch.ones_like(x, dtype=torch.bool)), model(x), rtol=1e-5, atol=1e-6)
+
+
+@EACH
+def test_window_norms_are_the_same_for_all(name):
+    if "window_norm" not in models.entry(name).parameters():
+        pytest.skip("has none")
+    x, observed = window()
+    for mode in get_args(WindowNorm):
+        model = build(name, window_norm=mode)
+        y = model(x, observed=observed)
+        follows = torch.allclose(model(x + 5, observed=observed)[1:], y[1:] + 5, rtol=1e-3, atol=1e-3)
+        assert follows == (mode != "none"), mode
+        twice = torch.allclose(model(3 * x, observed=observed)[1:], 3 * y[1:], rtol=1e-2, atol=1e-2)
+        assert twice or mode not in ("instance", "revin"), mode
+
+
+@EACH
+def test_quantiles_add_an_axis(name):
+    if "quantiles" not in models.entry(name).parameters():
+        pytest.skip("has none")
+    model, (x, observed) = build(name, quantiles=(0.1, 0.5, 0.9)), window()
+    y = model(x, observed=observed)
+    assert y.shape == (4, 8, 3, 3) and y.isfinite().all()
+    assert not torch.allclose(y[..., 0], y[..., 1])
+    for wrong in ((0.5, 1.0), (0.0,)):
+        with pytest.raises(ConfigError, match="quantiles"):
+            build(name, quantiles=wrong)
 
 
 @EACH
@@ -107,7 +151,9 @@ def test_bfloat16_autocast_stays_near(name):
 def test_compiles_into_one_graph(name):
     torch.compiler.reset()
     model, (x, observed) = build(name), window()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    # PyTorch traces none of its own recurrent networks.
+    traced = not any(isinstance(module, nn.RNNBase) for module in model.modules())
+    compiled = torch.compile(model, fullgraph=traced, backend="aot_eager")
     for given in ({}, {"observed": observed}):
         y, expected = compiled(x, **given), model(x, **given)
         assert torch.allclose(y, expected, rtol=1e-5, atol=1e-6)
@@ -139,9 +185,13 @@ class Batch:
 
 
 def wrap(name: str, takes: tuple[str, ...] | None = None) -> WithCovariates:
-    entry = models.entry(name)
-    sizes = {"seq_len": 24, "horizon": 8, "n_series": 3, "n_past": 2, "n_future": 3, "n_static": 4}
-    return WithCovariates(build(name), takes=entry.takes if takes is None else takes, name=name, **sizes)
+    takes = models.entry(name).takes if takes is None else takes
+    counts = {"past": 2, "future": 3, "static": 4}
+    own = {
+        f"n_{kind}": n for kind, n in counts.items() if kind in takes and f"n_{kind}" in models.entry(name).parameters()
+    }
+    sizes = {"seq_len": 24, "horizon": 8, "n_series": 3, **{f"n_{kind}": n for kind, n in counts.items()}}
+    return WithCovariates(build(name, **own), takes=takes, name=name, **sizes)
 
 
 def covariates(batch: int = 4) -> dict[str, Tensor]:
@@ -153,15 +203,17 @@ def test_every_model_takes_all_covariates_through_the_wrapper(name):
     model, (x, observed), given = wrap(name), window(), covariates()
     y = model(x, observed=observed, **given)
     # The residual head starts at 0.
-    assert torch.equal(y, model.model(x, observed=observed))
-    with torch.no_grad():
-        model.encoder.head.weight.normal_()
+    own = {kind: value for kind, value in given.items() if kind in models.entry(name).takes}
+    assert torch.equal(y, model.model(x, observed=observed, **own))
+    if model.encoded:
+        with torch.no_grad():
+            model.encoder.head.weight.normal_()
     y = model(x, observed=observed, **given)
     assert y.shape == (4, 8, 3)
     for kind, value in given.items():
         assert not torch.allclose(model(x, observed=observed, **{**given, kind: value + 1}), y), kind
     y.sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
+    assert not model.encoded or all(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
 
 
 @EACH

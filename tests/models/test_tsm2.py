@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
 
 def test_it_is_registered_with_what_it_takes():
     entry = models.entry("tsm2")
-    assert entry.target is TSM2 and entry.kind == "series" and entry.takes == ("observed",)
+    assert entry.target is TSM2 and entry.kind == "series" and entry.takes == ("observed", "past", "future", "static")
     assert entry.source == "arXiv:2403.19888"
 
 
@@ -86,10 +86,59 @@ def test_a_gap_is_not_a_value():
     assert not torch.allclose(model(x, observed=observed), model(x), atol=1e-5)
 
 
-def test_covariates_without_effect_are_refused():
-    model, x = TSM2(**SIZES), torch.randn(2, 30, 3)
-    with pytest.raises(ConfigError, match="TSM2 takes no past covariates itself"):
-        model(x, past=torch.randn(2, 30, 1))
+def test_batch_norm_is_over_the_batch_for_each_patch_and_feature():
+    model = TSM2(**SIZES, norm="batch")
+    norm, x = model.blocks()[0].token_norm, 3 + 2 * torch.randn(40, 3, 7, 8)
+    y = norm(x)
+    assert y.shape == x.shape
+    assert y.mean((0, 1)).abs().max() < 1e-5 and (y.std((0, 1), correction=0) - 1).abs().max() < 1e-2
+    model(torch.randn(4, 30, 3)).sum().backward()
+    x = torch.randn(4, 30, 3)
+    assert torch.allclose(model.eval()(x)[:1], model(x[:1]), atol=1e-5)
+
+
+def test_covariates_lengthen_the_window():
+    """Sec. 5.1: the input is (series, 3 L) with both kinds, and as long as with one where one is given."""
+    for n_future, n_static, length in ((0, 0, 30), (2, 0, 60), (0, 4, 60), (2, 4, 90)):
+        model = TSM2(**SIZES, n_future=n_future, n_static=n_static)
+        assert model.auxiliary.length == length
+        future, static = torch.randn(2, 36, n_future), torch.randn(2, 3, n_static)
+        given = ({"future": future} if n_future else {}) | ({"static": static} if n_static else {})
+        x = torch.randn(2, 30, 3)
+        longer, observed = model.auxiliary(x, x > 0, given.get("future"), given.get("static"))
+        assert longer.shape == (2, length, 3) and observed is not None and observed[:, 30:].all()
+        assert torch.equal(longer[:, :30], x) and torch.equal(observed[:, :30], x > 0)
+        model(x, **given).square().sum().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_static_covariates_speak_for_their_series_and_future_ones_for_all():
+    model, x = TSM2(**SIZES, n_future=2, n_static=4), torch.randn(2, 30, 3)
+    future, static = torch.randn(2, 36, 2), torch.randn(2, 3, 4)
+    (before, _), (after, _) = (
+        model.auxiliary(x, None, future + shift, torch.cat([static[:, :2], static[:, 2:] + shift], 1))
+        for shift in (0, 1)
+    )
+    assert torch.allclose(before[:, 60:, :2], after[:, 60:, :2]) and not torch.allclose(before[:, 60:], after[:, 60:])
+    assert torch.equal(after[:, 30:60, 0], after[:, 30:60, 2]) and not torch.allclose(before[:, 30:60], after[:, 30:60])
+
+
+def test_past_covariates_are_further_variates():
+    model, x, past = TSM2(**SIZES).eval(), torch.randn(2, 30, 3), torch.randn(2, 30, 2)
+    y = model(x, past=past)
+    assert y.shape == (2, 6, 3) and not torch.allclose(y, model(x), atol=1e-4)
+    both = TSM2(**{**SIZES, "n_series": 5}, window_norm="none").eval()
+    alone = TSM2(**SIZES, window_norm="none").eval()
+    alone.load_state_dict(both.state_dict())
+    assert torch.allclose(alone(x, past=past), both(torch.cat([x, past], 2))[..., :3], atol=1e-6)
+
+
+def test_covariates_it_was_not_built_for_are_refused():
+    x = torch.randn(2, 30, 3)
+    with pytest.raises(ConfigError, match="future covariates are given; TSM2 was built with n_future=0"):
+        TSM2(**SIZES)(x, future=torch.randn(2, 36, 1))
+    with pytest.raises(ConfigError, match="static covariates are missing; TSM2 was built with n_static=2"):
+        TSM2(**SIZES, n_static=2)(x)
 
 
 def test_quantiles_add_an_axis():
@@ -106,8 +155,8 @@ def test_quantiles_add_an_axis():
         ({"depth": 0}, "depth=0"),
         ({"seq_len": 0}, "seq_len=0"),
         ({"stride": 9}, "stride=9 is longer than patch_len=8"),
-        ({"norm": "batch"}, "norm='batch'"),
-        ({"window_norm": "first"}, "mode='first'"),
+        ({"norm": "group"}, "norm='group'"),
+        ({"window_norm": "first"}, "window_norm='first'"),
         ({"quantiles": (0.5, 1.0)}, "quantiles"),
     ],
 )

@@ -42,3 +42,29 @@ class PatchEmbedSeries(nn.Module):
         both = torch.stack([F.pad(x, (0, 0, self.pad, 0)), F.pad(missing, (0, 0, self.pad, 0), value=1.0)], dim=-1)
         patches = both.unfold(1, self.patch_len, self.stride)  # (b, p, s, 2, patch_len)
         return self.proj(patches.transpose(1, 2).flatten(3)) + self.position
+
+
+class VariateEmbed(nn.Module):
+    """A token for each series, made from its whole window; covariates of the past become further tokens behind them.
+
+    Liu et al. 2024 (iTransformer), arXiv:2310.06625: `DataEmbedding_inverted` of its code.
+
+    Args:
+        seq_len: Length of the window.
+        d_model: Width of a token.
+        dropout: Rate after the map.
+    """
+
+    def __init__(self, seq_len: int, d_model: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if seq_len < 1:
+            raise ConfigError(f"seq_len={seq_len}: needs at least 1")
+        self.proj = nn.Linear(seq_len, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Float[Tensor, "b l s"], past: Float[Tensor, "b l c"] | None = None
+    ) -> Float[Tensor, "b tokens d_model"]:
+        """Tokens of the series, then of the covariates."""
+        rows = x if past is None else torch.cat([x, past.to(x.dtype)], dim=2)
+        return self.dropout(self.proj(rows.transpose(1, 2)))

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.ops import add_norm
@@ -39,6 +40,29 @@ class AddNorm(nn.Module):
         """The normalised sum in the type of x, and the sum; without `residual` the stream starts with x."""
         dtype = torch.promote_types(x.dtype, torch.float32) if self.residual_in_fp32 else None
         return add_norm(x, residual, self.weight, self.bias, self.eps, kind=self.kind, residual_dtype=dtype)
+
+
+class BatchNorm2d(nn.BatchNorm1d):
+    """Each (row, feature) normalised over the batch, with its own gain and bias: TSMixer's 2D norm, for `(..., l, d)`.
+
+    As Keras has it, from which TSMixer's numbers come: eps 1e-3 and a share of 0.01 of each batch in the running
+    statistics. A batch of one, which has no deviation, is normalised by these in training too.
+
+    Args:
+        rows: l.
+        features: d.
+    """
+
+    def __init__(self, rows: int, features: int) -> None:
+        super().__init__(rows * features, eps=1e-3, momentum=0.01)
+
+    def forward(self, input: Float[Tensor, "*batch l d"]) -> Float[Tensor, "*batch l d"]:
+        flat = input.flatten(-2).flatten(0, -2)
+        if self.training and len(flat) == 1:
+            y = F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        else:
+            y = super().forward(flat)
+        return y.view_as(input)
 
 
 class PreNorm(nn.Module):

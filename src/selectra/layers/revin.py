@@ -1,6 +1,6 @@
 """Normalisation of each window of a series by its own statistics, and its inverse for the forecast."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from selectra.errors import ConfigError
 
-WindowNorm = Literal["none", "last", "instance"]
-"""What is removed from each window: nothing; its last observed value; its mean and standard deviation."""
+WindowNorm = Literal["none", "last", "mean", "instance", "revin"]
+"""What is removed from each window: nothing; its last observed value; its mean; its mean and standard deviation; both,
+with a learned gain and bias for each series after it (RevIN)."""
 
 
 class Statistics(NamedTuple):
@@ -22,23 +23,32 @@ class Statistics(NamedTuple):
 class RevIN(nn.Module):
     """Reversible instance normalisation (Kim et al. 2022, ICLR) whose statistics see observed values alone.
 
-    Statistics carry no gradient, as in the official code. Unobserved positions come out as 0: the window's mean, or its
-    last value. A series with nothing observed in the window has shift 0 and scale 1.
+    Statistics carry no gradient, as in the official code, unless asked to. Unobserved positions come out as 0: the
+    window's mean, or its last value. A series with nothing observed in the window has shift 0 and scale 1.
 
     Args:
-        n_series: Number of series; used with `affine`.
+        n_series: Number of series; used with a gain and a bias.
         mode: What is removed from each window.
-        affine: Learn a gain and a bias for each series.
+        affine: Learn a gain and a bias for each series in any mode; "revin" is "instance" with them.
         eps: Added to the variance.
+        scale_gradient: Let the gradient pass through the standard deviation, as the normalisation that Non-stationary
+            Transformers, iTransformer and S-Mamba write out does; only an input that needs a gradient can tell.
     """
 
     def __init__(
-        self, n_series: int, mode: WindowNorm = "instance", *, affine: bool = False, eps: float = 1e-5
+        self,
+        n_series: int,
+        mode: WindowNorm = "instance",
+        *,
+        affine: bool = False,
+        eps: float = 1e-5,
+        scale_gradient: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in ("none", "last", "instance"):
-            raise ConfigError(f"mode={mode!r}: takes 'none', 'last' or 'instance'")
-        self.mode, self.eps = mode, eps
+        if mode not in get_args(WindowNorm):
+            raise ConfigError(f"window_norm={mode!r}: takes {', '.join(map(repr, get_args(WindowNorm)))}")
+        affine = affine or mode == "revin"
+        self.mode, self.eps, self.scale_gradient = "instance" if mode == "revin" else mode, eps, scale_gradient
         self.weight = nn.Parameter(torch.ones(n_series)) if affine else None
         self.bias = nn.Parameter(torch.zeros(n_series)) if affine else None
 
@@ -48,7 +58,8 @@ class RevIN(nn.Module):
         """The normalised window and what `inverse` needs."""
         if observed is not None:
             x = x.masked_fill(~observed, 0)
-        statistics = self._statistics(x.detach(), observed)
+        shift, scale = self._statistics(x if self.scale_gradient else x.detach(), observed)
+        statistics = Statistics(shift.detach(), scale)
         x = (x - statistics.shift) / statistics.scale
         if self.weight is not None and self.bias is not None:
             x = x * self.weight + self.bias
@@ -75,9 +86,11 @@ class RevIN(nn.Module):
             return Statistics(x[:, -1:] if observed is None else _last_observed(x, observed), one)
         if observed is None:
             variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
-            return Statistics(mean, (variance + self.eps).sqrt())
+            return Statistics(mean, one if self.mode == "mean" else (variance + self.eps).sqrt())
         count = observed.sum(1, keepdim=True)
         mean = x.sum(1, keepdim=True) / count.clamp(min=1)
+        if self.mode == "mean":
+            return Statistics(mean, one)
         variance = (x - mean).masked_fill(~observed, 0).square().sum(1, keepdim=True) / count.clamp(min=1)
         return Statistics(mean, torch.where(count > 0, (variance + self.eps).sqrt(), one))
 

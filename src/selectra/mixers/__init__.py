@@ -1,9 +1,19 @@
 """Mixers keep the shape `(b, l, d)` and mix across positions or channels."""
 
 from selectra.mixers.bidirectional import Bidirectional
+from selectra.mixers.einfft import EinFFT
 from selectra.mixers.s6 import S6, SelectivePath, State
 from selectra.mixers.selective_channel import SelectiveChannel
 from selectra.mixers.stack import step_blocks_
 from selectra.mixers.weighted_average import WeightedAverage
 
-__all__ = ["S6", "Bidirectional", "SelectiveChannel", "SelectivePath", "State", "WeightedAverage", "step_blocks_"]
+__all__ = [
+    "S6",
+    "Bidirectional",
+    "EinFFT",
+    "SelectiveChannel",
+    "SelectivePath",
+    "State",
+    "WeightedAverage",
+    "step_blocks_",
+]

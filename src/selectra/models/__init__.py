@@ -1,7 +1,15 @@
 """The architectures: one file each, one line each."""
 
 from .dlinear import DLinear as DLinear
+from .gru import GRU as GRU
+from .itransformer import ITransformer as ITransformer
 from .linear import Linear as Linear
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
+from .nlinear import NormLinear as NormLinear
+from .patchtst import PatchTST as PatchTST
+from .s_mamba import SMamba as SMamba
+from .simba_series import SimbaSeries as SimbaSeries
+from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
+from .tsmixer import TSMixer as TSMixer

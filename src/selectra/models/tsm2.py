@@ -11,26 +11,35 @@ ETTh1's validation windows at seq_len = horizon = 96.
   d_model ... expand    not given
   window_norm           the paper names none; each window is normalised by its own statistics, as its rivals are
   norm                  "2D normalization on both time and feature dimensions": layer norm over (patch, feature)
-                        jointly, before each mixer and before the head; TSMixer, its model, also has batch norm
+                        jointly, before each mixer and before the head; "batch" is TSMixer's other one, over the batch
+                        for each (patch, feature)
   residual              the averages stand "contrary to simple skip connections"; here each mixer's input is added to
                         its output as well, which lowers the validation error by 1 %
   dropout               not given; after each mixer and before the head
   quantiles             not in the paper; one head output for each, which may cross
+  future                covariates are common to all variates here, so the channel mixer reads across covariates, each
+                        a vector made from its whole course, and all variates get the same projection
+  past                  the paper does not treat them apart: here they are further variates, whose forecast is dropped
 Positions are learned. The order of variates in the channel scan is the data's. Missing values enter as marked gaps.
-Auxiliary covariates come through the wrapper common to all models, not through the paper's concatenation.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.layers.covariates import refuse_covariates
 from selectra.layers.embed import PatchEmbedSeries
+from selectra.layers.head import ForecastHead, require_rate
+from selectra.layers.norm import BatchNorm2d
 from selectra.layers.revin import RevIN, WindowNorm
 from selectra.mixers import S6, SelectiveChannel, WeightedAverage
+from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
+
+Norm = Literal["patch_feature", "feature", "batch"]
 
 
 class Block(nn.Module):
@@ -55,11 +64,56 @@ class Block(nn.Module):
         return self.dropout(y).transpose(1, 2)
 
 
+class Auxiliary(nn.Module):
+    """What covariates say, each kind as long as the window and appended to it: `x || Z_proj || S_proj`.
+
+    Args:
+        seq_len: Values seen of each series.
+        horizon: Values forecast.
+        n_future: Number of covariates known over the horizon too.
+        n_static: Number of covariates of a series that are constant in time.
+        d_model: Width of a covariate's vector in the mixer.
+        mixer: The mixer's sizes.
+    """
+
+    def __init__(self, seq_len: int, horizon: int, n_future: int, n_static: int, d_model: int, **mixer: Any) -> None:
+        super().__init__()
+        self.counts = {"future": n_future, "static": n_static}
+        self.length = seq_len * (1 + sum(n > 0 for n in self.counts.values()))
+        if n_future:
+            self.embed, self.mix = nn.Linear(seq_len + horizon, d_model), SelectiveChannel(d_model, **mixer)
+            self.future = nn.Linear(n_future * d_model, seq_len)
+        if n_static:
+            self.static = nn.Linear(n_static, seq_len)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b l s"],
+        observed: Bool[Tensor, "b l s"] | None,
+        future: Float[Tensor, "b t f"] | None,
+        static: Float[Tensor, "b s e"] | None,
+    ) -> tuple[Float[Tensor, "b m s"], Bool[Tensor, "b m s"] | None]:
+        """The longer window, and what of it is observed."""
+        for kind, given in (("future", future), ("static", static)):
+            if (given is not None) != (self.counts[kind] > 0):
+                what = "missing" if given is None else "given"
+                raise ConfigError(f"{kind} covariates are {what}; TSM2 was built with n_{kind}={self.counts[kind]}")
+        parts = [x]
+        if future is not None:
+            mixed = self.mix(self.embed(future.transpose(1, 2)))  # b f d
+            parts.append(self.future(mixed.flatten(1))[:, :, None].expand_as(x))
+        if static is not None:
+            parts.append(self.static(static).transpose(1, 2))
+        if observed is not None:
+            observed = torch.cat([observed, *(torch.ones_like(observed) for _ in parts[1:])], 1)
+        return torch.cat(parts, 1), observed
+
+
 @models.register(
     "tsm2",
     kind="series",
     source="arXiv:2403.19888",
-    takes=("observed",),
+    takes=("observed", "past", "future", "static"),
     smoke={"d_model": 8, "depth": 1, "d_state": 4, "patch_len": 8, "stride": 4},
     base={},
     large={"d_model": 32, "depth": 2, "d_state": 16},
@@ -79,10 +133,13 @@ class TSM2(nn.Module):
         patch_len: Values in a patch.
         stride: Values from one patch's start to the next.
         window_norm: What is removed from each window and given back to its forecast.
-        norm: The norm before each mixer: over (patch, feature) jointly, or over features alone.
+        norm: The norm before each mixer: over (patch, feature) jointly, over features alone, or over the batch for
+            each (patch, feature).
         residual: Add each mixer's input to its output, beside the weighted averages.
         dropout: Rate after each mixer and before the head.
         quantiles: Levels to forecast in place of one value; adds a last axis.
+        n_future: Number of covariates known over the horizon too.
+        n_static: Number of covariates of a series that are constant in time.
     """
 
     def __init__(
@@ -99,29 +156,27 @@ class TSM2(nn.Module):
         patch_len: int = 16,
         stride: int = 8,
         window_norm: WindowNorm = "instance",
-        norm: Literal["patch_feature", "feature"] = "patch_feature",
+        norm: Norm = "patch_feature",
         residual: bool = True,
         dropout: float = 0.2,
         quantiles: tuple[float, ...] = (),
+        n_future: int = 0,
+        n_static: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in (("horizon", horizon), ("n_series", n_series), ("depth", depth)):
-            if value < 1:
-                raise ConfigError(f"{name}={value}: needs at least 1")
-        if not 0 <= dropout < 1:
-            raise ConfigError(f"dropout={dropout}: must be at least 0 and less than 1")
-        if any(not 0 < level < 1 for level in quantiles):
-            raise ConfigError(f"quantiles={quantiles}: each must lie between 0 and 1")
-        self.horizon, self.quantiles, self.residual = horizon, quantiles, residual
+        require_sizes(seq_len=seq_len, n_series=n_series, depth=depth)
+        require_rate(dropout=dropout)
+        self.residual = residual
         self.revin = RevIN(n_series, window_norm)
-        self.embed = PatchEmbedSeries(seq_len, d_model, patch_len, stride)
-        n_patches = self.embed.n_patches
         mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        self.auxiliary = Auxiliary(seq_len, horizon, n_future, n_static, d_model, **mixer)
+        self.embed = PatchEmbedSeries(self.auxiliary.length, d_model, patch_len, stride)
+        n_patches = self.embed.n_patches
         self.layers = nn.ModuleList(Block(n_patches, d_model, norm, dropout, **mixer) for _ in range(depth))
         self.average = WeightedAverage(depth)
         self.norm_f = norm_2d(norm, n_patches, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(n_patches * d_model, horizon * max(1, len(quantiles)))
+        self.head = ForecastHead(n_patches * d_model, horizon, quantiles)
 
     def forward(
         self,
@@ -131,18 +186,21 @@ class TSM2(nn.Module):
         past: Float[Tensor, "b l c"] | None = None,
         future: Float[Tensor, "b t f"] | None = None,
         static: Float[Tensor, "b s e"] | None = None,
-    ) -> Float[Tensor, "b horizon s"] | Float[Tensor, "b horizon s q"]:
-        refuse_covariates(self, past=past, future=future, static=static)
+    ) -> Float[Tensor, "b horizon s *q"]:
+        """The forecast; covariates of the past are further variates."""
         x, statistics = self.revin(x, observed)
-        y = self.features(x, observed)
-        y = self.head(self.dropout(self.norm_f(y)).flatten(2))  # b s (horizon q)
-        y = y.unflatten(2, (self.horizon, -1)).transpose(1, 2)  # b horizon s q
-        return self.revin.inverse(y if self.quantiles else y.squeeze(3), statistics)
+        n_series = x.shape[2]
+        if past is not None:
+            x = torch.cat([x, past.to(x.dtype)], 2)
+            observed = None if observed is None else F.pad(observed, (0, past.shape[2]), value=True)
+            static = None if static is None else F.pad(static, (0, 0, 0, past.shape[2]))
+        y = self.features(*self.auxiliary(x, observed, future, static))[:, :n_series]
+        return self.revin.inverse(self.head(self.dropout(self.norm_f(y)).flatten(2)), statistics)
 
     def features(
         self, x: Float[Tensor, "b l s"], observed: Bool[Tensor, "b l s"] | None = None
     ) -> Float[Tensor, "b s p d"]:
-        """The last block's output for a normalised window."""
+        """The last block's output for a normalised window, longer by what covariates say."""
         tokens = [self.embed(x, observed)]
         channels = list(tokens)
         for layer in self.blocks():
@@ -159,8 +217,10 @@ class TSM2(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, Block)]
 
 
-def norm_2d(kind: str, n_patches: int, d_model: int) -> nn.LayerNorm:
-    """A norm over (patch, feature) jointly, or over features alone."""
-    if kind not in ("patch_feature", "feature"):
-        raise ConfigError(f"norm={kind!r}: takes 'patch_feature' or 'feature'")
+def norm_2d(kind: str, n_patches: int, d_model: int) -> nn.Module:
+    """A norm over (patch, feature) jointly, over features alone, or over the batch for each (patch, feature)."""
+    if kind not in get_args(Norm):
+        raise ConfigError(f"norm={kind!r}: takes {', '.join(map(repr, get_args(Norm)))}")
+    if kind == "batch":
+        return BatchNorm2d(n_patches, d_model)
     return nn.LayerNorm([n_patches, d_model] if kind == "patch_feature" else [d_model])

@@ -1,0 +1,62 @@
+"""Stored outputs and gradients of official implementations, and how ours are held to them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from selectra.official import Official, from_official
+
+PRECISIONS = [torch.float32, torch.float64]
+
+
+class Golden(NamedTuple):
+    """One stored instance, and how its tensors are compared in one precision."""
+
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+    dtype: torch.dtype
+
+    @classmethod
+    def read(cls, folder: Path, name: str, dtype: torch.dtype) -> "Golden":
+        about = json.loads((folder / f"{name}.json").read_text())
+        return cls(about, load_file(folder / f"{name}.safetensors"), dtype)
+
+    def module(self) -> Official:
+        state = {k.removeprefix("state."): v.to(self.dtype) for k, v in self.tensors.items() if k.startswith("state.")}
+        return from_official(self.about["source"], self.about["config"], state)
+
+    def inputs(self) -> list[Tensor]:
+        return [self.tensors[f"in.{name}"].to(self.dtype) for name in self.about["inputs"]]
+
+    def check(self, kind: str, name: str, got: Tensor | None) -> None:
+        assert got is not None and got.dtype == self.dtype
+        if self.dtype == torch.float64:
+            expected, tolerance = self.tensors[f"{kind}64.{name}"], 1e-9
+        else:
+            expected = self.tensors[f"{kind}.{name}"]
+            tolerance = self.about["tolerance"]["per_tensor_relative_to_max"][f"{kind}.{name}"]
+        assert got.shape == expected.shape
+        error = (got.detach() - expected).abs().max() / expected.abs().max()
+        assert error <= tolerance, f"{kind}.{name}: {error:.1e}"
+
+    def check_all(self) -> None:
+        """Outputs and every stored gradient."""
+        module, inputs = self.module(), [x.requires_grad_() for x in self.inputs()]
+        outputs = module(*inputs)
+        assert isinstance(outputs, tuple) and len(outputs) == len(self.about["primary"])
+        loss = torch.zeros((), dtype=self.dtype)
+        for name, output in zip(self.about["primary"], outputs, strict=True):
+            self.check("out", name, output)
+            loss = loss + (output * self.tensors[f"lossw.{name}"].to(self.dtype)).sum()
+        loss.backward()
+        parameters = dict(module.model.named_parameters())
+        gradients = {f"in.{name}": x.grad for name, x in zip(self.about["inputs"], inputs, strict=True)}
+        for name in self.about["grads"]:
+            if name not in gradients:
+                (ours,) = module.rename({name: torch.empty(0)})
+                gradients[name] = parameters[ours].grad
+            self.check("grad", name, gradients[name])

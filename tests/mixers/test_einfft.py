@@ -1,0 +1,55 @@
+"""EinFFT: what its parts are; tests/test_official.py holds it to the official outputs."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from selectra.errors import ConfigError
+from selectra.mixers import EinFFT
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 12])
+@pytest.mark.parametrize("n_blocks", [1, 2, 4])
+def test_any_length_and_number_of_blocks(length, n_blocks):
+    """Against products of complex numbers, and by numerical gradients."""
+    mixer, x = EinFFT(8, n_blocks, threshold=0.0).double(), torch.randn(2, length, 8, dtype=torch.float64)
+    w1, b1, w2, b2 = (
+        torch.complex(*p)
+        for p in (mixer.complex_weight_1, mixer.complex_bias_1, mixer.complex_weight_2, mixer.complex_bias_2)
+    )
+    s = torch.fft.fftn(x.view(2, length, n_blocks, -1), dim=(1, 2), norm="ortho")
+    s = torch.einsum("blkd,kde->blke", s, w1) + b1
+    s = torch.complex(s.real.relu(), s.imag.relu())
+    s = torch.einsum("blkd,kde->blke", s, w2) + b2
+    expected = torch.fft.ifftn(s, dim=(1, 2), norm="ortho").real.reshape(2, length, 8)
+    assert torch.allclose(mixer(x), expected, atol=1e-12)
+    with torch.no_grad():
+        for p in mixer.parameters():
+            p.normal_()
+    assert gradcheck(mixer, (x.requires_grad_(),))
+
+
+def test_the_number_of_parameters():
+    """C^2 + 4 C, as the official class has."""
+    assert sum(p.numel() for p in EinFFT(64).parameters()) == 64 * 64 + 4 * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs_keep_their_type(dtype):
+    mixer, x = EinFFT(8), torch.randn(2, 5, 8)
+    low = mixer(x.to(dtype))
+    assert low.dtype == dtype and torch.allclose(low.float(), mixer(x), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"d_model": 6}, "d_model=6 must be a multiple of n_blocks=4"),
+        ({"d_model": 8, "threshold": -1.0}, "threshold=-1.0"),
+    ],
+)
+def test_what_cannot_be_is_named(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        EinFFT(**arguments)
+    with pytest.raises(ConfigError, match=r"\(1, 5, 6\).*d_model = 8"):
+        EinFFT(8)(torch.randn(1, 5, 6))
