@@ -77,7 +77,7 @@ def test_half_types(n: int) -> None:
 def test_parts_of_wider_tensors_of_other_sizes() -> None:
     wide = {name: t.float() for name, t in drawn((1, 3, 5), 2, 8, 4).items()}
     for n in (4, 2):
-        parts = {name: t[..., :n] if name in ("A", "B", "C") else t for name, t in wide.items()}
+        parts: dict[str, Any] = {name: t[..., :n] if name in ("A", "B", "C") else t for name, t in wide.items()}
         got, want = (op(**parts, routes=("right", "up"), delta_softplus=True) for op in (scan, slow))
         cases.assert_close({"y": got}, {"y": want.double()}, 1e-5, f"{n} states")
 
