@@ -157,3 +157,12 @@ def test_compiles_without_graph_breaks() -> None:
     compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
     for got, want in zip(gradients(mixer, x, compiled), gradients(mixer, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_any_module_may_stand_in_a_projections_place():
+    mixer: Any = S6(8, d_state=4)
+    plain = S6(8, d_state=4)
+    plain.load_state_dict(mixer.state_dict())
+    mixer.in_proj, mixer.x_proj = nn.Sequential(mixer.in_proj), nn.Sequential(mixer.x_proj)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    torch.testing.assert_close(mixer(x), plain(x))

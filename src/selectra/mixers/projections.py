@@ -23,34 +23,34 @@ _DEVICES: tuple[str, ...] = ("cuda", "cpu")
 
 
 def linear_halves(
-    linear: nn.Linear, x: Float[Tensor, "b l d"]
+    linear: nn.Module, x: Float[Tensor, "b l d"]
 ) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "b l e"]]:
-    """`linear(x)`, cut in two halves along the channels."""
-    if linear.bias is not None or not _in_place(x, linear):
+    """`linear(x)`, cut in two halves along the channels; an adapter may stand in a linear map's place."""
+    if not _in_place(x, linear) or linear.bias is not None:
         first, second = linear(x).chunk(2, dim=-1)
         return first, second
-    return _Halves.apply(*_cast(x, linear.weight))  # pyright: ignore[reportReturnType]
+    return _Halves.apply(*_cast(x, _weight(linear)))  # pyright: ignore[reportReturnType]
 
 
 def select(
-    x_proj: nn.Linear, dt_proj: nn.Linear, u: Float[Tensor, "b l e"], sizes: Sequence[int]
+    x_proj: nn.Module, dt_proj: nn.Module, u: Float[Tensor, "b l e"], sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u, the step before its bias, B and C of a selective scan: `x_proj(u)`, cut by `sizes`, and `dt_proj`."""
     # The reference's gradients are autograd's, which may share memory; a kernel's are new. Autocast rounds what goes
     # into a product, and u goes into the scan too.
     if selective_scan.wish() == "reference" or u.dtype != _product_dtype(u) or not _in_place(u, x_proj, dt_proj):
         dt, B, C = x_proj(u).split(list(sizes), dim=-1)
-        return u, F.linear(dt, dt_proj.weight), B, C
-    return _Selection.apply(*_cast(u, x_proj.weight, dt_proj.weight), tuple(sizes))  # pyright: ignore[reportReturnType]
+        return u, F.linear(dt, _weight(dt_proj)), B, C
+    return _Selection.apply(*_cast(u, _weight(x_proj), _weight(dt_proj)), tuple(sizes))  # pyright: ignore[reportReturnType]
 
 
-def _in_place(x: Tensor, *linears: nn.Linear) -> bool:
+def _in_place(x: Tensor, *linears: nn.Module) -> bool:
     """Whether gradients are asked for by a plain backward pass, and the maps are what they seem to be."""
     return (
         x.device.type in _DEVICES
         and torch.is_grad_enabled()
         and x.requires_grad
-        and all(is_plain(linear) and linear.weight.requires_grad for linear in linears)
+        and all(is_plain(linear) and _weight(linear).requires_grad for linear in linears)
         # A recorded program cannot hold a function of Python.
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _functorch.maybe_current_level() is None
@@ -58,7 +58,7 @@ def _in_place(x: Tensor, *linears: nn.Linear) -> bool:
     )
 
 
-def is_plain(linear: nn.Linear) -> bool:
+def is_plain(linear: nn.Module) -> bool:
     """Whether a call of it is the product with its weight: no adapter, no hook, no other forward put in its place."""
     return (
         type(linear) is nn.Linear
@@ -68,6 +68,10 @@ def is_plain(linear: nn.Linear) -> bool:
         and not (linear._backward_hooks or linear._backward_pre_hooks)
         and not _has_any_global_hook()
     )
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    return linear.weight  # pyright: ignore[reportReturnType]
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
