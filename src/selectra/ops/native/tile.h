@@ -193,7 +193,11 @@ struct BlockRange {
   int64_t group, first, last;
   int count() const { return (int)(last - first); }
   // Blocks of a band, an even number: bands of one size, so that each asks for about as much as it is large.
-  int band() const { return 2 * (int)ceil_divide(count(), 2 * ceil_divide(count(), kBandBlocks)); }
+  int band() const {
+    // No blocks are one empty band.
+    const int64_t bands = larger<int64_t>(1, ceil_divide(count(), kBandBlocks));
+    return larger(2, 2 * (int)ceil_divide(count(), 2 * bands));
+  }
 };
 
 // A band of a range at a chunk, in the order of a run: `backward` from the last chunk to the first.
