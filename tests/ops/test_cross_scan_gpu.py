@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 PAIR = ("right", "left")
-# The hardware's 2^x is 2e-8 of it too small in the mean; the memory of slow decays gathers that.
+# The hardware's 2^x is too small in the mean; the memory of slow decays gathers that.
 FLOAT32_OUTPUT, FLOAT32_GRADIENT = 4e-6, 1.5e-5
 
 

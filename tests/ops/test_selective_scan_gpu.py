@@ -24,7 +24,7 @@ pytestmark = [
 ]
 N_CASES, BLOCK = 300, 50
 # CUDA's exp may be off by two units in the last place, and the error of a decay grows along the length.
-# The hardware's 2^x is 2e-8 of it too small in the mean; the memory of slow decays gathers that.
+# The hardware's 2^x is too small in the mean; the memory of slow decays gathers that.
 FLOAT32_OUTPUT, FLOAT32_GRADIENT = 4e-6, 1e-5
 LONG_OUTPUT, LONG_GRADIENT = 2e-5, 5e-5
 ACTIVATIONS = ("u", "delta", "B", "C", "z")

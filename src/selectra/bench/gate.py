@@ -15,7 +15,7 @@ from selectra.ops import selective_scan
 
 # Relative to each tensor's maximum. What is written in 16 bits has the rounding of its type (up to 2**-8 and 2**-11 of
 # an entry), the parameters' gradients are float32 in every case. They are sums over up to hundreds of thousands of
-# positions, which gather what the hardware's 2^x is too small in the mean: 2e-8 of it.
+# positions, which gather what the hardware's 2^x is too small in the mean.
 AT_MOST: dict[str, dict[str, float]] = {
     "fp32": {"y": 2e-6, "gradient": 1e-5, "parameter": 2e-5},
     "bf16": {"y": 5e-3, "gradient": 8e-3, "parameter": 2e-3},
