@@ -138,7 +138,7 @@ class GenerationMixin:
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> Any:
         """Every layer's empty states; the model says how."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say how its layers' empty states are made, to generate.")
 
     def generate(
         self,
