@@ -7,7 +7,7 @@
 
 namespace selectra {
 
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 
 // Steps between two checkpoints of the scan's state, and the height of every tile. With 32 the backward's tiles leave
 // the first cache and it takes a fifth longer; with 16 the checkpoints are twice as many: n / 16 numbers for each of u.
@@ -38,6 +38,8 @@ struct Operand {
 struct ScanCall {
   // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
   int64_t sequences, length, channels, states, groups, softplus, reverse, threads;
+  // Pieces of time that each sequence is cut into, or 0: as the sizes and threads ask for.
+  int64_t pieces;
   // (b, l, d), (b, l, d), (d, n), (b, l, g, n), (b, l, g, n), (d,), (b, l, d), (d,)
   Operand u, delta, A, B, C, D, z, bias;
   // (sequences, d, n), (b, l) bytes, (sequences + 1,) 32-bit integers
@@ -108,6 +110,9 @@ void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* contex
 
 // The wanted number of threads, or that of the cores that this process may use: more only wait for each other.
 int64_t useful_threads(int64_t wanted);
+
+// Returns when another thread has set the flag, which it is about to do.
+void await_flag(const int32_t* flag);
 
 // Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
 void* thread_workspace(uint64_t bytes);

@@ -23,7 +23,7 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "

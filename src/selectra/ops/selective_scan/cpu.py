@@ -175,6 +175,8 @@ def _words(inputs: Sequence[Tensor | None], groups: int, delta_softplus: bool, r
         int(delta_softplus),
         int(reverse),
         threads(),
+        # Pieces of time: as the kernels see fit.
+        0,
     ]
     for tensor in (u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens):
         words += operand(tensor)
