@@ -21,7 +21,7 @@ constexpr int kBackwardStates = 4;
 constexpr int kEffectStates = kVectorRegisters >= 32 ? 16 : 8;
 
 // The time that a stretch's effect takes over that of its gradients.
-constexpr double kBackwardEffect = 0.25;
+constexpr double kBackwardEffect = 0.2;
 
 // One block's tiles of a chunk, one vector a step.
 struct BlockTiles {

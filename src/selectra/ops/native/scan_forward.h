@@ -15,7 +15,7 @@ namespace {
 constexpr int kForwardStates = kVectorRegisters >= 32 ? 16 : 8;
 
 // The time that a stretch's effect takes over that of its outputs.
-constexpr double kForwardEffect = 0.65;
+constexpr double kForwardEffect = 0.75;
 
 struct ForwardWorkspace {
   // Of every block: A log2(e), the running state; D and the bias of delta.

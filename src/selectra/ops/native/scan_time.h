@@ -73,7 +73,7 @@ class TimeCuts {
       first_[s + 1] = first_[s] + larger<int64_t>(1, smaller(most, wanted));
     }
     // A record for every piece and slot, and whether it is there.
-    const int64_t records = pieces();
+    const int64_t records = first_[parts];
     if (records == parts) return;
     const int64_t numbers = (int64_t)sizeof(Vector) * records * record_pitch_;
     memory_ = malloc((size_t)(numbers + 64 + (int64_t)sizeof(int32_t) * records * slots));
