@@ -1,6 +1,7 @@
 """What is the compiled library's own: its builds, threads and fork."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,25 @@ def test_thread_count_does_not_change_a_bit(results) -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not Path("/proc/self/smaps").is_file(),
+    reason="needs a system with large pages",
+)
+@pytest.mark.parametrize(("numbers", "asked"), [(1 << 23, True), (1 << 12, False)])
+def test_large_results_ask_for_large_pages(numbers: int, asked: bool, loaded: Library) -> None:
+    tensor = loaded.room((numbers,), torch.float32)
+    middle, inside, flags = tensor.data_ptr() + tensor.nbytes // 2, False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if found:
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line.split()
+    assert flags and ("hg" in flags) == asked
+    assert not loaded.room((numbers,), torch.float32, zeros=True).any()
 
 
 # One block of channels in every build: the threads that there are share it by time alone.
