@@ -108,15 +108,15 @@ def _slices(
     most = max(inputs // SHARE_OF_SUMS, FEWEST_BYTES_OF_SUMS)
     if of_row * sizes.batch * sizes.length <= most:
         return ()
-    of_round = cuda.multiprocessors(device_index) * layout.resident // (n_blocks * n_chunks)
+    capacity = cuda.multiprocessors(device_index) * layout.resident
+    rounds, of_round = -(-n_blocks * n_chunks * sizes.n_seqs // capacity), capacity // (n_blocks * n_chunks)
     sequences = sizes.n_seqs
-    if 0 < of_round < sizes.n_seqs:
-        rounds = max(most // (of_row * sizes.length * of_round), 1)
+    if rounds > 1 and of_round and -(-sizes.n_seqs // of_round) == rounds:
+        rounds = min(max(most // (of_row * sizes.length * of_round), 1), rounds)
         sequences = min(of_round * rounds, sizes.n_seqs)
     wanted = -(-of_row * sequences * n_chunks * span // most)
-    rounds = -(-sequences // of_round) if of_round else 1
-    steps = interval * -(-max(-(-span // wanted), FEWEST_STEPS_OF_SLICE // rounds) // interval)
-    if sequences == sizes.n_seqs and steps >= span:
+    steps = min(interval * -(-max(-(-span // wanted), FEWEST_STEPS_OF_SLICE // rounds) // interval), span)
+    if sequences == sizes.n_seqs and steps == span:
         return ()
     return tuple(
         Slice(first, min(sequences, sizes.n_seqs - first), step, steps, span)
