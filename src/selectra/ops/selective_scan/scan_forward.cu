@@ -15,10 +15,10 @@ DEVICE void find_decays(States& decay, const States& a, float4 step) {
 }
 
 // h = decay h + dt u B.
-DEVICE void advance(States& h, const States& decay, float4 step, const float2* Bs) {
+DEVICE void advance(States& h, const States& decay, float4 step, const float2 (&Bs)[STATE_TILES]) {
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile) {
-        float2 B = Bs[4 * tile];
+        float2 B = Bs[tile];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B.y : B.x, decay[tile][i] * h[tile][i]);
@@ -77,9 +77,19 @@ DEVICE const float4* steps_from(const Shared& shared, const Lane& at, int step) 
     return &shared.steps[step_place(step, at.channel / 2)];
 }
 
-DEVICE const float2* B_from(const Shared& shared, const Lane& at, int step) {
-    return &shared.B[step * HALF_STATES + at.state / 2];
-}
+// B of two neighbouring steps from an even one on.
+struct TwoSteps {
+    float2 B[2][STATE_TILES];
+
+    MEMBER void read(const Shared& shared, const Lane& at, int step) {
+#pragma unroll
+        for (int tile = 0; tile < STATE_TILES; ++tile) {
+            float4 both = *reinterpret_cast<const float4*>(&shared.B[B_place(step, at.state / 2 + 4 * tile)]);
+            B[0][tile] = {both.x, both.y};
+            B[1][tile] = {both.z, both.w};
+        }
+    }
+};
 
 DEVICE const float2* C_from(const Shared& shared, const Lane& at, int step) {
     return &shared.C[step * C_ROW + at.state / 2];
@@ -95,15 +105,17 @@ DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at, int 
 #pragma unroll UNROLLED
     for (int group = 0; group < end; group += GROUP) {
         const float4* steps = steps_from(shared, at, group);
-        const float2 *Bs = B_from(shared, at, group), *Cs = C_from(shared, at, group);
+        const float2* Cs = C_from(shared, at, group);
+        TwoSteps two;
         Outputs outputs;
         outputs.begin(Cs, at);
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
             States decay;
             float4 step = steps[j * STEP_ROW];
+            if (j % 2 == 0) two.read(shared, at, group + j);
             find_decays(decay, a, step);
-            advance(h, decay, step, Bs + j * HALF_STATES);
+            advance(h, decay, step, two.B[j % 2]);
             outputs.add(h, j, Cs, at);
         }
         outputs.store(outputs_from(shared, at, group), at);
@@ -158,7 +170,7 @@ struct Block {
         for (int i = thread_index(); i < WIDTH; i += THREADS) {
             bool there = channels.first + i < channels.end;
             shared.bias[i] = there && call.delta_bias != nullptr ? call.delta_bias[channels.first + i] : 0.0f;
-            shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] : 0.0f;
+            shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] * (1.0f / WHOLE) : 0.0f;
         }
     }
 };
@@ -231,13 +243,14 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ 
         if (next.first >= my.begin) my.places.load(loads, my.elements, next, true);
         synchronize_block();
         const float4* steps = steps_from(shared, my.at, 0);
-        const float2* Bs = B_from(shared, my.at, 0);
+        TwoSteps two;
 #pragma unroll 8
         for (int j = TILE - 1; j >= 0; --j) {
             float4 step = steps[j * STEP_ROW];
+            if (j % 2 == 1) two.read(shared, my.at, j - 1);
 #pragma unroll
             for (int tile = 0; tile < STATE_TILES; ++tile) {
-                float2 B = Bs[j * HALF_STATES + 4 * tile];
+                float2 B = two.B[j % 2][tile];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float left = exp2_fast(sums[i % 2] * a[tile][i]) * (i % 2 ? step.w : step.y);

@@ -4,6 +4,8 @@
 
 // A float32 output keeps its digits whatever comes in.
 #define EXACT_OUTPUT (EXACT || OUT_TYPE == FLOAT32)
+// What the outputs' sums are multiplied with to give back what was cut off.
+constexpr float WHOLE = EXACT_OUTPUT ? 1.0f : CUT;
 
 constexpr int WARPS = CHANNEL_WARPS * STATE_WARPS;
 constexpr int THREADS = WARP * WARPS;
@@ -18,7 +20,7 @@ constexpr int C_ROW = HALF_STATES + 4;
 struct Shared {
     // (dt, dt u) of every step and channel: see step_place.
     float4 steps[TILE * STEP_ROW];
-    // Pairs of neighbouring states.
+    // Pairs of neighbouring states; of B see B_place.
     float2 B[TILE * HALF_STATES], C[TILE * C_ROW];
     float outputs[STATE_WARPS * TILE * ROW];
     float bias[WIDTH], skip[WIDTH];
@@ -231,8 +233,12 @@ DEVICE void finish(const Shared& shared, const Elements& elements, const Packed*
         if (GATED) unpack(zs[i], z);
 #pragma unroll
         for (int k = 0; k < UNIT; ++k) {
-            y[k] = fma(skip[k], u[k], EXACT_OUTPUT ? y[k] : y[k] * CUT);
-            if (GATED) y[k] *= z[k] * sigmoid(z[k]);
+            y[k] = fma(skip[k], u[k], y[k]);
+            // WHOLE / (1 + e^-z)
+            if (GATED)
+                y[k] *= z[k] * reciprocal(fma(exp2_fast(-z[k] * LOG2_E), 1.0f / WHOLE, 1.0f / WHOLE));
+            else if (!EXACT_OUTPUT)
+                y[k] *= WHOLE;
         }
         places.store(y, elements, i, tile);
     }

@@ -407,6 +407,9 @@ DEVICE Pair load_pair(const ProjectionStrip& strip, int position, int state, boo
     return pair;
 }
 
+// The place of a pair of states of B among a tile's: two neighbouring steps' lie side by side, read together.
+DEVICE int B_place(int step, int pair) { return (step / 2 * (PADDED_STATES / 2) + pair) * 2 + step % 2; }
+
 // B and C of a tile on their way from memory.
 template <int TILE, int THREADS>
 struct Projections {
@@ -428,7 +431,7 @@ struct Projections {
         }
     }
 
-    // One array of (B, B, C, C), or one of (B, B) and one of (C, C) with rows of C_row.
+    // One array of (B, B, C, C), or one of (B, B), see B_place, and one of (C, C) with rows of C_row.
     MEMBER void store(float4* shared) const {
 #pragma unroll
         for (int i = 0; i < All::EACH; ++i) {
@@ -443,7 +446,7 @@ struct Projections {
         for (int i = 0; i < All::EACH; ++i) {
             int index = thread_index() + i * THREADS;
             if (All::COUNT % THREADS != 0 && index >= All::COUNT) continue;
-            Bs[index] = unpack(B[i]);
+            Bs[B_place(index / All::HALF, index % All::HALF)] = unpack(B[i]);
             Cs[index / All::HALF * C_row + index % All::HALF] = unpack(C[i]);
         }
     }
