@@ -51,18 +51,12 @@ DEVICE void recall(States& h, const float4 (&from)[STATE_TILES][WARP], const Lan
 DEVICE void add_output(Sums& outputs, const States& h, const float4* projections, int j, const Lane& at,
                        const Choice& choice) {
 #if !EXACT
-    // All columns of the product are alike, and lane q keeps those of step q.
-    float products[4];
+    float mine = choice.column[2 * j];
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile) {
         float4 BC = projections[4 * tile];
-        if (tile == 0)
-            multiply(products, h[tile][0], h[tile][1], h[tile][2], h[tile][3], BC.z, BC.w);
-        else
-            multiply_add(products, h[tile][0], h[tile][1], h[tile][2], h[tile][3], BC.z, BC.w);
+        multiply_add(outputs.values, h[tile][0], h[tile][1], h[tile][2], h[tile][3], mine * BC.z, mine * BC.w);
     }
-    outputs.values[0] = at.q == j ? products[0] : outputs.values[0];
-    outputs.values[2] = at.q == j ? products[2] : outputs.values[2];
 #else
     float first = 0.0f, second = 0.0f;
 #pragma unroll

@@ -77,16 +77,23 @@ DEVICE const float4* steps_from(const Shared& shared, const Lane& at, int step) 
     return &shared.steps[step_place(step, at.channel / 2)];
 }
 
-// B of two neighbouring steps from an even one on.
-struct TwoSteps {
+// B of a step and, with TWO_STEPS, of its neighbour: asked for at every step, the first of a pair reads both.
+struct Feed {
     float2 B[2][STATE_TILES];
 
-    MEMBER void read(const Shared& shared, const Lane& at, int step) {
+    // Of step from + j; `from` is even.
+    MEMBER void read(const Shared& shared, const Lane& at, int from, int j, bool first) {
+        if (TWO_STEPS && !first) return;
 #pragma unroll
         for (int tile = 0; tile < STATE_TILES; ++tile) {
-            float4 both = *reinterpret_cast<const float4*>(&shared.B[B_place(step, at.state / 2 + 4 * tile)]);
-            B[0][tile] = {both.x, both.y};
-            B[1][tile] = {both.z, both.w};
+            int pair = at.state / 2 + 4 * tile;
+            if (TWO_STEPS) {
+                float4 both = *reinterpret_cast<const float4*>(&shared.B[B_place(from + j / 2 * 2, pair)]);
+                B[0][tile] = {both.x, both.y};
+                B[1][tile] = {both.z, both.w};
+            } else {
+                B[j % 2][tile] = shared.B[B_place(from + j, pair)];
+            }
         }
     }
 };
@@ -106,16 +113,16 @@ DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at, int 
     for (int group = 0; group < end; group += GROUP) {
         const float4* steps = steps_from(shared, at, group);
         const float2* Cs = C_from(shared, at, group);
-        TwoSteps two;
+        Feed feed;
         Outputs outputs;
         outputs.begin(Cs, at);
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
             States decay;
             float4 step = steps[j * STEP_ROW];
-            if (j % 2 == 0) two.read(shared, at, group + j);
+            feed.read(shared, at, group, j, j % 2 == 0);
             find_decays(decay, a, step);
-            advance(h, decay, step, two.B[j % 2]);
+            advance(h, decay, step, feed.B[j % 2]);
             outputs.add(h, j, Cs, at);
         }
         outputs.store(outputs_from(shared, at, group), at);
@@ -243,14 +250,14 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ 
         if (next.first >= my.begin) my.places.load(loads, my.elements, next, true);
         synchronize_block();
         const float4* steps = steps_from(shared, my.at, 0);
-        TwoSteps two;
+        Feed feed;
 #pragma unroll 8
         for (int j = TILE - 1; j >= 0; --j) {
             float4 step = steps[j * STEP_ROW];
-            if (j % 2 == 1) two.read(shared, my.at, j - 1);
+            feed.read(shared, my.at, 0, j, j % 2 == 1);
 #pragma unroll
             for (int tile = 0; tile < STATE_TILES; ++tile) {
-                float2 B = two.B[j % 2][tile];
+                float2 B = feed.B[j % 2][tile];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float left = exp2_fast(sums[i % 2] * a[tile][i]) * (i % 2 ? step.w : step.y);

@@ -407,8 +407,13 @@ DEVICE Pair load_pair(const ProjectionStrip& strip, int position, int state, boo
     return pair;
 }
 
-// The place of a pair of states of B among a tile's: two neighbouring steps' lie side by side, read together.
-DEVICE int B_place(int step, int pair) { return (step / 2 * (PADDED_STATES / 2) + pair) * 2 + step % 2; }
+// The place of a pair of states of B among a tile's: two neighbouring steps' lie side by side, to be read together,
+// where registers suffice for that.
+constexpr bool TWO_STEPS = STATE_TILES <= 2;
+DEVICE int B_place(int step, int pair) {
+    constexpr int HALF = PADDED_STATES / 2;
+    return TWO_STEPS ? (step / 2 * HALF + pair) * 2 + step % 2 : step * HALF + pair;
+}
 
 // B and C of a tile on their way from memory.
 template <int TILE, int THREADS>

@@ -22,17 +22,17 @@ class Costs(NamedTuple):
     """A second block beside the first on a multiprocessor, in the first one's time."""
     block: float = 1.0
     """A block alone, in a wide forward's."""
-    chunks: int = 64
-    """More of these were never faster."""
 
 
-FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6), Costs(0.1, neighbour=0.4, block=0.61, chunks=2), Costs(0.2)
+FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6), Costs(0.0, neighbour=0.4, block=0.61), Costs(0.2)
 # Thin warps are taken where they should take this much of the wide ones' time or less.
 THIN_GAIN = 0.9
 FEWEST_STEPS_OF_CHUNK = 256
+# More of these were never faster.
+MOST_CHUNKS = 64
 FLOAT_BYTES = 4
-# Partial sums of B's and C's gradients take this part of the bytes of u, delta and z, or little.
-SHARE_OF_SUMS, FEWEST_BYTES_OF_SUMS = 24, 1 << 20
+# Partial sums of B's and C's gradients take this part of the bytes of u, delta and z at most, or little.
+SHARE_OF_SUMS, FEWEST_BYTES_OF_SUMS = 1, 1 << 20
 # In fewer steps a launch costs too much, where a multiprocessor takes its blocks in one round.
 FEWEST_STEPS_OF_SLICE = 256
 # TYPE and OUT_TYPE in scan_call.cuh.
@@ -46,14 +46,17 @@ def forward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> L
         macros: Constants of scan_call.cuh.
         interval: Steps between two checkpoints.
     """
-    source, layout = FORWARD, geometry.forward_layout(sizes.states, cuda.shared_limit(device_index))
+    source, exact = FORWARD, not _all_bfloat16(macros)
+    layout = geometry.forward_layout(sizes.states, exact, cuda.shared_limit(device_index))
     shared = geometry.forward_shared(layout)
     n_blocks, chunk, n_chunks, time = _cut(sizes, layout, interval, FORWARD_COSTS, device_index)
     if _thin_takes(sizes, macros, device_index):
-        thin = _cut(sizes, geometry.THIN_LAYOUT, interval, THIN_COSTS, device_index)
-        if thin[-1] < THIN_GAIN * time:
-            source, layout, (n_blocks, chunk, n_chunks, _) = THIN_FORWARD, geometry.THIN_LAYOUT, thin
-            shared = geometry.thin_shared(layout)
+        thin, processors = geometry.THIN_LAYOUT, cuda.multiprocessors(device_index)
+        n_thin = geometry.blocks(thin.width, sizes.channels, sizes.groups)
+        # Chunks of the length are left to wide warps, whose pass over the states takes less.
+        if _time(n_thin * sizes.n_seqs, processors, thin.resident, THIN_COSTS) < THIN_GAIN * time:
+            source, layout, n_blocks, chunk, n_chunks = THIN_FORWARD, thin, n_thin, 0, 1
+            shared = geometry.thin_shared(thin)
     told = (*macros, *layout.macros, ("INTERVAL", interval))
     grid = (n_blocks * sizes.n_seqs, n_chunks, 1)
 
@@ -152,10 +155,14 @@ def _of_sums(macros: Macros) -> Macros:
 
 def _thin_takes(sizes: Sizes, macros: Macros, device_index: int) -> bool:
     """Whether scan_thin_forward.cu can run the call."""
-    layout, types = geometry.THIN_LAYOUT, dict(macros)
+    layout = geometry.THIN_LAYOUT
     enough = layout.states // 2 < sizes.states <= layout.states
-    bfloat16 = types["TYPE"] == types["OUT_TYPE"] == BFLOAT16
-    return enough and bfloat16 and geometry.thin_shared(layout) <= cuda.shared_limit(device_index)
+    return enough and _all_bfloat16(macros) and geometry.thin_shared(layout) <= cuda.shared_limit(device_index)
+
+
+def _all_bfloat16(macros: Macros) -> bool:
+    types = dict(macros)
+    return types["TYPE"] == types["OUT_TYPE"] == BFLOAT16
 
 
 def _cut(sizes: Sizes, layout: Layout, unit: int, costs: Costs, device_index: int) -> tuple[int, int, int, float]:
@@ -166,7 +173,7 @@ def _cut(sizes: Sizes, layout: Layout, unit: int, costs: Costs, device_index: in
     n_blocks = geometry.blocks(layout.width, sizes.channels, sizes.groups)
     processors = cuda.multiprocessors(device_index)
     blocks = n_blocks * sizes.n_seqs
-    most = min(costs.chunks, sizes.length // max(FEWEST_STEPS_OF_CHUNK, unit))
+    most = min(MOST_CHUNKS, sizes.length // max(FEWEST_STEPS_OF_CHUNK, unit))
     best, chunk = _time(blocks, processors, layout.resident, costs), 0
     for n_chunks in range(2, most + 1):
         steps = unit * -(-sizes.length // (n_chunks * unit))
