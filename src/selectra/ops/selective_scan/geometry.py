@@ -102,7 +102,7 @@ def forward_layout(n: int, exact: bool, shared_limit: int) -> Layout:
         exact: Whether outputs keep float32's digits.
     """
     kind = state_warps(n)
-    layouts = EXACT_LAYOUTS.get(kind, FORWARD_LAYOUTS[kind]) if exact else FORWARD_LAYOUTS[kind]
+    layouts = EXACT_LAYOUTS[kind] if exact and kind in EXACT_LAYOUTS else FORWARD_LAYOUTS[kind]
     return next((layout for layout in layouts if forward_shared(layout) <= shared_limit), layouts[-1])
 
 
