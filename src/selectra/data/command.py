@@ -92,13 +92,15 @@ def _get(source: PublicSet, to: Path | None, console: Console) -> None:
 
     def show(there: int, whole: int | None) -> None:
         # Only once something comes: most sets are there already.
-        bar.start()
+        if not bar.live.is_started:
+            bar.start()
         bar.update(task, completed=there, total=whole)
 
     try:
         found = get(source, to, progress=show)
     finally:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
     for path, loaded in found:
         done = "loaded and checked" if loaded else "already here, checked"
         console.print(f"{source.name}: {done}: {escape(str(path))}", highlight=False, soft_wrap=True)

@@ -217,8 +217,8 @@ def _refused(url: str, error: HTTPError, there: int) -> NoReturn:
         wait = error.headers.get("Retry-After", "")
         raise _Passing(f"the server answers {error.code} {error.reason}", float(wait) if wait.isdigit() else 0.0)
     raise DataError(
-        f"{url} cannot be loaded: the server answers {error.code} {error.reason}. Bring the file from elsewhere, put it "
-        "into a folder and name that folder in SELECTRA_DATA."
+        f"{url} cannot be loaded: the server answers {error.code} {error.reason}. Bring the file from elsewhere, put "
+        "it into a folder and name that folder in SELECTRA_DATA."
     ) from error
 
 
