@@ -48,9 +48,11 @@ def serving(content: bytes, *answers: Answer) -> Iterator[Server]:
         server.content, server.answers, server.asked = content, list(answers), []
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def whole(handler: Handler) -> None:
