@@ -90,7 +90,7 @@ def test_a_stale_part_is_loaded_again_from_its_beginning(tmp_path: Path, stale: 
 )
 def test_corrupt_content_is_refused_and_not_kept(tmp_path: Path, sent: Answer) -> None:
     (tmp_path / "file.csv").write_bytes(b"older")
-    with pytest.raises(DataError, match="is not the published file: .* another checksum .* nothing was kept"):
+    with pytest.raises(DataError, match=r"is not the published file: .* another checksum .* nothing was kept"):
         get(tmp_path, sent)
     assert (tmp_path / "file.csv").read_bytes() == b"older" and only(tmp_path, "file.csv")
 
@@ -132,13 +132,13 @@ def test_faults_that_stay_end_it(tmp_path: Path) -> None:
         get(tmp_path, answers.silent, name="silent.csv")
     with serving(CONTENT, answers.whole) as server:
         url = server.url
-    with pytest.raises(DataError, match="could not be loaded: .*refused"):
+    with pytest.raises(DataError, match=r"could not be loaded: .*refused"):
         download(url, tmp_path / "nobody.csv", sha256=SHA, limits=FAST)
 
 
 def test_a_dripping_server_meets_the_clock(tmp_path: Path) -> None:
     limits = Limits(stall=0.3, total=0.3, attempts=3, pause=0.01)
-    with pytest.raises(DataError, match="the time limit is reached.* bytes are kept"):
+    with pytest.raises(DataError, match=r"the time limit is reached.* bytes are kept"):
         get(tmp_path, answers.dripping, limits=limits)
     kept = (tmp_path / "file.csv.part").read_bytes()
     assert 0 < len(kept) < 100 and CONTENT.startswith(kept)

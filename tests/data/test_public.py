@@ -156,10 +156,10 @@ def test_names_are_found_in_any_case_and_the_nearest_is_said() -> None:
 
 def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="ETTh1 .* is not on this machine"):
+    with pytest.raises(DataError, match=r"ETTh1 .* is not on this machine"):
         SeriesFile("ETTh1", seq_len=24, horizon=4)
     hourly().to_parquet(tmp_path / "ETTh1")
-    with pytest.raises(DataError, match="cannot be read|is not text"):
+    with pytest.raises(DataError, match=r"cannot be read|is not text"):
         SeriesFile("ETTh1", seq_len=24, horizon=4)
     hourly().to_csv(tmp_path / "ETTh1", index=False)
     data = SeriesFile("ETTh1", seq_len=24, horizon=4)

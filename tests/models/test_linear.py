@@ -109,7 +109,7 @@ def test_flat_windows_do_not_decide_the_instance_norm() -> None:
 
 
 def test_revin_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no window_norm 'revin'.*Take 'instance', or the model rlinear"):
+    with pytest.raises(ConfigError, match=r"no window_norm 'revin'.*Take 'instance', or the model rlinear"):
         Linear(seq_len=L, horizon=H, window_norm="revin")
 
 
