@@ -16,7 +16,7 @@ from selectra.data.series import SeriesData, SeriesFile
 from selectra.data.table import read_table
 from selectra.data.windows import SeriesBatch
 from selectra.forecaster.scoring import build_model, build_task, in_batches, score
-from selectra.registry import models
+from selectra.registry import datasets, models
 from selectra.spec import Run, Spec
 from selectra.tasks.forecasting import Forecasting
 from tests.data.frames import hourly
@@ -82,6 +82,22 @@ def test_every_test_window_counts_at_every_look_back(name: str) -> None:
             np.testing.assert_array_equal(y[0, 0].numpy(), scaled[first])
             np.testing.assert_array_equal(x[0, -1].numpy(), scaled[first - 1])
             np.testing.assert_array_equal(y[1, -1].numpy(), scaled[end - 1])
+
+
+@pytest.mark.usefixtures("data_folder")
+def test_a_public_set_is_read_as_its_papers_do() -> None:
+    windows = {
+        "etth1": (96, 96, [8449, 2785, 2785]),
+        "ettm1": (96, 96, [34369, 11425, 11425]),
+        "weather": (96, 96, [36696, 5175, 10444]),
+        "exchange": (96, 96, [5120, 665, 1422]),
+        "ili": (36, 24, [617, 74, 170]),
+        "m4_hourly": (96, 48, [769, 1, 1]),
+    }
+    for name, (seq_len, horizon, counts) in windows.items():
+        data = datasets.build(Spec(name))
+        assert (data.seq_len, data.horizon) == (seq_len, horizon)
+        assert [len(data.windows(part)) for part in ("train", "val", "test")] == counts, name
 
 
 @pytest.mark.parametrize("name", ["ETTh2", "ETTm1", "Exchange", "Weather"])

@@ -164,26 +164,3 @@ def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     hourly().to_csv(tmp_path / "ETTh1", index=False)
     data = SeriesFile("ETTh1", seq_len=24, horizon=4)
     assert data.names == ("a (°C)", "b") and data.split == "ratio"
-
-
-def test_the_published_sets(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows, series, borders and windows of those that are here."""
-    monkeypatch.setenv("SELECTRA_DATA", str(data_folder))
-    windows = {
-        "etth1": (96, [8449, 2785, 2785]),
-        "ettm1": (96, [34369, 11425, 11425]),
-        "weather": (96, [36696, 5175, 10444]),
-        "exchange": (96, [5120, 665, 1422]),
-        "ili": (24, [617, 74, 170]),
-        "m4_hourly": (48, [769, 1, 1]),
-    }
-    seen = 0
-    for name, (horizon, counts) in windows.items():
-        if all(look(file).right for file in PUBLIC[name].files):
-            data = datasets.build(Spec(name))
-            assert data.horizon == horizon
-            assert [len(data.windows(part)) for part in ("train", "val", "test")] == counts, name
-            assert {"ETTh1": "ett", "Weather": "ratio"}.get(PUBLIC[name].name, data.split) == data.split
-            seen += 1
-    if not seen:
-        pytest.skip("no public set is here")

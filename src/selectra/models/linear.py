@@ -5,8 +5,8 @@ than the last value are there for comparison; whatever is removed, the squared e
 
 Source: NLinear of LTSF-Linear (Zeng et al. 2023, arXiv:2205.13504), in closed form as Toner & Darlow 2024
 (arXiv:2403.14587).
-Departures: window norms other than "last"; a ridge of 1e-6 of the mean diagonal of the Gram matrix; every fourth window where the look-back is over
-96 rows and there are over 20,000 windows.
+Departures: window norms other than "last"; a ridge of 1e-6 of the mean diagonal of the Gram matrix; every fourth
+window where the look-back is over 96 rows and there are over 20,000 windows.
 """
 
 from collections.abc import Iterable, Iterator
