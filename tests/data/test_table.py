@@ -133,18 +133,19 @@ def test_mixed_frequencies_are_named_unless_one_is_asked_for() -> None:
     with pytest.raises(DataError, match=r"'a \(°C\)' are 1 hour apart, those of series 'c' \(.*row 801 below .* 1 day"):
         read_table(mixed)
     assert read_table(mixed, freq="h").observed[:, 2].sum() == 16
-    shifted = pd.concat([long(BASE), long(BASE).assign(unique_id="c", ds=lambda f: f["ds"] + pd.Timedelta("7min"))])
+    late = long(BASE.drop(columns="a (°C)")).assign(unique_id="c", ds=lambda frame: frame["ds"] + pd.Timedelta("7min"))
+    shifted = pd.concat([long(BASE), late])
     with pytest.raises(DataError, match=r"those of series 'c' \(column 'ds', row 801 .* lie between those of 'a"):
         read_table(shifted)
 
 
 def test_gaps_are_no_frequency() -> None:
     """Nights and weekends without rows, and single rows that are missing here and there."""
-    day = BASE[BASE["time"].dt.hour.between(8, 17)]
+    day = BASE.loc[BASE["time"].dt.hour.between(8, 17)]
     assert read_table(day).freq == "h"
-    assert read_table(BASE[np.random.default_rng(0).random(ROWS) > 0.4]).freq == "h"
+    assert read_table(BASE.loc[np.random.default_rng(0).random(ROWS) > 0.4]).freq == "h"
     whole = long(BASE)
-    assert read_table(whole[np.random.default_rng(0).random(len(whole)) > 0.4]).freq == "h"
+    assert read_table(whole.loc[np.random.default_rng(0).random(len(whole)) > 0.4]).freq == "h"
 
 
 def test_missing_rows_are_inserted_as_unobserved() -> None:

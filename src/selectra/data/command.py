@@ -122,7 +122,7 @@ def _check(sets: Sequence[PublicSet], named: bool, console: Console) -> None:
             console.print(f"{source.name}: not here", highlight=False)
             problems += [f"{source.name} is not here; get it with: selectra data get {source.name}"] if named else []
     if problems:
-        raise DataError("\n".join(problems))
+        raise DataError(" ".join(problem.rstrip(".") + "." for problem in problems))
 
 
 def _read(source: PublicSet, console: Console) -> list[str]:
