@@ -146,9 +146,8 @@ def test_data_is_listed_checked_and_got(call, tmp_path, monkeypatch):
 def test_a_public_set_is_forecast_by_name(call, tmp_path, data_folder):
     code, text, _ = call("forecast", "exchange", "--model", "naive", "--horizon", 96, "--out", tmp_path / "out")
     assert code == 0 and "7,588 rows" in text and "1,422 windows" in text
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["models"][0]["mse"] == pytest.approx(
-        0.081, abs=1e-3
-    )
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics[0]["mse"] == pytest.approx(0.081, abs=1e-3)
 
 
 def test_cite_is_the_citation_file(call):
