@@ -62,9 +62,11 @@ def mixed_at_once(
         return None
     if (u.dtype == torch.float64) != (weights.A_log.dtype == torch.float64):
         return None
-    # Backends look at the device, the types and the number of states.
-    convolution = causal_conv1d.choose(_convolution(u, weights, mask, cu_seqlens, reverse)).name
-    scan = selective_scan.choose(_scan(u, u, weights.A_log, u[:, :, None], z, weights, mask, cu_seqlens, reverse)).name
+    # Backends look at the device, the types, and the numbers of taps and of states.
+    filters, decay = weights.conv.flatten(1), weights.A_log
+    convolution = causal_conv1d.choose(ConvCall(u, filters, None, None, None, None, True, False, False)).name
+    like = ScanCall(u, u, decay, u, u, None, None, None, None, None, None, True, False, u.dtype, False)
+    scan = selective_scan.choose(like).name
     if not (convolution in CONVOLUTIONS and CONVOLUTIONS[convolution].direct and scan in SCANS and SCANS[scan].direct):
         return None
     way = _Way(convolution, scan, reverse)
@@ -73,10 +75,14 @@ def mixed_at_once(
     return _forward(way, mask, cu_seqlens, u, z, weights, False)[0]
 
 
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type; a call that changes nothing takes microseconds too."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _wide(tensor: Tensor | None) -> Any:
     """A parameter in the type that is computed in."""
-    narrow = tensor is not None and tensor.dtype not in (torch.float32, torch.float64)
-    return tensor.float() if narrow else tensor
+    return tensor if tensor is None or tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _convolution(
@@ -90,16 +96,17 @@ def _scan(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
-    both: Tensor,
+    projected: Float[Tensor, "rows r_2n"],
     z: Tensor | None,
-    weights: Weights,
+    w: Weights,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     reverse: bool,
 ) -> ScanCall:
-    """The scan's call; `both` (b, l, 1, 2n) holds B and C."""
-    B, C = both.chunk(2, -1)
-    D, bias = _wide(weights.D), _wide(weights.dt_bias)
+    """The scan's call; `projected` holds the step's low rank, B and C."""
+    rank, n = w.dt_proj.shape[1], A.shape[1]
+    B, C = (projected.narrow(1, rank + place, n).view(*u.shape[:2], 1, n) for place in (0, n))
+    D, bias = _wide(w.D), _wide(w.dt_bias)
     return ScanCall(u, delta, A, B, C, D, z, bias, None, mask, cu_seqlens, True, reverse, u.dtype, False)
 
 
@@ -108,16 +115,14 @@ def _forward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """y, and what the backward needs."""
     (batch, length, d), rank = x.shape, w.dt_proj.shape[1]
-    with _plain_products(x):
-        u, _ = CONVOLUTIONS[way.convolution].forward(_convolution(x, w, mask, cu_seqlens, way.reverse))
-        # Rounded as autocast does it, which keeps the results of this until its block ends.
-        x_proj, dt_proj = w.x_proj.to(x.dtype), w.dt_proj.to(x.dtype)
-        projected = torch.mm(u.reshape(-1, d), x_proj.t())
-        delta = torch.mm(projected[:, :rank], dt_proj.t()).view(batch, length, d)
-        A = _wide(w.A_log).exp().neg_()
-        both = projected[:, rank:].view(batch, length, 1, -1)
-        call = _scan(u, delta, A, both, z, w, mask, cu_seqlens, way.reverse)
-        y, _, checkpoints = SCANS[way.scan].forward(call, save)
+    u, _ = CONVOLUTIONS[way.convolution].forward(_convolution(x, w, mask, cu_seqlens, way.reverse))
+    # Rounded as autocast does it; its products take what has its type as it is.
+    x_proj, dt_proj = _in(w.x_proj, x.dtype), _in(w.dt_proj, x.dtype)
+    projected = torch.mm(u.reshape(-1, d), x_proj.t())
+    delta = torch.mm(projected.narrow(1, 0, rank), dt_proj.t()).view(batch, length, d)
+    A = _wide(w.A_log).exp().neg_()
+    call = _scan(u, delta, A, projected, z, w, mask, cu_seqlens, way.reverse)
+    y, _, checkpoints = SCANS[way.scan].forward(call, save)
     return y, (u, projected, delta, A, checkpoints, x_proj, dt_proj)
 
 
@@ -166,16 +171,15 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, z and the weights."""
     u, projected, delta, A, checkpoints, x_proj, dt_proj = kept
-    (batch, length, d), rank = x.shape, w.dt_proj.shape[1]
-    both = projected[:, rank:].view(batch, length, 1, -1)
-    call = _scan(u, delta, A, both, z, w, mask, cu_seqlens, way.reverse)
-    n_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    d, rank = x.shape[2], w.dt_proj.shape[1]
+    call = _scan(u, delta, A, projected, z, w, mask, cu_seqlens, way.reverse)
+    n_states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dfinal = A.new_zeros((n_states, *A.shape))
     du, ddelta, dA, dB, dC, dD, dz, dbias, _ = SCANS[way.scan].backward(call, dy, dfinal, checkpoints)
     assert du is not None and ddelta is not None and dB is not None and dC is not None and dA is not None
     du, ddelta = du.reshape(-1, d), ddelta.reshape(-1, d)
     dprojected = torch.cat([torch.mm(ddelta, dt_proj), dB.reshape(du.shape[0], -1), dC.reshape(du.shape[0], -1)], 1)
-    ddt_proj = _weight_gradient(ddelta, projected[:, :rank], w.dt_proj) if wanted[5] else None
+    ddt_proj = _weight_gradient(ddelta, projected.narrow(1, 0, rank), w.dt_proj) if wanted[5] else None
     dx_proj = _weight_gradient(dprojected, u.reshape(-1, d), w.x_proj) if wanted[4] else None
     # The scan made this gradient for this function alone.
     du = du.addmm_(dprojected, x_proj).view(x.shape)
@@ -185,7 +189,7 @@ def _gradients(
     # A is -exp(A_log): its own derivative.
     found = (dx, dz, dconv.unsqueeze(1), dconv_bias, dx_proj, ddt_proj, dbias, dA.mul_(A), dD)
     pairs = zip(found, (x, z, *w), strict=True)
-    return tuple(None if grad is None or of is None else grad.to(of.dtype) for grad, of in pairs)
+    return tuple(None if grad is None or of is None else _in(grad, of.dtype) for grad, of in pairs)
 
 
 def _weight_gradient(grad: Float[Tensor, "rows e"], x: Float[Tensor, "rows d"], weight: Tensor) -> Tensor:
@@ -209,10 +213,12 @@ def _differentiable_gradients(
     create = torch.is_grad_enabled()
     with torch.enable_grad(), _plain_products(x):
         # Other tensors with the same history: those of the node itself are its inputs.
-        views = [tensor.view_as(tensor) if isinstance(tensor, Tensor) else None for tensor in (x, z, *weights)]
-        y = mixed_one_by_one(views[0], views[1], Weights._make(views[2:]), way.reverse, mask, cu_seqlens)  # pyright: ignore[reportArgumentType]
-        leaves = [tensor for tensor, want in zip(views, wanted, strict=True) if want]
-        grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=create, allow_unused=True))  # pyright: ignore[reportArgumentType]
+        views = [None if tensor is None else tensor.view_as(tensor) for tensor in (x, z, *weights)]
+        first, gate, *own = views
+        assert first is not None
+        y = mixed_one_by_one(first, gate, Weights._make(own), way.reverse, mask, cu_seqlens)
+        leaves = [view for view, want in zip(views, wanted, strict=True) if want and view is not None]
+        grads = iter(torch.autograd.grad([y], leaves, [dy], create_graph=create, allow_unused=True))
     return tuple(next(grads) if want else None for want in wanted)
 
 

@@ -28,15 +28,16 @@ library.define(
 class Kernel(NamedTuple):
     """What a registered backend provides."""
 
-    forward: Callable[[ConvCall], tuple[Tensor, Tensor]]
+    forward: Callable[[ConvCall], tuple[Tensor, Tensor | None]]
+    """y, and the final state, which may be None where the call does not ask for it."""
     backward: Callable[[ConvCall, Tensor, Tensor | None], tuple[Tensor | None, ...]]
     needs: Literal["cpu", "cuda"] | None = None
     direct: bool = False
     """Whether a plain call may go past PyTorch's dispatcher."""
 
 
-def _cuda_forward(call: ConvCall) -> tuple[Tensor, Tensor]:
-    return cuda.forward(*call[:-1])
+def _cuda_forward(call: ConvCall) -> tuple[Tensor, Tensor | None]:
+    return cuda.forward(*call)
 
 
 def _cuda_backward(call: ConvCall, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -130,10 +131,12 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     kernel = _kernel(call, backend)
     if backend == "portable":
         say_slow_path("causal_conv1d", backend, call, call.x.device.type)
-    return _run_kernel(kernel, call)
+    y, state = _run_kernel(kernel, call)
+    assert state is not None
+    return y, state
 
 
-def _run_kernel(kernel: Kernel, call: ConvCall) -> tuple[Tensor, Tensor]:
+def _run_kernel(kernel: Kernel, call: ConvCall) -> tuple[Tensor, Tensor | None]:
     # Kernels trust the borders; reading them on a GPU would stall it, so there the caller answers for them.
     if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
         checks.sequence_borders(call.cu_seqlens, call.x.shape[1])
