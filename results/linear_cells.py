@@ -10,6 +10,7 @@ package, with the same files: MSE and MAE of standardised values, three digits.
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -86,7 +87,7 @@ def measure(model: str, lookback: int, name: str, horizon: int, batch_size: int 
     return {**score(built, task, data, batch_size).metrics, "windows": len(data.windows("test"))}
 
 
-def read(path: Path) -> dict[Cell, dict[str, float]]:
+def read(path: Path) -> dict[Cell, dict[str, Any]]:
     """The cells that a record holds."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {(each["model"], each["lookback"], each["data"], each["horizon"]): each for each in lines}

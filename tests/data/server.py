@@ -12,13 +12,20 @@ Answer = Callable[["Handler"], None]
 class Handler(BaseHTTPRequestHandler):
     """Answers each request with the next of the server's answers, the last one for ever."""
 
-    server: "Server"
+    @property
+    def content(self) -> bytes:
+        return self._own.content
+
+    @property
+    def _own(self) -> "Server":
+        assert isinstance(self.server, Server)
+        return self.server
 
     def do_GET(self) -> None:
         asked = self.headers.get("Range")
-        self.server.asked.append(asked)
+        self._own.asked.append(asked)
         self.first = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        answers = self.server.answers
+        answers = self._own.answers
         (answers.pop(0) if len(answers) > 1 else answers[0])(self)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -57,7 +64,7 @@ def serving(content: bytes, *answers: Answer) -> Iterator[Server]:
 
 def whole(handler: Handler) -> None:
     """The rest from where it was asked for."""
-    content = handler.server.content
+    content = handler.content
     if handler.first >= len(content):
         handler.start(416, Content_Range=f"bytes */{len(content)}", Content_Length=0)
         return
@@ -72,15 +79,15 @@ def whole(handler: Handler) -> None:
 
 def without_range(handler: Handler) -> None:
     """All of it, whatever was asked for."""
-    handler.start(200, Content_Length=len(handler.server.content))
-    handler.wfile.write(handler.server.content)
+    handler.start(200, Content_Length=len(handler.content))
+    handler.wfile.write(handler.content)
 
 
 def cut(count: int) -> Answer:
     """As `whole`, ended after some bytes."""
 
     def answer(handler: Handler) -> None:
-        content = handler.server.content
+        content = handler.content
         rest = content[handler.first :]
         headers: dict[str, object] = {"Content_Length": len(rest)}
         if handler.first:
@@ -107,18 +114,18 @@ def other(content: bytes) -> Answer:
 
 def silent(handler: Handler) -> None:
     """The head, and then nothing."""
-    handler.start(200, Content_Length=len(handler.server.content))
-    handler.wfile.write(handler.server.content[:10])
+    handler.start(200, Content_Length=len(handler.content))
+    handler.wfile.write(handler.content[:10])
     handler.wfile.flush()
     time.sleep(1.0)
 
 
 def dripping(handler: Handler) -> None:
     """A byte now and then, for longer than anybody waits."""
-    handler.start(206 if handler.first else 200, Content_Length=len(handler.server.content) - handler.first)
-    for i in range(handler.first, len(handler.server.content)):
+    handler.start(206 if handler.first else 200, Content_Length=len(handler.content) - handler.first)
+    for i in range(handler.first, len(handler.content)):
         try:
-            handler.wfile.write(handler.server.content[i : i + 1])
+            handler.wfile.write(handler.content[i : i + 1])
             handler.wfile.flush()
         except OSError:
             return
@@ -127,12 +134,12 @@ def dripping(handler: Handler) -> None:
 
 def without_length(handler: Handler) -> None:
     handler.start(200)
-    handler.wfile.write(handler.server.content)
+    handler.wfile.write(handler.content)
 
 
 def wrong_part(handler: Handler) -> None:
     """A later part than was asked for."""
-    content = handler.server.content
+    content = handler.content
     first = handler.first + 5
     rest = content[first:]
     handler.start(206, Content_Range=f"bytes {first}-{len(content) - 1}/{len(content)}", Content_Length=len(rest))
