@@ -22,9 +22,11 @@ class Costs(NamedTuple):
     """A second block beside the first on a multiprocessor, in the first one's time."""
     block: float = 1.0
     """A block alone, in a wide forward's."""
+    gain: float = 0.95
+    """More chunks are taken where they should take this much of the time or less."""
 
 
-FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6), Costs(0.0, neighbour=0.4, block=0.61), Costs(0.2)
+FORWARD_COSTS, THIN_COSTS, BACKWARD_COSTS = Costs(0.6, gain=0.99), Costs(0.0, neighbour=0.4, block=0.61), Costs(0.2)
 # Thin warps are taken where they should take this much of the wide ones' time or less.
 THIN_GAIN = 0.9
 FEWEST_STEPS_OF_CHUNK = 256
@@ -180,7 +182,7 @@ def _cut(sizes: Sizes, layout: Layout, unit: int, costs: Costs, device_index: in
         if -(-sizes.length // steps) != n_chunks:
             continue
         time = _time(blocks * n_chunks, processors, layout.resident, costs) * (1 + costs.states) * steps / sizes.length
-        if time < 0.95 * best:
+        if time < costs.gain * best:
             best, chunk = time, steps
     return (n_blocks, chunk, -(-sizes.length // chunk), best) if chunk else (n_blocks, 0, 1, best)
 
