@@ -23,17 +23,17 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 2
+ABI_VERSION = 4
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
     "or a wheel for this platform, brings it"
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
-FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step")
+FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step", "cross_forward", "cross_backward")
 QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
-ABSENT = (0, 0, 0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
 WHOLE, HALVED = 0, 1
 logger = logging.getLogger("selectra")
@@ -108,12 +108,12 @@ class Library:
 
 
 def operand(tensor: Tensor | None) -> tuple[int, ...]:
-    """The words of one tensor: address, strides padded to four, and storage; zeros for None."""
+    """The words of one tensor: address, strides padded to four, storage, and 0 for a line; zeros for None."""
     if tensor is None:
         return ABSENT
     stride = tensor.stride()
     storage = HALVED if tensor.dtype == torch.bfloat16 else WHOLE
-    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage)
+    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage, 0)
 
 
 def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

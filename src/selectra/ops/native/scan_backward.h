@@ -207,10 +207,12 @@ SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequenc
   }
   dskip = skip_sum;
   dbias = bias_sum;
+  add_onto(call.du_onto, sequence, block, steps, tiles.dinput, tiles.u);
   store_block(call.du, sequence.batch, block.channel, block.lanes, steps, tiles.u);
   store_block(call.ddelta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
   if (!call.forward.z.data) return;
   for (int t = 0; t < steps.count; ++t) tiles.gate[t] *= tiles.y[t];
+  add_onto(call.dz_onto, sequence, block, steps, tiles.y, tiles.gate);
   store_block(call.dz, sequence.batch, block.channel, block.lanes, steps, tiles.gate);
 }
 

@@ -29,7 +29,19 @@ struct BackwardPlan {
 struct Shares {
   Real* data = nullptr;
   int64_t size = 0;
+  // Numbers that lie side by side in the output, and elements from one row of them to the next; in the shares all do.
+  int64_t row = 0, stride = 0;
   Real* part(int64_t index) const { return data ? data + index * size : nullptr; }
+
+  // A part as the (b, l, g, n) tensor `output`.
+  Operand rows_of_part(int64_t index, const Operand& output, int64_t length, int64_t states) const {
+    Operand tensor = output;
+    tensor.data = part(index);
+    if (data != output.data) {
+      tensor = {tensor.data, {length * row, row, states, 1}, kWhole};
+    }
+    return tensor;
+  }
 };
 
 struct BackwardShares {
@@ -41,14 +53,18 @@ struct BackwardShares {
     take(arena, dA, call.dA, forward.channels * forward.states, plan.ranges);
     take(arena, dskip, call.dD, forward.channels, plan.ranges);
     take(arena, dbias, call.dbias, forward.channels, plan.ranges);
-    take(arena, dB, call.dB, rows * forward.groups * forward.states, plan.slots);
-    take(arena, dC, call.dC, rows * forward.groups * forward.states, plan.slots);
+    const int64_t row = forward.groups * forward.states;
+    take(arena, dB, call.dB, rows * row, plan.slots, row, call.dB.stride[1]);
+    take(arena, dC, call.dC, rows * row, plan.slots, row, call.dC.stride[1]);
   }
 
  private:
   // A single share is the output itself.
-  static void take(Arena& arena, Shares& shares, const Operand& output, int64_t size, int64_t parts) {
+  static void take(Arena& arena, Shares& shares, const Operand& output, int64_t size, int64_t parts, int64_t row = 1,
+                   int64_t stride = 1) {
     shares.size = size;
+    shares.row = row;
+    shares.stride = stride;
     if (!output.data) return;
     shares.data = parts > 1 || output.storage != kWhole ? arena.take<Real>(size * parts) : (Real*)output.data;
   }
@@ -77,9 +93,8 @@ static void scan_range_backward(const ScanBackwardCall& call, const Layout& layo
     work.skip[index] = load_channels(forward.D, block.channel, block.lanes);
     work.bias[index] = load_channels(forward.bias, block.channel, block.lanes);
   }
-  Operand dB = call.dB, dC = call.dC;
-  dB.data = shares.dB.part(slot);
-  dC.data = shares.dC.part(slot);
+  const Operand dB = shares.dB.rows_of_part(slot, call.dB, forward.length, forward.states);
+  const Operand dC = shares.dC.rows_of_part(slot, call.dC, forward.length, forward.states);
   for (int64_t s = first_sequence; s < last_sequence; ++s) {
     for (int index = 0; index < range.count(); ++index) {
       const Block block = layout.block(range.group, range.first + index);
@@ -103,20 +118,35 @@ static void scan_range_backward(const ScanBackwardCall& call, const Layout& layo
 // Adds the shares up in their order.
 SELECTRA_INLINE void sum_shares(const Shares& shares, int64_t parts, const Operand& output, int64_t threads) {
   if (!output.data || shares.data == output.data) return;
-  constexpr int64_t kPiece = 4096;
-  for_each_task(ceil_divide(shares.size, kPiece), threads_for(threads, parts * shares.size / kLanes),
+  // Whole rows.
+  const int64_t piece_size = ceil_divide(4096, shares.row) * shares.row;
+  for_each_task(ceil_divide(shares.size, piece_size), threads_for(threads, parts * shares.size / kLanes),
                 [&](int64_t piece) {
-                  const int64_t end = smaller(shares.size, (piece + 1) * kPiece);
+                  const int64_t begin = piece * piece_size, end = smaller(shares.size, begin + piece_size);
                   Real* const sum = shares.data;
                   for (int64_t part = 1; part < parts; ++part) {
                     const Real* share = shares.part(part);
-                    for (int64_t i = piece * kPiece; i < end; ++i) sum[i] += share[i];
+                    for (int64_t i = begin; i < end; ++i) sum[i] += share[i];
                   }
                   with_storage(output, [&](auto storage) {
                     auto* const out = (typename decltype(storage)::Number*)output.data;
-                    for (int64_t i = piece * kPiece; i < end; ++i) out[i] = storage.narrow(sum[i]);
+                    const int64_t length = shares.row == shares.stride ? end - begin : shares.row;
+                    int64_t to = begin / shares.row * shares.stride;
+                    for (int64_t from = begin; from < end; from += length, to += shares.stride) {
+                      for (int64_t i = 0; i < length; ++i) out[to + i] = storage.narrow(sum[from + i]);
+                    }
                   });
                 });
+}
+
+SELECTRA_INLINE void sum_all_shares(const ScanBackwardCall& call, const BackwardShares& shares,
+                                    const BackwardPlan& plan) {
+  const int64_t threads = call.forward.threads;
+  sum_shares(shares.dA, plan.ranges, call.dA, threads);
+  sum_shares(shares.dskip, plan.ranges, call.dD, threads);
+  sum_shares(shares.dbias, plan.ranges, call.dbias, threads);
+  sum_shares(shares.dB, plan.slots, call.dB, threads);
+  sum_shares(shares.dC, plan.slots, call.dC, threads);
 }
 
 static int scan_backward(const ScanBackwardCall& call) {
@@ -146,11 +176,7 @@ static int scan_backward(const ScanBackwardCall& call) {
     scan_range_backward(call, layout, sequences, part_begin(forward.sequences, part, plan.ranges),
                         part_begin(forward.sequences, part + 1, plan.ranges), range, shares, part, slot);
   });
-  sum_shares(shares.dA, plan.ranges, call.dA, forward.threads);
-  sum_shares(shares.dskip, plan.ranges, call.dD, forward.threads);
-  sum_shares(shares.dbias, plan.ranges, call.dbias, forward.threads);
-  sum_shares(shares.dB, plan.slots, call.dB, forward.threads);
-  sum_shares(shares.dC, plan.slots, call.dC, forward.threads);
+  sum_all_shares(call, shares, plan);
   free(memory);
   return kDone;
 }

@@ -73,6 +73,7 @@ SELECTRA_INLINE void look_ahead(const ScanCall& call, const Layout& layout, cons
   for (const Operand* tensor : {&call.delta, &call.u, &call.z, &call.y}) {
     ahead.add_rows(*tensor, sequence.batch, first.channel, channels, steps);
   }
+  if (call.onto.data != call.y.data) ahead.add_rows(call.onto, sequence.batch, first.channel, channels, steps);
   ahead.spread(kChunk * now.blocks(range) * ceil_divide(call.states, kForwardStates));
 }
 
@@ -101,6 +102,7 @@ SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, 
     load_block(call.z, sequence.batch, block.channel, block.lanes, steps, work.gate);
     for (int t = 0; t < steps.count; ++t) work.y[t] *= work.gate[t] * sigmoid(work.gate[t]);
   }
+  add_onto(call.onto, sequence, block, steps, work.gate, work.y);
   store_block(call.y, sequence.batch, block.channel, block.lanes, steps, work.y);
 }
 
@@ -141,7 +143,7 @@ static void scan_range_forward(const ScanCall& call, const Layout& layout, const
       load_state(call.initial, s, block.channel, block.lanes, states, work.state + index * states);
     }
     scan_sequence(call, layout, sequences[s], range, work);
-    for (int index = 0; index < range.count(); ++index) {
+    for (int index = 0; call.final.data && index < range.count(); ++index) {
       const Block block = layout.block(range.group, range.first + index);
       store_state(call.final, s, block.channel, block.lanes, states, work.state + index * states);
     }

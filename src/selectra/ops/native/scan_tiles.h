@@ -45,7 +45,7 @@ SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, 
         (const typename Storage::Number*)tensor.data + sequence.batch * tensor.stride[0] + group * tensor.stride[2];
     const int64_t stride = tensor.stride[3];
     for (int t = 0; t < steps.count; ++t) {
-      const auto* from = base + steps.position[t] * tensor.stride[1];
+      const auto* from = base + steps.offset(tensor, t);
       Real* row = rows + (int64_t)t * 2 * states;
       int n = 0;
       if (stride == 1) {
@@ -73,6 +73,20 @@ SELECTRA_INLINE Real* checkpoint_of(const ScanCall& call, const Layout& layout, 
                                       int64_t block) {
   const int64_t row = (chunk * call.groups + group) * layout.blocks_per_group + block;
   return (Real*)call.checkpoints.data + row * call.states * kLanes;
+}
+
+// The grid that a call's positions lie on, if any.
+SELECTRA_INLINE Grid grid_of(const ScanCall& call) {
+  if (!call.width) return {};
+  return {call.length / call.width, call.width, call.by_columns != 0};
+}
+
+// Adds to a tile what lies in a tensor, if it is there. `free_tile` is overwritten.
+SELECTRA_INLINE void add_onto(const Operand& tensor, const Sequence& sequence, Block block, const Steps& steps,
+                              Vector* free_tile, Vector* tile) {
+  if (!tensor.data) return;
+  load_block(tensor, sequence.batch, block.channel, block.lanes, steps, free_tile);
+  for (int t = 0; t < steps.count; ++t) tile[t] += free_tile[t];
 }
 
 // Vector state updates in a call.

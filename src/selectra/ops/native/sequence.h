@@ -17,6 +17,20 @@ struct Steps {
   // 1 or -1: each position is this far from the one before; 0: no such order.
   int direction;
   int64_t position[kChunk];
+  // Of each position, in a grid alone.
+  int32_t row[kChunk];
+
+  // Elements from the first position of a tensor to that of step t.
+  int64_t offset(const Operand& tensor, int t) const {
+    const int64_t line = position[t] * tensor.stride[1];
+    return __builtin_expect(tensor.jump != 0, 0) ? line + row[t] * tensor.jump : line;
+  }
+};
+
+// A grid of `height` rows of `width` positions, walked row by row or column by column. Without width it is a line.
+struct Grid {
+  int64_t height, width;
+  bool by_columns;
 };
 
 struct Sequence {
@@ -27,6 +41,7 @@ struct Sequence {
   int direction;
   // Positions of the steps where they are not first, first + direction, ...
   const int32_t* positions;
+  Grid grid;
 
   int64_t chunks() const { return ceil_divide(count, kChunk); }
 
@@ -40,6 +55,23 @@ struct Sequence {
       const int64_t reach = out.position[out.count - 1] - out.position[0];
       if (reach != (out.count - 1) * direction) out.direction = 0;
     }
+    if (grid.width) grid_steps(from, out);
+  }
+
+  // The rows of the steps' positions, and in a walk by columns the positions themselves.
+  void grid_steps(int64_t from, Steps& out) const {
+    // Along the walk: lines of `across` positions, the step's line and its place on it.
+    const int64_t across = grid.by_columns ? grid.height : grid.width;
+    const int64_t begin = first + direction * from;
+    int64_t line = begin / across, place = begin % across;
+    for (int t = 0; t < out.count; ++t) {
+      out.row[t] = (int32_t)(grid.by_columns ? place : line);
+      if (grid.by_columns) out.position[t] = place * grid.width + line;
+      place += direction;
+      if (place == across) place = 0, ++line;
+      if (place < 0) place = across - 1, --line;
+    }
+    if (grid.by_columns) out.direction = 0;
   }
 
   void chunk(int64_t index, Steps& out) const {
@@ -55,8 +87,12 @@ SELECTRA_INLINE bool present(const Operand& mask, int64_t batch, int64_t positio
 // All sequences of a call.
 class Sequences {
  public:
-  Sequences(int64_t sequences, int64_t length, bool reverse, const Operand& borders)
-      : count(sequences), length_(length), direction_(reverse ? -1 : 1), borders_((const int32_t*)borders.data) {}
+  Sequences(int64_t sequences, int64_t length, bool reverse, const Operand& borders, Grid grid = {})
+      : count(sequences),
+        length_(length),
+        direction_(reverse ? -1 : 1),
+        borders_((const int32_t*)borders.data),
+        grid_(grid) {}
   ~Sequences() {
     free(positions_);
     free(present_count_);
@@ -103,6 +139,7 @@ class Sequences {
       sequence.chunk_offset = s * ceil_divide(length_, kChunk);
     }
     sequence.direction = direction_;
+    sequence.grid = grid_;
     sequence.first = direction_ > 0 ? start : end - 1;
     sequence.count = end - start;
     if (positions_) {
@@ -118,6 +155,7 @@ class Sequences {
   const int64_t length_;
   const int direction_;
   const int32_t* const borders_;
+  const Grid grid_;
   int32_t* positions_ = nullptr;
   int64_t* present_count_ = nullptr;
 };
