@@ -29,7 +29,7 @@ static int cross_forward(const ScanCall* routes, int64_t count) {
                               part_begin(layout.blocks_per_group, slot + 1, slots)};
     for (int64_t i = 0; i < count; ++i) {
       const Sequences sequences = sequences_of_route(routes[i]);
-      scan_range_forward(routes[i], layout, sequences, sequence, sequence + 1, range);
+      scan_range_forward<GridSteps>(routes[i], layout, sequences, sequence, sequence + 1, range);
     }
   });
   return kDone;
@@ -58,7 +58,7 @@ static int cross_backward(const ScanBackwardCall* routes, int64_t count) {
                               part_begin(layout.blocks_per_group, slot + 1, plan.slots)};
     for (int64_t i = 0; i < count; ++i) {
       const Sequences sequences = sequences_of_route(routes[i].forward);
-      scan_range_backward(routes[i], layout, sequences, part_begin(forward.sequences, part, plan.ranges),
+      scan_range_backward<GridSteps>(routes[i], layout, sequences, part_begin(forward.sequences, part, plan.ranges),
                           part_begin(forward.sequences, part + 1, plan.ranges), range, shares[i], part, slot);
     }
   });

@@ -169,7 +169,8 @@ SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector
 }
 
 // Loads a block's tiles and takes the gradient of y back through the gate.
-SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const AnySteps& steps,
                                       Block block, Vector bias, Vector skip, const BlockTiles& tiles) {
   const ScanCall& forward = call.forward;
   load_block(forward.delta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
@@ -194,7 +195,8 @@ SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequen
 }
 
 // From the sums over the states to the gradients of u, delta, z, D and the bias.
-SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const AnySteps& steps,
                                      Block block, Vector skip, Vector& dskip, Vector& dbias, const BlockTiles& tiles) {
   Vector skip_sum = dskip, bias_sum = dbias;
   for (int t = 0; t < steps.count; ++t) {
@@ -217,6 +219,7 @@ SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequenc
 }
 
 // What the next band will read and write, asked for while the one before it runs.
+template <typename AnySteps>
 SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
                                 const BlockRange& range, BandStep now, Ahead& ahead) {
   const ScanCall& forward = call.forward;
@@ -224,7 +227,7 @@ SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layo
   BandStep next = now;
   next.advance(range, true);
   if (next.chunk < 0) return;
-  Steps steps;
+  AnySteps steps;
   sequence.chunk(next.chunk, steps);
   const int64_t first = range.first + next.index, blocks = next.blocks(range);
   const int64_t channel = layout.block(range.group, first).channel;
@@ -237,9 +240,9 @@ SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layo
 }
 
 // `Blocks` neighbouring blocks of the range, from `index` on, through one chunk.
-template <int Blocks>
+template <int Blocks, typename AnySteps>
 static void blocks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
-                            const Steps& steps, int64_t chunk, const BlockRange& range, int index,
+                            const AnySteps& steps, int64_t chunk, const BlockRange& range, int index,
                             const BackwardWorkspace& work, Ahead& ahead) {
   const ScanCall& forward = call.forward;
   const int states = (int)forward.states;
@@ -297,10 +300,11 @@ SELECTRA_INLINE void write_row_gradients(const ScanCall& forward, const Operand&
   });
 }
 
+template <typename AnySteps>
 SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
                                        const BlockRange& range, const Operand& dB, const Operand& dC,
                                        const BackwardWorkspace& work) {
-  Steps steps;
+  AnySteps steps;
   Ahead ahead;
   const int band = range.band();
   for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
@@ -310,7 +314,7 @@ SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layou
     memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * call.forward.states);
     int index = 0;
     for (; index + kPair <= range.count(); index += kPair) {
-      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<AnySteps>(call, layout, sequence, range, {c, index}, ahead);
       blocks_backward<kPair>(call, layout, sequence, steps, chunk, range, index, work, ahead);
     }
     if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, ahead);

@@ -78,6 +78,7 @@ SELECTRA_INLINE void clear_gradients(const BackwardWorkspace& work, int64_t bloc
   memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * states);
 }
 
+template <typename AnySteps = Steps>
 static void scan_range_backward(const ScanBackwardCall& call, const Layout& layout, const Sequences& sequences,
                                 int64_t first_sequence, int64_t last_sequence, const BlockRange& range,
                                 const BackwardShares& shares, int64_t part, int64_t slot) {
@@ -100,7 +101,7 @@ static void scan_range_backward(const ScanBackwardCall& call, const Layout& layo
       const Block block = layout.block(range.group, range.first + index);
       load_state(call.dfinal, s, block.channel, block.lanes, states, work.dstate + index * states);
     }
-    sequence_backward(call, layout, sequences[s], range, dB, dC, work);
+    sequence_backward<AnySteps>(call, layout, sequences[s], range, dB, dC, work);
     for (int index = 0; call.dinitial.data && index < range.count(); ++index) {
       const Block block = layout.block(range.group, range.first + index);
       store_state(call.dinitial, s, block.channel, block.lanes, states, work.dstate + index * states);

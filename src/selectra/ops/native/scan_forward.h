@@ -60,24 +60,26 @@ SELECTRA_INLINE void advance_states(int count, const Vector* dt, const Vector* i
 }
 
 // What the next band will read and write, asked for while the one before it runs.
+template <typename AnySteps>
 SELECTRA_INLINE void look_ahead(const ScanCall& call, const Layout& layout, const Sequence& sequence,
                                 const BlockRange& range, BandStep now, Ahead& ahead) {
   ahead.clear();
   BandStep next = now;
   next.advance(range, false);
   if (next.chunk >= sequence.chunks()) return;
-  Steps steps;
+  AnySteps steps;
   sequence.chunk(next.chunk, steps);
   const Block first = layout.block(range.group, range.first + next.index);
   const int64_t channels = (int64_t)next.blocks(range) * kLanes;
   for (const Operand* tensor : {&call.delta, &call.u, &call.z, &call.y}) {
     ahead.add_rows(*tensor, sequence.batch, first.channel, channels, steps);
   }
-  if (call.onto.data != call.y.data) ahead.add_rows(call.onto, sequence.batch, first.channel, channels, steps);
+  if (kOnGrid<AnySteps> && call.onto.data != call.y.data) ahead.add_rows(call.onto, sequence.batch, first.channel, channels, steps);
   ahead.spread(kChunk * now.blocks(range) * ceil_divide(call.states, kForwardStates));
 }
 
-SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
+template <typename AnySteps>
+SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const AnySteps& steps, Block block,
                                 int index, const ForwardWorkspace& work, Ahead& ahead) {
   const int states = (int)call.states;
   const Vector bias = work.bias[index], skip = work.skip[index];
@@ -106,11 +108,12 @@ SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, 
   store_block(call.y, sequence.batch, block.channel, block.lanes, steps, work.y);
 }
 
+template <typename AnySteps>
 SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, const Sequence& sequence,
                                    const BlockRange& range, const ForwardWorkspace& work) {
   const int64_t states = call.states;
   const int band = range.band();
-  Steps steps;
+  AnySteps steps;
   Ahead ahead;
   for (int64_t c = 0; c < sequence.chunks(); ++c) {
     sequence.chunk(c, steps);
@@ -120,12 +123,13 @@ SELECTRA_INLINE void scan_sequence(const ScanCall& call, const Layout& layout, c
              sizeof(Vector) * range.count() * states);
     }
     for (int index = 0; index < range.count(); ++index) {
-      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<AnySteps>(call, layout, sequence, range, {c, index}, ahead);
       scan_block(call, sequence, steps, layout.block(range.group, range.first + index), index, work, ahead);
     }
   }
 }
 
+template <typename AnySteps = Steps>
 static void scan_range_forward(const ScanCall& call, const Layout& layout, const Sequences& sequences,
                                int64_t first_sequence, int64_t last_sequence, const BlockRange& range) {
   const int states = (int)call.states;
@@ -142,7 +146,7 @@ static void scan_range_forward(const ScanCall& call, const Layout& layout, const
       const Block block = layout.block(range.group, range.first + index);
       load_state(call.initial, s, block.channel, block.lanes, states, work.state + index * states);
     }
-    scan_sequence(call, layout, sequences[s], range, work);
+    scan_sequence<AnySteps>(call, layout, sequences[s], range, work);
     for (int index = 0; call.final.data && index < range.count(); ++index) {
       const Block block = layout.block(range.group, range.first + index);
       store_state(call.final, s, block.channel, block.lanes, states, work.state + index * states);

@@ -37,7 +37,8 @@ SELECTRA_INLINE void for_state_blocks(int states, const Body& body) {
 }
 
 // B and C of a chunk, one row a step in the order of the run: states numbers of B, then states numbers of C.
-SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const AnySteps& steps,
                                int states, Real* rows) {
   with_storage(tensor, [&](auto storage) {
     using Storage = decltype(storage);
@@ -56,8 +57,9 @@ SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, 
   });
 }
 
+template <typename AnySteps>
 SELECTRA_INLINE void pack_input_output_rows(const ScanCall& call, const Sequence& sequence, int64_t group,
-                                            const Steps& steps, Real* rows) {
+                                            const AnySteps& steps, Real* rows) {
   pack_rows(call.B, sequence, group, steps, (int)call.states, rows);
   pack_rows(call.C, sequence, group, steps, (int)call.states, rows + call.states);
 }
@@ -81,12 +83,15 @@ SELECTRA_INLINE Grid grid_of(const ScanCall& call) {
   return {call.length / call.width, call.width, call.by_columns != 0};
 }
 
-// Adds to a tile what lies in a tensor, if it is there. `free_tile` is overwritten.
-SELECTRA_INLINE void add_onto(const Operand& tensor, const Sequence& sequence, Block block, const Steps& steps,
+// Adds to a tile what lies in a tensor, if it is there: the sum over the routes so far. `free_tile` is overwritten.
+template <typename AnySteps>
+SELECTRA_INLINE void add_onto(const Operand& tensor, const Sequence& sequence, Block block, const AnySteps& steps,
                               Vector* free_tile, Vector* tile) {
-  if (!tensor.data) return;
-  load_block(tensor, sequence.batch, block.channel, block.lanes, steps, free_tile);
-  for (int t = 0; t < steps.count; ++t) tile[t] += free_tile[t];
+  if constexpr (kOnGrid<AnySteps>) {
+    if (!tensor.data) return;
+    load_block(tensor, sequence.batch, block.channel, block.lanes, steps, free_tile);
+    for (int t = 0; t < steps.count; ++t) tile[t] += free_tile[t];
+  }
 }
 
 // Vector state updates in a call.

@@ -17,15 +17,23 @@ struct Steps {
   // 1 or -1: each position is this far from the one before; 0: no such order.
   int direction;
   int64_t position[kChunk];
-  // Of each position, in a grid alone.
-  int32_t row[kChunk];
 
   // Elements from the first position of a tensor to that of step t.
+  int64_t offset(const Operand& tensor, int t) const { return position[t] * tensor.stride[1]; }
+};
+
+// Steps on a grid. What is compiled for these takes rows that lie apart, and sums over the routes; what is compiled for
+// a line pays for neither.
+struct GridSteps : Steps {
+  int32_t row[kChunk];
+
   int64_t offset(const Operand& tensor, int t) const {
-    const int64_t line = position[t] * tensor.stride[1];
-    return __builtin_expect(tensor.jump != 0, 0) ? line + row[t] * tensor.jump : line;
+    return position[t] * tensor.stride[1] + row[t] * tensor.jump;
   }
 };
+
+template <typename AnySteps>
+constexpr bool kOnGrid = std::is_same<AnySteps, GridSteps>::value;
 
 // A grid of `height` rows of `width` positions, walked row by row or column by column. Without width it is a line.
 struct Grid {
@@ -55,26 +63,27 @@ struct Sequence {
       const int64_t reach = out.position[out.count - 1] - out.position[0];
       if (reach != (out.count - 1) * direction) out.direction = 0;
     }
-    if (grid.width) grid_steps(from, out);
   }
 
   // The rows of the steps' positions, and in a walk by columns the positions themselves.
-  void grid_steps(int64_t from, Steps& out) const {
+  void steps(int64_t from, int64_t count_wanted, GridSteps& out) const {
+    out.count = (int)count_wanted;
     // Along the walk: lines of `across` positions, the step's line and its place on it.
     const int64_t across = grid.by_columns ? grid.height : grid.width;
     const int64_t begin = first + direction * from;
     int64_t line = begin / across, place = begin % across;
     for (int t = 0; t < out.count; ++t) {
       out.row[t] = (int32_t)(grid.by_columns ? place : line);
-      if (grid.by_columns) out.position[t] = place * grid.width + line;
+      out.position[t] = grid.by_columns ? place * grid.width + line : begin + direction * t;
       place += direction;
       if (place == across) place = 0, ++line;
       if (place < 0) place = across - 1, --line;
     }
-    if (grid.by_columns) out.direction = 0;
+    out.direction = grid.by_columns ? 0 : direction;
   }
 
-  void chunk(int64_t index, Steps& out) const {
+  template <typename AnySteps>
+  void chunk(int64_t index, AnySteps& out) const {
     const int64_t from = index * kChunk;
     steps(from, smaller<int64_t>(kChunk, count - from), out);
   }

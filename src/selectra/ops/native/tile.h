@@ -171,44 +171,40 @@ SELECTRA_INLINE void store_tile(const Strip<Storage>& strip, const Steps& steps,
 }
 
 // The offsets of the steps in the place of their positions, for a tensor of another stride from row to row.
-SELECTRA_INLINE Steps offsets(const Operand& tensor, const Steps& steps) {
-  Steps out = {steps.count, 0, {}, {}};
+SELECTRA_INLINE Steps offsets(const Operand& tensor, const GridSteps& steps) {
+  Steps out = {steps.count, 0, {}};
   for (int t = 0; t < steps.count; ++t) out.position[t] = steps.offset(tensor, t);
   return out;
 }
 
-__attribute__((noinline)) static void load_rows_apart(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
-                                                      const Steps& steps, Vector* tile) {
-  with_storage(tensor, [&](auto storage) {
-    auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
-    strip.step_stride = 1;
-    load_tile(strip, offsets(tensor, steps), tile);
-  });
-}
-
-__attribute__((noinline)) static void store_rows_apart(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
-                                                       const Steps& steps, const Vector* tile) {
-  with_storage(tensor, [&](auto storage) {
-    auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
-    strip.step_stride = 1;
-    store_tile(strip, offsets(tensor, steps), tile);
-  });
-}
-
 // A tile of a (b, l, d) tensor, whatever its storage.
-SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const AnySteps& steps,
                                 Vector* tile) {
-  if (__builtin_expect(tensor.jump != 0, 0)) return load_rows_apart(tensor, batch, channel, lanes, steps, tile);
   with_storage(tensor, [&](auto storage) {
-    load_tile(strip_of<decltype(storage)>(tensor, batch, channel, lanes), steps, tile);
+    auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
+    if constexpr (kOnGrid<AnySteps>) {
+      if (tensor.jump) {
+        strip.step_stride = 1;
+        return load_tile(strip, offsets(tensor, steps), tile);
+      }
+    }
+    load_tile(strip, steps, tile);
   });
 }
 
-SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const Steps& steps,
-                                 const Vector* tile) {
-  if (__builtin_expect(tensor.jump != 0, 0)) return store_rows_apart(tensor, batch, channel, lanes, steps, tile);
+template <typename AnySteps>
+SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
+                                 const AnySteps& steps, const Vector* tile) {
   with_storage(tensor, [&](auto storage) {
-    store_tile(strip_of<decltype(storage)>(tensor, batch, channel, lanes), steps, tile);
+    auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
+    if constexpr (kOnGrid<AnySteps>) {
+      if (tensor.jump) {
+        strip.step_stride = 1;
+        return store_tile(strip, offsets(tensor, steps), tile);
+      }
+    }
+    store_tile(strip, steps, tile);
   });
 }
 
@@ -256,7 +252,8 @@ class Ahead {
   }
 
   // Rows of some channels of a (b, l, d) tensor.
-  void add_rows(const Operand& tensor, int64_t batch, int64_t channel, int64_t channels, const Steps& steps) {
+  template <typename AnySteps>
+  void add_rows(const Operand& tensor, int64_t batch, int64_t channel, int64_t channels, const AnySteps& steps) {
     if (!tensor.data || tensor.stride[2] != 1) return;
     const int64_t size = tensor.storage == kHalved ? 2 : sizeof(Real);
     const char* base = (const char*)tensor.data + (batch * tensor.stride[0] + channel) * size;
@@ -291,7 +288,7 @@ static void load_state(const Operand& tensor, int64_t sequence, int64_t channel,
     memset(out, 0, sizeof(Vector) * states);
     return;
   }
-  Steps steps = {0, 1, {}, {}};
+  Steps steps = {0, 1, {}};
   for (int n = 0; n < states; n += kChunk) {
     steps.count = smaller(kChunk, states - n);
     for (int i = 0; i < steps.count; ++i) steps.position[i] = n + i;
@@ -301,7 +298,7 @@ static void load_state(const Operand& tensor, int64_t sequence, int64_t channel,
 
 static void store_state(const Operand& tensor, int64_t sequence, int64_t channel, int lanes, int states,
                         const Vector* in) {
-  Steps steps = {0, 1, {}, {}};
+  Steps steps = {0, 1, {}};
   for (int n = 0; n < states; n += kChunk) {
     steps.count = smaller(kChunk, states - n);
     for (int i = 0; i < steps.count; ++i) steps.position[i] = n + i;
