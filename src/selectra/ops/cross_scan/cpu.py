@@ -130,7 +130,7 @@ def _route(
     line = height == 1 or width == 1
     return (
         *(batch, height * width, d, call.A.shape[2], 1, int(call.delta_softplus), int(bool(kind & BACK)), threads()),
-        *(0 if line else width, int(bool(kind & DOWN)) * (not line)),
+        *(height * width if line else width, int(bool(kind & DOWN) and not line)),
         *_activation(call.u, i),
         *_activation(call.delta, i),
         *_parameter(call.A, i),

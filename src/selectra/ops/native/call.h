@@ -41,7 +41,7 @@ struct Operand {
 struct ScanCall {
   // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
   int64_t sequences, length, channels, states, groups, softplus, reverse, threads;
-  // Positions in a row of a grid, or 0; whether the grid is walked column by column.
+  // Of a route alone: positions in a row of the grid; whether it is walked column by column.
   int64_t width, by_columns;
   // (b, l, d), (b, l, d), (d, n), (b, l, g, n), (b, l, g, n), (d,), (b, l, d), (d,)
   Operand u, delta, A, B, C, D, z, bias;

@@ -77,9 +77,8 @@ SELECTRA_INLINE Real* checkpoint_of(const ScanCall& call, const Layout& layout, 
   return (Real*)call.checkpoints.data + row * call.states * kLanes;
 }
 
-// The grid that a call's positions lie on, if any.
+// The grid that a call's positions lie on.
 SELECTRA_INLINE Grid grid_of(const ScanCall& call) {
-  if (!call.width) return {};
   return {call.length / call.width, call.width, call.by_columns != 0};
 }
 

@@ -35,7 +35,7 @@ struct GridSteps : Steps {
 template <typename AnySteps>
 constexpr bool kOnGrid = std::is_same<AnySteps, GridSteps>::value;
 
-// A grid of `height` rows of `width` positions, walked row by row or column by column. Without width it is a line.
+// A grid of `height` rows of `width` positions, walked row by row or column by column.
 struct Grid {
   int64_t height, width;
   bool by_columns;
