@@ -30,7 +30,15 @@ NOT_BUILT = (
     "or a wheel for this platform, brings it"
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
-FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step", "cross_forward", "cross_backward")
+FUNCTIONS = (
+    "scan_forward",
+    "scan_backward",
+    "conv_forward",
+    "conv_backward",
+    "step",
+    "cross_forward",
+    "cross_backward",
+)
 QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
 ABSENT = (0, 0, 0, 0, 0, 0, 0)
