@@ -36,9 +36,10 @@ def forward(call: CrossCall, save: bool) -> tuple[Tensor, Tensor | None]:
         The outputs, added or side by side, and the checkpoints.
     """
     u, dtype = call.u, compute_dtype(call.u)
-    checkpoints = u.new_empty(checkpoint_shape(call), dtype=dtype) if save else None
+    room = library().room
+    checkpoints = room(checkpoint_shape(call), dtype) if save else None
     shape = u.shape[:3] + u.shape[4:] if call.merge else call.delta.shape
-    y = u.new_empty(shape, dtype=_written(u.dtype, dtype))
+    y = room(shape, _written(u.dtype, dtype))
     if call.delta.numel():
         call = _readable(call, dtype)
         total = _Sum(y.unsqueeze(3) if call.merge else y, len(call.routes), dtype)
@@ -60,8 +61,8 @@ def backward(call: CrossCall, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor |
         return tuple(None if x is None else torch.zeros_like(x) for x in call.tensors)
     given, dtype, count = call, compute_dtype(call.u), len(call.routes)
     call, dy = _readable(call, dtype), readable(dy, dtype)
-    du, ddelta = (torch.empty_like(x, dtype=_written(x.dtype, dtype)) for x in (given.u, given.delta))
-    dz = None if given.z is None else torch.empty_like(given.z, dtype=_written(given.z.dtype, dtype))
+    du, ddelta = (_room_like(x, _written(x.dtype, dtype)) for x in (given.u, given.delta))
+    dz = None if given.z is None else _room_like(given.z, _written(given.z.dtype, dtype))
     dB, dC = (x.new_empty(x.shape, dtype=_written(x.dtype, dtype)) for x in (given.B, given.C))
     dA, dD, dbias = (
         None if x is None else x.new_empty(x.shape, dtype=dtype) for x in (call.A, call.D, call.delta_bias)
@@ -92,6 +93,11 @@ def _readable(call: CrossCall, dtype: torch.dtype) -> CrossCall:
     return call._replace(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=bias)
 
 
+def _room_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for a result that lies in memory as x does."""
+    return library().in_large_pages(torch.empty_like(x, dtype=dtype))
+
+
 def _written(wanted: torch.dtype, dtype: torch.dtype) -> torch.dtype:
     return wanted if is_readable(wanted, dtype) else dtype
 
@@ -112,7 +118,7 @@ class _Sum:
         self.is_shared = result.shape[3] < count
         # Kept as long as this object, which must outlive the call of the kernels.
         narrow = self.is_shared and result.dtype != dtype
-        self.partial = torch.empty_like(result, dtype=dtype) if narrow else result
+        self.partial = _room_like(result, dtype) if narrow else result
 
     def words(self, i: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The words of both for route i."""
@@ -130,7 +136,7 @@ def _route(
     line = height == 1 or width == 1
     return (
         *(batch, height * width, d, call.A.shape[2], 1, int(call.delta_softplus), int(bool(kind & BACK)), threads()),
-        *(height * width if line else width, int(bool(kind & DOWN) and not line)),
+        *(0, height * width if line else width, int(bool(kind & DOWN) and not line)),
         *_activation(call.u, i),
         *_activation(call.delta, i),
         *_parameter(call.A, i),

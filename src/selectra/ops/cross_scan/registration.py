@@ -76,8 +76,8 @@ class _CrossScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flags: tuple[Any, ...], *tensors: Tensor | None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *words, backend = (*tensors, *flags)
-        y, checkpoints = KERNELS[backend].forward(CrossCall._make(words), True)
+        call = CrossCall._make((*tensors, *flags[:-1]))
+        y, checkpoints = KERNELS[flags[-1]].forward(call, True)
         ctx.save_for_backward(*tensors, checkpoints)
         ctx.flags = flags
         return y

@@ -41,6 +41,8 @@ struct Operand {
 struct ScanCall {
   // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
   int64_t sequences, length, channels, states, groups, softplus, reverse, threads;
+  // Pieces of time that each sequence is cut into, or 0: as the sizes and threads ask for.
+  int64_t pieces;
   // Of a route alone: positions in a row of the grid; whether it is walked column by column.
   int64_t width, by_columns;
   // (b, l, d), (b, l, d), (d, n), (b, l, g, n), (b, l, g, n), (d,), (b, l, d), (d,)
@@ -121,6 +123,9 @@ void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* contex
 
 // The wanted number of threads, or that of the cores that this process may use: more only wait for each other.
 int64_t useful_threads(int64_t wanted);
+
+// Returns when another thread has set the flag, which it is about to do.
+void await_flag(const int32_t* flag);
 
 // Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
 void* thread_workspace(uint64_t bytes);

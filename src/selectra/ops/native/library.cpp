@@ -3,6 +3,10 @@
 
 #include "call.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #ifdef _WIN32
 #define SELECTRA_EXPORT extern "C" __declspec(dllexport)
 #else
@@ -82,6 +86,18 @@ thread_local ThreadMemory thread_memory;
 void* thread_workspace(uint64_t bytes) { return thread_memory.at_least(bytes + 64); }
 
 }  // namespace selectra
+
+// Asks for pages of 2 MiB, of those that lie wholly in the memory: a wish that the system may refuse.
+SELECTRA_EXPORT void selectra_cpu_large_pages(void* memory, uint64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)memory + kPage - 1) / kPage * kPage;
+  const uintptr_t end = ((uintptr_t)memory + bytes) / kPage * kPage;
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 SELECTRA_EXPORT int selectra_cpu_abi_version(void) { return selectra::kAbiVersion; }
 

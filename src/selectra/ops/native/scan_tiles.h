@@ -93,10 +93,12 @@ SELECTRA_INLINE void add_onto(const Operand& tensor, const Sequence& sequence, B
   }
 }
 
-// Vector state updates in a call.
+// Vector operations in a call, as `threads_for` counts them.
 SELECTRA_INLINE int64_t scan_work(const ScanCall& call, const Layout& layout) {
+  // The exponential of a state update alone takes as long as these.
+  constexpr int64_t kOperations = 6;
   const int64_t batch = call.borders.data ? 1 : call.sequences;
-  return batch * call.length * call.groups * layout.blocks_per_group * (call.states + 2);
+  return kOperations * batch * call.length * call.groups * layout.blocks_per_group * (call.states + 2);
 }
 
 }  // namespace
