@@ -303,10 +303,9 @@ SELECTRA_INLINE void write_row_gradients(const ScanCall& forward, const Operand&
     const Vector* lanes = work.lane_sums + (int64_t)n * 2 * kChunk;
     for (int i = 0; i < steps.count * 2 * kStates; i += kLanes) store(work.sums + i, sum_lanes(lanes + i));
     for (int t = 0; t < steps.count; ++t) {
-      for (int m = 0; m < kStates; ++m) {
-        to_B[steps.position[t] * dB.stride[1] + n + m] = work.sums[2 * t * kStates + m];
-        to_C[steps.position[t] * dC.stride[1] + n + m] = work.sums[(2 * t + 1) * kStates + m];
-      }
+      const Real* const sums = work.sums + 2 * t * kStates;
+      memcpy(to_B + steps.position[t] * dB.stride[1] + n, sums, sizeof(Real) * kStates);
+      memcpy(to_C + steps.position[t] * dC.stride[1] + n, sums + kStates, sizeof(Real) * kStates);
     }
   });
 }
