@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.ops.compiled import (
 __all__ = ["loaded"]
 
 # A kernel starts as many threads as there are 100000 vector operations for: here enough for five.
-LARGE = {"batch": 4, "length": 1000, "d": 1100}
+LARGE: dict[str, Any] = {"batch": 4, "length": 1000, "d": 1100}
 # Where a call holds the number of threads, as in call.h.
 THREADS_WORD = {"scan_forward": 7, "scan_backward": 7, "conv_forward": 6, "conv_backward": 6}
 
@@ -106,14 +107,14 @@ def test_large_results_ask_for_large_pages(numbers: int, asked: bool, loaded: Li
 
 
 # One block of channels in every build: the threads that there are share it by time alone.
-ONE_BLOCK = {"batch": 1, "length": 9000, "d": 4, "groups": 1}
+ONE_BLOCK: dict[str, Any] = {"batch": 1, "length": 9000, "d": 4, "groups": 1}
 
 
 @needs_library
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("pieces", [2, 7, 10**6])
 def test_pieces_of_time_agree_with_the_whole(pieces: int, reverse: bool, loaded: Library) -> None:
-    sizes = {"batch": 2, "length": 1003, "d": 38, "reverse": reverse}
+    sizes: dict[str, Any] = {"batch": 2, "length": 1003, "d": 38, "reverse": reverse}
     for build in (build for build, runs in enumerate(loaded.runs) if runs):
         loaded.build = build
         for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
@@ -150,9 +151,8 @@ def test_slow_decays_over_many_pieces_do_not_drift() -> None:
     delta, A, initial = torch.rand(1, length, d) / 500, -torch.rand(d, n) / 10, torch.randn(1, d, n)
 
     def final(dtype: torch.dtype) -> Tensor:
-        inputs = (tensor.to(dtype) for tensor in (u, delta, A, B, B))
-        optional = (None, None, None, initial.to(dtype), None, None)
-        return scan.forward(*inputs, *optional, False, False, dtype, False)[1].double()
+        a, b, c, e, h = (tensor.to(dtype) for tensor in (u, delta, A, B, initial))
+        return scan.forward(a, b, c, e, e, None, None, None, h, None, None, False, False, dtype, False)[1].double()
 
     exact = final(torch.float64)
     with cpu_calls.in_pieces(16):

@@ -101,10 +101,9 @@ static void compare(const char* what, const char* build, const Tensor& got, cons
     if (!isnan(error) && !(difference <= error)) error = difference;
   }
   ++comparisons;
-  if (!(error <= tolerance[got.kind] * largest)) {
-    printf("%s (%s, storage %d): off by %g of %g\n", what, build, got.kind, error, largest);
-    ++failures;
-  }
+  if (error <= tolerance[got.kind] * largest) return;
+  printf("%s (%s, storage %d): off by %g of %g\n", what, build, got.kind, error, largest);
+  ++failures;
 }
 
 static const int64_t b = 2, l = 71, d = 38, n = 7, groups = 2, width = 4;
@@ -173,9 +172,8 @@ static void check_scan(int build, Tensor::Kind kind, bool reverse) {
       tdB(kind, B, rows), tdC(kind, B, rows), tdD(own, Numbers(d), {d}), tdbias(own, Numbers(d), {d}),
       tdh0(own, h0, state);
   const Operand none = {nullptr, {0, 0, 0, 0}, kWhole};
-  // Whole on one thread, in pieces of time on one and on three.
-  for (int64_t round = 0; round < 3; ++round) {
-    const int64_t threads = round == 2 ? 3 : 1, pieces = round == 0 ? 0 : round + 1;
+  const int64_t rounds[][2] = {{1, 0}, {1, 2}, {3, 3}};
+  for (const auto& [threads, pieces] : rounds) {
     ScanCall call = {b, l, d, n, groups, 1, reverse, threads, pieces, 0, 0, tu.operand(), tdelta.operand(), tA.operand(),
                      tB.operand(), tC.operand(), tD.operand(), tz.operand(), tbias.operand(), th0.operand(), none, none,
                      tlast.operand(), saved.operand(), ty.operand()};
