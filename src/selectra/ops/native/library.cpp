@@ -132,3 +132,12 @@ SELECTRA_EXPORT int selectra_cpu_conv_backward(int build, int is_double, const i
 SELECTRA_EXPORT int selectra_cpu_step(int build, int is_double, const int64_t* call) {
   return selectra::kernels_of(build, is_double).step(*(const selectra::StepCall*)call);
 }
+
+// The number of routes, then one call each.
+SELECTRA_EXPORT int selectra_cpu_cross_forward(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).cross_forward((const selectra::ScanCall*)(call + 1), call[0]);
+}
+
+SELECTRA_EXPORT int selectra_cpu_cross_backward(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).cross_backward((const selectra::ScanBackwardCall*)(call + 1), call[0]);
+}

@@ -23,17 +23,25 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
     "or a wheel for this platform, brings it"
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
-FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step")
+FUNCTIONS = (
+    "scan_forward",
+    "scan_backward",
+    "conv_forward",
+    "conv_backward",
+    "step",
+    "cross_forward",
+    "cross_backward",
+)
 QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes", "large_pages")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
-ABSENT = (0, 0, 0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
 WHOLE, HALVED = 0, 1
 LARGE_BYTES = 1 << 21
@@ -102,10 +110,14 @@ class Library:
             dtype: The type of its numbers.
             zeros: Whether it has to be zero, where a kernel leaves places out.
         """
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        tensor = self.in_large_pages(torch.empty(shape, dtype=dtype, device="cpu"))
+        return tensor.zero_() if zeros else tensor
+
+    def in_large_pages(self, tensor: Tensor) -> Tensor:
+        """The same new tensor, large pages asked for as in `room`."""
         if tensor.nbytes >= LARGE_BYTES:
             self._large_pages(tensor.data_ptr(), tensor.nbytes)
-        return tensor.zero_() if zeros else tensor
+        return tensor
 
     def call(self, function: str, dtype: torch.dtype, words: list[int]) -> None:
         """Run one kernel on the words of `call.h`.
@@ -129,12 +141,12 @@ class Library:
 
 
 def operand(tensor: Tensor | None) -> tuple[int, ...]:
-    """The words of one tensor: address, strides padded to four, and storage; zeros for None."""
+    """The words of one tensor: address, strides padded to four, storage, and 0 for a line; zeros for None."""
     if tensor is None:
         return ABSENT
     stride = tensor.stride()
     storage = HALVED if tensor.dtype == torch.bfloat16 else WHOLE
-    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage)
+    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage, 0)
 
 
 def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

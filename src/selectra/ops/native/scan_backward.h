@@ -178,7 +178,8 @@ SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector
 }
 
 // Loads a block's tiles and takes the gradient of y back through the gate.
-SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const AnySteps& steps,
                                       Block block, Vector bias, Vector skip, const BlockTiles& tiles) {
   const ScanCall& forward = call.forward;
   load_block(forward.delta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
@@ -203,7 +204,8 @@ SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequen
 }
 
 // From the sums over the states to the gradients of u, delta, z, D and the bias.
-SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const AnySteps& steps,
                                      Block block, Vector skip, Vector& dskip, Vector& dbias, const BlockTiles& tiles) {
   Vector skip_sum = dskip, bias_sum = dbias;
   for (int t = 0; t < steps.count; ++t) {
@@ -216,15 +218,17 @@ SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequenc
   }
   dskip = skip_sum;
   dbias = bias_sum;
+  add_onto(call.du_onto, sequence, block, steps, tiles.dinput, tiles.u);
   store_block(call.du, sequence.batch, block.channel, block.lanes, steps, tiles.u);
   store_block(call.ddelta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
   if (!call.forward.z.data) return;
   for (int t = 0; t < steps.count; ++t) tiles.gate[t] *= tiles.y[t];
+  add_onto(call.dz_onto, sequence, block, steps, tiles.y, tiles.gate);
   store_block(call.dz, sequence.batch, block.channel, block.lanes, steps, tiles.gate);
 }
 
 // What the next band will read and write, asked for while the one before it runs; without `Whole` what an effect needs.
-template <bool Whole>
+template <bool Whole, typename AnySteps>
 SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
                                 const BlockRange& range, BandStep now, Ahead& ahead) {
   const ScanCall& forward = call.forward;
@@ -232,7 +236,7 @@ SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layo
   BandStep next = now;
   next.advance(range, true);
   if (next.chunk < 0) return;
-  Steps steps;
+  AnySteps steps;
   sequence.chunk(next.chunk, steps);
   const int64_t first = range.first + next.index, blocks = next.blocks(range);
   const int64_t channel = layout.block(range.group, first).channel;
@@ -247,9 +251,9 @@ SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layo
 }
 
 // `Blocks` neighbouring blocks of the range, from `index` on, through one chunk.
-template <int Blocks>
+template <int Blocks, typename AnySteps>
 static void blocks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
-                            const Steps& steps, int64_t chunk, const BlockRange& range, int index,
+                            const AnySteps& steps, int64_t chunk, const BlockRange& range, int index,
                             const BackwardWorkspace& work, Ahead& ahead) {
   const ScanCall& forward = call.forward;
   const int states = (int)forward.states;
@@ -307,10 +311,11 @@ SELECTRA_INLINE void write_row_gradients(const ScanCall& forward, const Operand&
 }
 
 // Walks back through some chunks, from the last to the first.
+template <typename AnySteps = Steps>
 static void chunks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
                             const BlockRange& range, const Operand& dB, const Operand& dC,
                             const BackwardWorkspace& work, int64_t first, int64_t end) {
-  Steps steps;
+  AnySteps steps;
   Ahead ahead;
   const int band = range.band();
   for (int64_t c = end - 1; c >= first; --c) {
@@ -320,7 +325,7 @@ static void chunks_backward(const ScanBackwardCall& call, const Layout& layout, 
     memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * call.forward.states);
     int index = 0;
     for (; index + kPair <= range.count(); index += kPair) {
-      if (index % band == 0) look_ahead<true>(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<true, AnySteps>(call, layout, sequence, range, {c, index}, ahead);
       blocks_backward<kPair>(call, layout, sequence, steps, chunk, range, index, work, ahead);
     }
     if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, ahead);

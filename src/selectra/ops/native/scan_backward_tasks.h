@@ -29,7 +29,15 @@ struct BackwardPlan {
 struct Shares {
   Real* data = nullptr;
   int64_t size = 0;
+  // Numbers that lie side by side in the output, and elements from one row of them to the next; in the shares all do.
+  int64_t row = 0, stride = 0;
   Real* part(int64_t index) const { return data ? data + index * size : nullptr; }
+
+  // A part as the (b, l, g, n) tensor `output`.
+  Operand rows_of_part(int64_t index, const Operand& output, int64_t length, int64_t states) const {
+    if (data == output.data) return output;
+    return {part(index), {length * row, row, states, 1}, kWhole};
+  }
 };
 
 struct BackwardShares {
@@ -41,14 +49,18 @@ struct BackwardShares {
     take(arena, dA, call.dA, forward.channels * forward.states, pieces);
     take(arena, dskip, call.dD, forward.channels, pieces);
     take(arena, dbias, call.dbias, forward.channels, pieces);
-    take(arena, dB, call.dB, rows * forward.groups * forward.states, slots);
-    take(arena, dC, call.dC, rows * forward.groups * forward.states, slots);
+    const int64_t row = forward.groups * forward.states;
+    take(arena, dB, call.dB, rows * row, slots, row, call.dB.stride[1]);
+    take(arena, dC, call.dC, rows * row, slots, row, call.dC.stride[1]);
   }
 
  private:
   // A single share is the output itself.
-  static void take(Arena& arena, Shares& shares, const Operand& output, int64_t size, int64_t parts) {
+  static void take(Arena& arena, Shares& shares, const Operand& output, int64_t size, int64_t parts, int64_t row = 1,
+                   int64_t stride = 1) {
     shares.size = size;
+    shares.row = row;
+    shares.stride = stride;
     if (!output.data) return;
     shares.data = parts > 1 || output.storage != kWhole ? arena.take<Real>(size * parts) : (Real*)output.data;
   }
@@ -109,7 +121,7 @@ static void sum_up_backward(const ScanBackwardCall& call, const Layout& layout, 
     sequence.chunk(c, steps);
     pack_rows(forward.C, sequence, range.group, steps, states, work.rows + states);
     for (int index = 0; index < range.count(); ++index) {
-      if (index % band == 0) look_ahead<false>(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<false, Steps>(call, layout, sequence, range, {c, index}, ahead);
       const Block block = layout.block(range.group, range.first + index);
       load_block(forward.delta, sequence.batch, block.channel, block.lanes, steps, tiles.dt);
       load_block(call.dy, sequence.batch, block.channel, block.lanes, steps, tiles.dy);
@@ -171,6 +183,18 @@ static void piece_backward(const BackwardRun& run, int64_t s, const BlockRange& 
   }
 }
 
+// A task's gradients of A, D and the bias as the share of that number.
+SELECTRA_INLINE void store_shares(const BackwardShares& shares, int64_t share, const Layout& layout,
+                                  const BlockRange& range, int states, const BackwardWorkspace& work) {
+  const Operand dA = {shares.dA.part(share), {0, states, 1}, kWhole};
+  for (int index = 0; index < range.count(); ++index) {
+    const Block block = layout.block(range.group, range.first + index);
+    store_state(dA, 0, block.channel, block.lanes, states, work.dA + index * states);
+    if (shares.dskip.data) store_some(shares.dskip.part(share) + block.channel, work.dskip[index], block.lanes);
+    if (shares.dbias.data) store_some(shares.dbias.part(share) + block.channel, work.dbias[index], block.lanes);
+  }
+}
+
 static void run_backward_job(const BackwardRun& run, int64_t first, int64_t last, const BlockRange& range,
                              int64_t slot, const Job& job) {
   const ScanCall& forward = run.call.forward;
@@ -186,37 +210,45 @@ static void run_backward_job(const BackwardRun& run, int64_t first, int64_t last
     return;
   }
   clear_gradients(work, range.count(), states);
-  Operand dB = run.call.dB, dC = run.call.dC;
-  dB.data = run.shares.dB.part(slot);
-  dC.data = run.shares.dC.part(slot);
+  const int64_t length = forward.length;
+  const Operand dB = run.shares.dB.rows_of_part(slot, run.call.dB, length, states);
+  const Operand dC = run.shares.dC.rows_of_part(slot, run.call.dC, length, states);
   for (int64_t s = first; s < last; ++s) piece_backward(run, s, range, dB, dC, work, job);
-  const int64_t share = run.cuts.first_piece(job.part) + job.piece;
-  const Operand dA = {run.shares.dA.part(share), {0, states, 1}, kWhole};
-  for (int index = 0; index < range.count(); ++index) {
-    const Block block = run.layout.block(range.group, range.first + index);
-    store_state(dA, 0, block.channel, block.lanes, states, work.dA + index * states);
-    if (run.shares.dskip.data) store_some(run.shares.dskip.part(share) + block.channel, work.dskip[index], block.lanes);
-    if (run.shares.dbias.data) store_some(run.shares.dbias.part(share) + block.channel, work.dbias[index], block.lanes);
-  }
+  store_shares(run.shares, run.cuts.first_piece(job.part) + job.piece, run.layout, range, states, work);
 }
 
 // Adds the shares up in their order.
 SELECTRA_INLINE void sum_shares(const Shares& shares, int64_t parts, const Operand& output, int64_t threads) {
   if (!output.data || shares.data == output.data) return;
-  constexpr int64_t kPiece = 4096;
-  for_each_task(ceil_divide(shares.size, kPiece), threads_for(threads, parts * shares.size / kLanes),
+  // Whole rows.
+  const int64_t piece_size = ceil_divide(4096, shares.row) * shares.row;
+  for_each_task(ceil_divide(shares.size, piece_size), threads_for(threads, parts * shares.size / kLanes),
                 [&](int64_t piece) {
-                  const int64_t end = smaller(shares.size, (piece + 1) * kPiece);
+                  const int64_t begin = piece * piece_size, end = smaller(shares.size, begin + piece_size);
                   Real* const sum = shares.data;
                   for (int64_t part = 1; part < parts; ++part) {
                     const Real* share = shares.part(part);
-                    for (int64_t i = piece * kPiece; i < end; ++i) sum[i] += share[i];
+                    for (int64_t i = begin; i < end; ++i) sum[i] += share[i];
                   }
                   with_storage(output, [&](auto storage) {
                     auto* const out = (typename decltype(storage)::Number*)output.data;
-                    for (int64_t i = piece * kPiece; i < end; ++i) out[i] = storage.narrow(sum[i]);
+                    const int64_t length = shares.row == shares.stride ? end - begin : shares.row;
+                    int64_t to = begin / shares.row * shares.stride;
+                    for (int64_t from = begin; from < end; from += length, to += shares.stride) {
+                      for (int64_t i = 0; i < length; ++i) out[to + i] = storage.narrow(sum[from + i]);
+                    }
                   });
                 });
+}
+
+SELECTRA_INLINE void sum_all_shares(const ScanBackwardCall& call, const BackwardShares& shares, int64_t pieces,
+                                    int64_t slots) {
+  const int64_t threads = call.forward.threads;
+  sum_shares(shares.dA, pieces, call.dA, threads);
+  sum_shares(shares.dskip, pieces, call.dD, threads);
+  sum_shares(shares.dbias, pieces, call.dbias, threads);
+  sum_shares(shares.dB, slots, call.dB, threads);
+  sum_shares(shares.dC, slots, call.dC, threads);
 }
 
 static int scan_backward(const ScanBackwardCall& call) {
@@ -248,11 +280,7 @@ static int scan_backward(const ScanBackwardCall& call) {
     run_backward_job(run, part_begin(forward.sequences, job.part, plan.ranges),
                      part_begin(forward.sequences, job.part + 1, plan.ranges), range, slot, job);
   });
-  sum_shares(shares.dA, pieces, call.dA, forward.threads);
-  sum_shares(shares.dskip, pieces, call.dD, forward.threads);
-  sum_shares(shares.dbias, pieces, call.dbias, forward.threads);
-  sum_shares(shares.dB, plan.slots, call.dB, forward.threads);
-  sum_shares(shares.dC, plan.slots, call.dC, forward.threads);
+  sum_all_shares(call, shares, pieces, plan.slots);
   free(memory);
   return kDone;
 }

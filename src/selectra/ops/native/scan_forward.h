@@ -66,14 +66,14 @@ SELECTRA_INLINE void advance_states(int count, const Vector* dt, const Vector* i
 }
 
 // What the next band will read and write, asked for while the one before it runs.
-template <bool Output>
+template <bool Output, typename AnySteps>
 SELECTRA_INLINE void look_ahead(const ScanCall& call, const Layout& layout, const Sequence& sequence,
                                 const BlockRange& range, BandStep now, Ahead& ahead) {
   ahead.clear();
   BandStep next = now;
   next.advance(range, false);
   if (next.chunk >= sequence.chunks()) return;
-  Steps steps;
+  AnySteps steps;
   sequence.chunk(next.chunk, steps);
   const Block first = layout.block(range.group, range.first + next.index);
   const int64_t channels = (int64_t)next.blocks(range) * kLanes;
@@ -81,12 +81,16 @@ SELECTRA_INLINE void look_ahead(const ScanCall& call, const Layout& layout, cons
     ahead.add_rows(*tensor, sequence.batch, first.channel, channels, steps);
     if (!Output && tensor == &call.u) break;
   }
+  if (kOnGrid<AnySteps> && call.onto.data != call.y.data) {
+    ahead.add_rows(call.onto, sequence.batch, first.channel, channels, steps);
+  }
   ahead.spread(kChunk * now.blocks(range) * ceil_divide(call.states, kForwardStates));
 }
 
 // dt and dt u of one block and chunk; D u in the place of y.
-SELECTRA_INLINE void prepare_forward(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
-                                     int index, const ForwardWorkspace& work) {
+template <typename AnySteps>
+SELECTRA_INLINE void prepare_forward(const ScanCall& call, const Sequence& sequence, const AnySteps& steps,
+                                     Block block, int index, const ForwardWorkspace& work) {
   const Vector bias = work.bias[index], skip = work.skip[index];
   load_block(call.delta, sequence.batch, block.channel, block.lanes, steps, work.dt);
   load_block(call.u, sequence.batch, block.channel, block.lanes, steps, work.y);
@@ -101,7 +105,8 @@ SELECTRA_INLINE void prepare_forward(const ScanCall& call, const Sequence& seque
   }
 }
 
-SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const Steps& steps, Block block,
+template <typename AnySteps>
+SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, const AnySteps& steps, Block block,
                                 int index, const ForwardWorkspace& work, Ahead& ahead) {
   const int states = (int)call.states;
   prepare_forward(call, sequence, steps, block, index, work);
@@ -115,15 +120,17 @@ SELECTRA_INLINE void scan_block(const ScanCall& call, const Sequence& sequence, 
     load_block(call.z, sequence.batch, block.channel, block.lanes, steps, work.gate);
     for (int t = 0; t < steps.count; ++t) work.y[t] *= work.gate[t] * sigmoid(work.gate[t]);
   }
+  add_onto(call.onto, sequence, block, steps, work.gate, work.y);
   store_block(call.y, sequence.batch, block.channel, block.lanes, steps, work.y);
 }
 
 // Runs a range through some chunks.
+template <typename AnySteps = Steps>
 static void scan_chunks(const ScanCall& call, const Layout& layout, const Sequence& sequence, const BlockRange& range,
                         const ForwardWorkspace& work, int64_t begin, int64_t end) {
   const int64_t states = call.states;
   const int band = range.band();
-  Steps steps;
+  AnySteps steps;
   Ahead ahead;
   for (int64_t c = begin; c < end; ++c) {
     sequence.chunk(c, steps);
@@ -133,7 +140,7 @@ static void scan_chunks(const ScanCall& call, const Layout& layout, const Sequen
              sizeof(Vector) * range.count() * states);
     }
     for (int index = 0; index < range.count(); ++index) {
-      if (index % band == 0) look_ahead<true>(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<true, AnySteps>(call, layout, sequence, range, {c, index}, ahead);
       scan_block(call, sequence, steps, layout.block(range.group, range.first + index), index, work, ahead);
     }
   }
@@ -152,7 +159,7 @@ static void sum_up_chunks(const ScanCall& call, const Layout& layout, const Sequ
     sequence.chunk(c, steps);
     pack_rows(call.B, sequence, range.group, steps, states, work.rows);
     for (int index = 0; index < range.count(); ++index) {
-      if (index % band == 0) look_ahead<false>(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<false, Steps>(call, layout, sequence, range, {c, index}, ahead);
       prepare_forward(call, sequence, steps, layout.block(range.group, range.first + index), index, work);
       Vector sum = {};
       for (int t = 0; t < steps.count; ++t) sum += work.dt[t];

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectra.ops import native
-from selectra.ops.native.library import is_readable, library, n_sequences, operand, readable, refusal, threads
+from selectra.ops.native.library import ABSENT, is_readable, library, n_sequences, operand, readable, refusal, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -89,7 +89,7 @@ def forward(
     )
     y = _new(u, out_dtype, dtype, inputs)
     words = _words(inputs, B.shape[2], delta_softplus, reverse)
-    words += (*operand(final_state), *operand(checkpoints if save else None), *operand(y))
+    words += (*operand(final_state), *operand(checkpoints if save else None), *operand(y), *ABSENT)
     library().call("scan_forward", dtype, words)
     return y.to(out_dtype), final_state, checkpoints
 
@@ -132,14 +132,14 @@ def backward(
     dbias = None if delta_bias is None else torch.zeros(delta_bias.shape, dtype=dtype)
     dinitial = None if initial_state is None else torch.empty(initial_state.shape, dtype=dtype)
     words = _words(inputs, B.shape[2], delta_softplus, reverse)
-    for tensor in (None, checkpoints, None, dy, dfinal, du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial):
+    results = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    for tensor in (None, checkpoints, None, None, dy, dfinal, *results, None, None):
         words += operand(tensor)
     library().call("scan_backward", dtype, words)
-    gradients = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     sources = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return tuple(
         u.new_empty(0, dtype=dtype) if gradient is None or source is None else gradient.to(source.dtype)
-        for gradient, source in zip(gradients, sources, strict=True)
+        for gradient, source in zip(results, sources, strict=True)
     )
 
 
@@ -176,6 +176,9 @@ def _words(inputs: Sequence[Tensor | None], groups: int, delta_softplus: bool, r
         int(reverse),
         threads(),
         # Pieces of time: as the kernels see fit.
+        0,
+        # No grid.
+        0,
         0,
     ]
     for tensor in (u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens):
