@@ -1,6 +1,7 @@
 """Stored outputs and gradients of official implementations, and how ours are held to them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +44,20 @@ class Golden(NamedTuple):
         error = (got.detach() - expected).abs().max() / expected.abs().max()
         assert error <= tolerance, f"{kind}.{name}: {error:.1e}"
 
-    def check_all(self) -> None:
-        """Outputs and every stored gradient."""
+    def check_all(self, also: Callable[[Official, list[Tensor]], dict[str, Tensor]] | None = None) -> None:
+        """Outputs and every stored gradient.
+
+        Args:
+            also: Gives further outputs, of which the stored loss has a part too.
+        """
         module, inputs = self.module(), [x.requires_grad_() for x in self.inputs()]
         outputs = module(*inputs)
         assert isinstance(outputs, tuple) and len(outputs) == len(self.about["primary"])
         loss = torch.zeros((), dtype=self.dtype)
-        for name, output in zip(self.about["primary"], outputs, strict=True):
+        named = dict(zip(self.about["primary"], outputs, strict=True))
+        named |= also(module, inputs) if also is not None else {}
+        assert {f"lossw.{name}" for name in named} == {key for key in self.tensors if key.startswith("lossw.")}
+        for name, output in named.items():
             self.check("out", name, output)
             loss = loss + (output * self.tensors[f"lossw.{name}"].to(self.dtype)).sum()
         loss.backward()

@@ -248,6 +248,21 @@ def read_einfft(*, dim: int) -> OfficialEinFFT:
     return OfficialEinFFT(EinFFT(dim))
 
 
+# Of the second direction's parameters, in Vim's fork of mamba_ssm and those made after it.
+BACK = {"A_b_log": "A_log", "D_b": "D", "conv1d_b": "conv1d", "x_proj_b": "x_proj", "dt_proj_b": "dt_proj"}
+
+
+def bidirectional_key(key: str) -> str:
+    """Our key of a two-directional mixer's parameter, which may stand behind a prefix."""
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if part in BACK:
+            return ".".join([*parts[:i], "back", BACK[part], *parts[i + 1 :]])
+        if part in BACK.values():
+            return ".".join([*parts[:i], "ahead", *parts[i:]])
+    return key
+
+
 def read_device(device: str | int | torch.device | None) -> torch.device | None:
     """A device of this machine."""
     if device is None:

@@ -4,7 +4,7 @@ Grids are channels last, `(b, h, w, d)`; convolutions see them through a transpo
 as they are.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -137,6 +137,42 @@ def resize_grid(x: Float[Tensor, "h w d"], size: tuple[int, int]) -> Float[Tenso
     # Interpolation knows no half precision on every device.
     wide = x.to(torch.promote_types(x.dtype, torch.float32)).permute(2, 0, 1)[None]
     return F.interpolate(wide, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).to(x.dtype)
+
+
+def insert_token(x: Float[Tensor, "b l d"], token: Float[Tensor, "1 1 d"], at: int) -> Float[Tensor, "b l+1 d"]:
+    """The same extra token in every sequence, at position `at`."""
+    return torch.cat([x[:, :at], token.to(x.dtype).expand(len(x), -1, -1), x[:, at:]], dim=1)
+
+
+def remove_tokens(x: Float[Tensor, "b l d"], slots: Sequence[int]) -> Float[Tensor, "b l2 d"]:
+    """The sequences without the tokens at these positions, which rise."""
+    starts = [0, *(slot + 1 for slot in slots)]
+    return torch.cat([x[:, start:stop] for start, stop in zip(starts, [*slots, None], strict=True)], dim=1)
+
+
+def resize_positions(
+    table: Float[Tensor, "1 m d"],
+    grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    slots: Sequence[int] = (),
+    new_slots: Sequence[int] = (),
+) -> Float[Tensor, "1 m2 d"]:
+    """Learned positions of a grid at another size; those of extra tokens stay as they are.
+
+    Args:
+        table: Positions of the grid, row by row, with those of the extra tokens among them.
+        grid: Rows and columns that the table is for.
+        new_grid: Rows and columns that it shall be for.
+        slots: Where the extra tokens' positions stand in the table, rising.
+        new_slots: Where they shall stand.
+    """
+    if tuple(grid) == tuple(new_grid):
+        return table
+    rows = remove_tokens(table, slots)[0]
+    resized = resize_grid(rows.unflatten(0, tuple(grid)), new_grid).flatten(0, 1)[None]
+    for slot, new_slot in zip(slots, new_slots, strict=True):
+        resized = insert_token(resized, table[:, slot : slot + 1], new_slot)
+    return resized
 
 
 def start_linear(modules: Iterable[nn.Module], skip: Iterable[nn.Module | None] = ()) -> None:

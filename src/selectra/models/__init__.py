@@ -13,4 +13,5 @@ from .simba_series import SimbaSeries as SimbaSeries
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
 from .tsmixer import TSMixer as TSMixer
+from .vim import Vim as Vim
 from .vmamba import VMamba as VMamba
