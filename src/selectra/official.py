@@ -56,6 +56,22 @@ def reads(source: str) -> Callable[[Reader], Reader]:
     return register
 
 
+def with_options_of(other: Reader) -> Callable[[Reader], Reader]:
+    """Let a reader take, in its `**options`, all options of another one that it does not name itself."""
+
+    def extend(reader: Reader) -> Reader:
+        signature = inspect.signature(reader)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        theirs = [p for p in inspect.signature(other).parameters.values() if p.name not in names]
+        annotations = {name: hint for name, hint in reader.__annotations__.items() if name in (*names, "return")}
+        reader.__annotations__ = {**other.__annotations__, **annotations}
+        reader.__signature__ = signature.replace(parameters=[*own, *theirs])  # pyright: ignore[reportFunctionMemberAccess]
+        return reader
+
+    return extend
+
+
 def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Official:
     """Build the official class `source` from our parts, with its weights.
 

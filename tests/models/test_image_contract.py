@@ -68,7 +68,7 @@ def test_what_is_no_image_is_named(name):
 
 
 # Why a parameter has no effect.
-ONE_TOKEN: dict[str, str] = {}
+ONE_TOKEN: dict[str, str] = {"simba_smoke": "class_block.mamba.A_log"}
 
 
 @EACH

@@ -140,12 +140,28 @@ def renamed(key: str, names: dict[str, str]) -> str:
         ({"ssm_drop_rate": 0.1}, "option 'ssm_drop_rate' is 0.1"),
         ({"ssm_dstate": 4}, "no supported option 'ssm_dstate'.*Did you mean 'ssm_d_state'"),
         ({"ssm_conv": 4}, "d_conv=4: needs an odd number"),
+        ({"ssm_act_layer": "gelu"}, "option 'ssm_act_layer' is 'gelu'.*'silu'"),
         ({"depths": [1]}, r"dims=\(8, 12\) and depths=\(1,\)"),
     ],
 )
 def test_what_is_not_supported_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         from_official(SOURCE, {**CONFIG, **changes}, official_state(VMamba(**SIZES)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forward_type": "v052d"}, "option 'forward_type' is 'v052d'"),
+        ({"pretrained": "file.pth"}, "option 'pretrained' is 'file.pth'"),
+        ({"out_indices": [0, 2]}, "option 'out_indices' has 2; there are 2 stages"),
+        ({"norm_layr": "ln"}, "no supported option 'norm_layr'.*Did you mean 'norm_layer'"),
+        ({"options": {}}, "no supported option 'options'"),
+    ],
+)
+def test_the_backbones_options_are_the_classifiers(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        from_official("MzeroMiko/VMamba:Backbone_VSSM", {**CONFIG, **changes}, {})
 
 
 def test_a_state_that_does_not_fit_is_described():

@@ -72,6 +72,17 @@ class PatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
+class NormedPatches(PatchEmbed):
+    """Patches that do not overlap, normalised."""
+
+    def __init__(self, in_channels: int, d_model: int, patch_size: int) -> None:
+        super().__init__(in_channels, d_model, patch_size)
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
+        return self.norm(super().forward(x))
+
+
 class ConvNorm(nn.Module):
     """A convolution to another width, usually with stride 2, and a layer norm.
 

@@ -3,6 +3,7 @@
 from selectra.mixers.bidirectional import Bidirectional
 from selectra.mixers.cross_scan_2d import CrossPaths, CrossScan2d
 from selectra.mixers.einfft import EinFFT
+from selectra.mixers.monarch import Monarch, MonarchMLP
 from selectra.mixers.s6 import S6, SelectivePath, State
 from selectra.mixers.selective_channel import SelectiveChannel
 from selectra.mixers.stack import step_blocks_
@@ -14,6 +15,8 @@ __all__ = [
     "CrossPaths",
     "CrossScan2d",
     "EinFFT",
+    "Monarch",
+    "MonarchMLP",
     "SelectiveChannel",
     "SelectivePath",
     "State",

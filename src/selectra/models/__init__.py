@@ -9,6 +9,7 @@ from .naive import SeasonalNaive as SeasonalNaive
 from .nlinear import NormLinear as NormLinear
 from .patchtst import PatchTST as PatchTST
 from .s_mamba import SMamba as SMamba
+from .simba import Simba as Simba
 from .simba_series import SimbaSeries as SimbaSeries
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2

@@ -30,11 +30,11 @@ from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
-from selectra.layers.image import ConvNorm, Mlp, PatchEmbed, PatchMerging, require_image, start_linear
+from selectra.layers.image import ConvNorm, Mlp, NormedPatches, PatchMerging, require_image, start_linear
 from selectra.mixers import CrossPaths, CrossScan2d
 from selectra.mixers.cross_scan_2d import require_grid
 from selectra.mixers.sizes import mixer_sizes, require_sizes
-from selectra.official import Official, reads
+from selectra.official import Official, reads, with_options_of
 from selectra.registry import models
 
 Stem = Literal["patches", "convolutions"]
@@ -89,17 +89,6 @@ class Block(nn.Module):
         if self.mlp is None or self.norm2 is None:
             return x
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchStem(PatchEmbed):
-    """Patches that do not overlap, normalised."""
-
-    def __init__(self, in_channels: int, d_model: int, patch_size: int) -> None:
-        super().__init__(in_channels, d_model, patch_size)
-        self.norm = nn.LayerNorm(d_model)
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
-        return self.norm(super().forward(x))
 
 
 class ConvStem(nn.Module):
@@ -249,7 +238,7 @@ class VMamba(nn.Module):
 def _stem(kind: str) -> Any:
     if kind not in get_args(Stem):
         raise ConfigError(f"stem={kind!r}: takes {', '.join(map(repr, get_args(Stem)))}")
-    return PatchStem if kind == "patches" else ConvStem
+    return NormedPatches if kind == "patches" else ConvStem
 
 
 def _downsample(kind: str, d_in: int, d_out: int) -> nn.Module:
@@ -346,39 +335,9 @@ def read_vssm(
 
 
 @reads("MzeroMiko/VMamba:Backbone_VSSM")
-def read_backbone(
-    *,
-    out_indices: tuple[int, ...] = (0, 1, 2, 3),
-    pretrained: None = None,
-    norm_layer: NormLayer = "ln",
-    patch_size: int = 4,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    depths: tuple[int, ...] = (2, 2, 9, 2),
-    dims: int | tuple[int, ...] = (96, 192, 384, 768),
-    ssm_d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    ssm_dt_rank: int | Literal["auto"] = "auto",
-    ssm_act_layer: Literal["silu"] = "silu",
-    ssm_conv: int = 3,
-    ssm_conv_bias: bool = True,
-    ssm_drop_rate: float = 0.0,
-    ssm_init: Literal["v0", "v1", "v2"] = "v0",
-    forward_type: ForwardType = "v2",
-    mlp_ratio: float = 4.0,
-    mlp_act_layer: Literal["gelu"] = "gelu",
-    mlp_drop_rate: float = 0.0,
-    gmlp: Literal[False] = False,
-    drop_path_rate: float = 0.1,
-    patch_norm: Literal[True] = True,
-    downsample_version: Literal["v1", "v2", "v3"] = "v2",
-    patchembed_version: Literal["v1", "v2"] = "v1",
-    use_checkpoint: bool = False,
-    posembed: Literal[False] = False,
-    imgsize: int = 224,
-) -> Official:
+@with_options_of(read_vssm)
+def read_backbone(*, out_indices: tuple[int, ...] = (0, 1, 2, 3), pretrained: None = None, **options: Any) -> Official:
     """The grids of the stages `out_indices`, normalised, channels first."""
-    options = {name: value for name, value in locals().items() if name not in ("out_indices", "pretrained")}
     model = read_vssm(**options).model
     assert isinstance(model, VMamba)
     return Official(Backbone(model, out_indices), partial(_rename_backbone, model=model))
