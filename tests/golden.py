@@ -27,11 +27,13 @@ class Golden(NamedTuple):
         return cls(about, load_file(folder / f"{name}.safetensors"), dtype)
 
     def module(self) -> Official:
-        state = {k.removeprefix("state."): v.to(self.dtype) for k, v in self.tensors.items() if k.startswith("state.")}
+        state = {
+            k.removeprefix("state."): _cast(v, self.dtype) for k, v in self.tensors.items() if k.startswith("state.")
+        }
         return from_official(self.about["source"], self.about["config"], state)
 
     def inputs(self) -> list[Tensor]:
-        return [self.tensors[f"in.{name}"].to(self.dtype) for name in self.about["inputs"]]
+        return [_cast(self.tensors[f"in.{name}"], self.dtype) for name in self.about["inputs"]]
 
     def check(self, kind: str, name: str, got: Tensor | None) -> None:
         assert got is not None and got.dtype == self.dtype
@@ -50,7 +52,7 @@ class Golden(NamedTuple):
         Args:
             also: Gives further outputs, of which the stored loss has a part too.
         """
-        module, inputs = self.module(), [x.requires_grad_() for x in self.inputs()]
+        module, inputs = self.module(), [x.requires_grad_(x.is_floating_point()) for x in self.inputs()]
         outputs = module(*inputs)
         assert isinstance(outputs, tuple) and len(outputs) == len(self.about["primary"])
         loss = torch.zeros((), dtype=self.dtype)
@@ -71,3 +73,8 @@ class Golden(NamedTuple):
                 assert grad is not None and grad.shape == reshaped.shape
                 gradients[name] = grad.reshape(official.shape)
             self.check("grad", name, gradients[name])
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in the precision; counts and orders as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

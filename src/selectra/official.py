@@ -94,8 +94,7 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
     importlib.import_module("selectra.models")
     if source not in readers:
         raise ConfigError(f"'{source}' is not known; there are {', '.join(sorted(readers))}.{nearest(source, readers)}")
-    reader = readers[source]
-    official = reader(**_options(source, reader, config))
+    official = readers[source](**checked_options(source, config))
     if "dtype" not in config or config["dtype"] is None:
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in state_dict.values())
         official.to(torch.float64 if double else torch.float32)
@@ -103,8 +102,13 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
     return official.eval()
 
 
-def _options(source: str, reader: Reader, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration read by the reader's annotations."""
+def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration read by the annotations of the source's reader.
+
+    Raises:
+        ConfigError: An option that is unknown, missing, or has a value that is not supported.
+    """
+    reader = readers[source]
     parameters = inspect.signature(reader).parameters
     hints = get_type_hints(reader)
     for name in config:

@@ -72,6 +72,22 @@ class PatchEmbed(nn.Module):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
+class PaddedPatchEmbed(PatchEmbed):
+    """Patches that see every pixel: zeros below and on the right, so that there is one for each begun stride."""
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        height, width = sides(size)
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
+        require_image(x, self.in_channels)
+        below, right = (
+            max(0, (n - 1) * self.stride + self.patch_size - side)
+            for n, side in zip(self.grid((x.shape[2], x.shape[3])), x.shape[2:], strict=True)
+        )
+        return super().forward(F.pad(x, (0, right, 0, below)) if below or right else x)
+
+
 class NormedPatches(PatchEmbed):
     """Patches that do not overlap, normalised."""
 

@@ -8,6 +8,7 @@ from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
 from .nlinear import NormLinear as NormLinear
 from .patchtst import PatchTST as PatchTST
+from .rsmamba import RSMamba as RSMamba
 from .s_mamba import SMamba as SMamba
 from .simba import Simba as Simba
 from .simba_series import SimbaSeries as SimbaSeries
