@@ -67,8 +67,8 @@ def test_what_is_no_image_is_named(name):
         build(name)(torch.randn(1, 3, 0, 8))
 
 
-# Why a parameter has no effect.
-ONE_TOKEN: dict[str, str] = {"simba_smoke": "class_block.mamba.A_log"}
+# Parameters of recurrences that reach what is read as its first token, so that nothing recurs.
+ONE_TOKEN = {"simba_smoke": "class_block.mamba.A_log", "videomamba_smoke": "layers.1.mixer.ahead.A_log"}
 
 
 @EACH

@@ -15,6 +15,7 @@ from .simba_series import SimbaSeries as SimbaSeries
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
 from .tsmixer import TSMixer as TSMixer
+from .videomamba import VideoMamba as VideoMamba
 from .vim import Vim as Vim
 from .vim2 import ViM2 as ViM2
 from .vmamba import VMamba as VMamba
