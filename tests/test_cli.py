@@ -154,7 +154,10 @@ def test_version(call):
         ("train linear task.target_index=99 --out {tmp}", "'task.target_index' is (99,), and the data has"),
         ("eval nowhere", "there is no 'nowhere'"),
         ("eval nowhere --split tst", "Invalid value for '--split'"),
-        ("list models --kind serie", "there is no kind 'serie'; there are ['series']. Did you mean 'series'?"),
+        (
+            "list models --kind serie",
+            "there is no kind 'serie'; there are ['image', 'series', 'video']. Did you mean 'series'?",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(call, words, message, tmp_path):
