@@ -169,7 +169,7 @@ class Simba(nn.Module):
         def mamba(d_model: int) -> S6:
             return S6(d_model, d_state, d_conv, expand)
 
-        def channel(d_model: int, ratio: float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
+        def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
             return _channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
         embeds = [Stem(in_channels, d_stem, dims[0]), *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims))]

@@ -145,16 +145,16 @@ class VideoMamba(nn.Module):
         self.feature_strides = (self.patch_embed.stride,) * len(self.seen)
         self._start(start)
 
-    def features(self, x: Float[Tensor, "b c *t H W"]) -> list[Float[Tensor, "b *t h w d"]]:
+    def features(self, x: Float[Tensor, "b c *T H W"]) -> list[Float[Tensor, "b *t h w d"]]:
         """The grid behind each quarter of the blocks, normalised as the last one is; all have one resolution."""
         states, grid = self._run(x, self.seen)
         return [state[:, 1:].unflatten(1, grid) for state in states]
 
-    def embed(self, x: Float[Tensor, "b c *t H W"]) -> Float[Tensor, "b d"]:
+    def embed(self, x: Float[Tensor, "b c *T H W"]) -> Float[Tensor, "b d"]:
         """What the head reads: the class token."""
         return self._run(x, self.seen[-1:])[0][0][:, 0]
 
-    def forward(self, x: Float[Tensor, "b c *t H W"]) -> Float[Tensor, "b n_classes"]:
+    def forward(self, x: Float[Tensor, "b c *T H W"]) -> Float[Tensor, "b n_classes"]:
         """Scores of the classes, before a softmax."""
         return self.head(self.embed(x))
 
