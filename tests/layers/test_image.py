@@ -26,6 +26,7 @@ def test_patches_are_rows_of_a_product(size, patch, stride):
     embed, x = PatchEmbed(2, 5, patch, stride), torch.randn(3, 2, *size)
     patches = x.unfold(2, patch, stride).unfold(3, patch, stride)  # b c h w patch patch
     assert tuple(patches.shape[2:4]) == embed.grid(size)
+    assert embed.proj.bias is not None
     expected = torch.einsum("bchwij,dcij->bhwd", patches, embed.proj.weight) + embed.proj.bias
     assert torch.allclose(embed(x), expected, atol=1e-5)
 
@@ -86,11 +87,11 @@ def test_resized_positions_keep_those_of_extra_tokens():
 
 
 def test_linear_maps_start_small_but_for_those_left_out():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), Mlp(64, 64))
-    before = model[1].weight.clone()
-    start_linear(model.modules(), [model[1]])
-    assert torch.equal(model[1].weight, before)
-    assert 0.015 < model[0].weight.std() < 0.022 and (model[0].bias == 0).all() and (model[2].fc1.bias == 0).all()
+    first, kept, mlp = nn.Linear(64, 64), nn.Linear(64, 64), Mlp(64, 64)
+    before = kept.weight.clone()
+    start_linear(nn.Sequential(first, kept, mlp).modules(), [kept])
+    assert torch.equal(kept.weight, before)
+    assert 0.015 < first.weight.std() < 0.022 and (first.bias == 0).all() and (mlp.fc1.bias == 0).all()
 
 
 @pytest.mark.parametrize(

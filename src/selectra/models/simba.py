@@ -200,6 +200,10 @@ class Simba(nn.Module):
             return scores
         return scores + 0.5 * self.aux_head(self._norm(grid)).flatten(1, 2).amax(1)
 
+    def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An official checkpoint's state under our keys."""
+        return _rename(state, len(self.stages))
+
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
         return [module for module in self.modules() if isinstance(module, Block)]

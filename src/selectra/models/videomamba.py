@@ -158,6 +158,10 @@ class VideoMamba(nn.Module):
         """Scores of the classes, before a softmax."""
         return self.head(self.embed(x))
 
+    def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An official checkpoint's state under our keys."""
+        return _rename(state, True)
+
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
         return list(self.layers)

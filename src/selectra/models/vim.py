@@ -174,6 +174,10 @@ class Vim(nn.Module):
         y = self.head(self.embed(x))
         return y.amax(1) if self.pool == "max" else y
 
+    def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An official checkpoint's state under our keys."""
+        return _rename(state, "v2")
+
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
         return list(self.layers)

@@ -230,6 +230,10 @@ class VMamba(nn.Module):
         """Scores of the classes, before a softmax."""
         return self.head(self.embed(x))
 
+    def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An official checkpoint's state under our keys."""
+        return _rename(state, self)
+
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
         return [module for module in self.modules() if isinstance(module, Block)]
