@@ -12,6 +12,7 @@ from selectra.layers.image import (
     PatchEmbed,
     PatchMerging,
     insert_token,
+    quarters,
     remove_tokens,
     resize_grid,
     resize_positions,
@@ -57,6 +58,11 @@ def test_a_convolution_between_grids_is_pytorchs():
     way, x = ConvNorm(3, 4, 3, 2, 1), torch.randn(2, 5, 7, 3)
     expected = way.norm(way.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
     assert torch.equal(way(x), expected) and way(x).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("depth", "ends"), [(24, [5, 11, 17, 23]), (4, [0, 1, 2, 3]), (6, [1, 2, 4, 5]), (1, [0])])
+def test_quarters_end_with_the_last_block(depth, ends):
+    assert quarters(depth) == ends
 
 
 def test_tokens_are_inserted_and_removed():

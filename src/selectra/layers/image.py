@@ -17,6 +17,11 @@ from selectra.errors import ConfigError
 Size = int | tuple[int, int]
 
 
+def quarters(depth: int) -> list[int]:
+    """Numbers of the blocks that end each quarter of `depth`: where models of one resolution give features."""
+    return sorted({-(-depth * i // 4) - 1 for i in range(1, 5)})
+
+
 def sides(size: Size) -> tuple[int, int]:
     """Height and width."""
     return (size, size) if isinstance(size, int) else size

@@ -4,6 +4,7 @@ from .dlinear import DLinear as DLinear
 from .gru import GRU as GRU
 from .itransformer import ITransformer as ITransformer
 from .linear import Linear as Linear
+from .mambavision import MambaVision as MambaVision
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
 from .nlinear import NormLinear as NormLinear

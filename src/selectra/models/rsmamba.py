@@ -28,7 +28,15 @@ from torch import Tensor, nn
 
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
-from selectra.layers.image import PaddedPatchEmbed, Size, insert_token, remove_tokens, resize_positions, start_linear
+from selectra.layers.image import (
+    PaddedPatchEmbed,
+    Size,
+    insert_token,
+    quarters,
+    remove_tokens,
+    resize_positions,
+    start_linear,
+)
 from selectra.mixers import S6
 from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, checked_options, reads
@@ -38,8 +46,6 @@ Paths = Literal["forward", "reverse_mean", "reverse_gate", "shuffle_mean", "shuf
 Pool = Literal["mean", "middle", "head", "tail"]
 TestShuffle = Literal["seeded", "random", "none"]
 EPS = 1e-6
-# Grids that `features` gives: behind each quarter of the layers.
-N_FEATURES = 4
 
 
 class PathMixer(nn.Module):
@@ -165,7 +171,7 @@ class RSMamba(nn.Module):
         self.ln2 = nn.LayerNorm(d_model, eps=EPS) if pool == "mean" else None
         self.head = nn.Linear(d_model, n_classes)
         start_linear([self.head])
-        self.seen = sorted({-(-depth * (i + 1) // N_FEATURES) - 1 for i in range(N_FEATURES)})
+        self.seen = quarters(depth)
         self.feature_dims = (d_model,) * len(self.seen)
         self.feature_strides = (stride,) * len(self.seen)
 

@@ -26,15 +26,20 @@ from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
-from selectra.layers.image import PatchEmbed, Size, insert_token, require_image, resize_positions, start_linear
+from selectra.layers.image import (
+    PatchEmbed,
+    Size,
+    insert_token,
+    quarters,
+    require_image,
+    resize_positions,
+    start_linear,
+)
 from selectra.layers.norm import AddNorm, PreNorm, run_blocks
 from selectra.mixers import S6, Bidirectional, SelectivePath
 from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, bidirectional_key, reads
 from selectra.registry import models
-
-# Grids that `features` gives: behind each quarter of the blocks.
-N_FEATURES = 4
 
 
 class TubeletEmbed(PatchEmbed):
@@ -140,7 +145,7 @@ class VideoMamba(nn.Module):
         self.drops = nn.ModuleList(map(DropPath, rising_rates(drop_path, depth)))
         self.norm_f = AddNorm(d_model)
         self.head = nn.Linear(d_model, n_classes)
-        self.seen = sorted({-(-depth * (i + 1) // N_FEATURES) - 1 for i in range(N_FEATURES)})
+        self.seen = quarters(depth)
         self.feature_dims = (d_model,) * len(self.seen)
         self.feature_strides = (self.patch_embed.stride,) * len(self.seen)
         self._start(start)

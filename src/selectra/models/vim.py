@@ -26,7 +26,15 @@ from torch import Tensor, nn
 
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
-from selectra.layers.image import PatchEmbed, Size, insert_token, remove_tokens, resize_positions, start_linear
+from selectra.layers.image import (
+    PatchEmbed,
+    Size,
+    insert_token,
+    quarters,
+    remove_tokens,
+    resize_positions,
+    start_linear,
+)
 from selectra.layers.norm import AddNorm, PreNorm, run_blocks
 from selectra.mixers import S6, Bidirectional
 from selectra.mixers.s6 import at_least_float32, require_input
@@ -36,8 +44,6 @@ from selectra.ops import selective_scan
 from selectra.registry import models
 
 Pool = Literal["middle", "head", "double", "mean", "max"]
-# Grids that `features` gives: behind each quarter of the blocks.
-N_FEATURES = 4
 
 
 class Halved(Bidirectional):
@@ -148,7 +154,7 @@ class Vim(nn.Module):
         self.drops = nn.ModuleList(map(DropPath, rising_rates(drop_path, depth)))
         self.norm_f = AddNorm(d_model)
         self.head = nn.Linear(d_model, n_classes)
-        self.seen = sorted({-(-depth * (i + 1) // N_FEATURES) - 1 for i in range(N_FEATURES)})
+        self.seen = quarters(depth)
         self.feature_dims = (d_model,) * len(self.seen)
         self.feature_strides = (self.patch_embed.stride,) * len(self.seen)
         self._start()
