@@ -1,6 +1,7 @@
 """Weights from files into image models."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,16 @@ def test_a_malicious_pickle_runs_nothing(tmp_path: Path):
     with pytest.raises(DataError, match="could run its code"):
         load_pretrained(vim(), path)
     assert not mark.exists()
+
+
+def test_the_readmes_example(tmp_path: Path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_pretrained" in block]
+    names: dict[str, Any] = {"images": torch.randn(1, 13, 256, 192)}
+    (file,) = re.findall(r'"([\w.]+\.pth)"', code)
+    torch.save({"model": official(Vim())}, tmp_path / file)
+    exec(code.replace(file, str(tmp_path / file)), names)
+    assert names["scores"].shape == (1, 21) and names["grids"][0].shape == (1, 16, 12, 192)
 
 
 def test_files_that_hold_no_weights_are_named(tmp_path: Path):

@@ -268,6 +268,26 @@ def read_einfft(*, dim: int) -> OfficialEinFFT:
     return OfficialEinFFT(EinFFT(dim))
 
 
+# Of mamba_ssm's mixer: what shapes it, and what only says how it starts or which kernel it takes.
+SHAPING = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
+STARTING = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
+
+
+def mixer_options(option: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a whole model's option for its mixers says about their shape; how steps start has no effect on loaded ones.
+
+    Raises:
+        ConfigError: It has a name that is not supported.
+    """
+    for name in given or {}:
+        if name not in (*SHAPING, *STARTING):
+            raise ConfigError(
+                f"option '{option}' has '{name}'; it takes {', '.join((*SHAPING, *STARTING))}."
+                f"{nearest(name, (*SHAPING, *STARTING))}"
+            )
+    return {name: value for name, value in (given or {}).items() if name in SHAPING}
+
+
 # Of the second direction's parameters, in Vim's fork of mamba_ssm and those made after it.
 BACK = {"A_b_log": "A_log", "D_b": "D", "conv1d_b": "conv1d", "x_proj_b": "x_proj", "dt_proj_b": "dt_proj"}
 

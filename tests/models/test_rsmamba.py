@@ -34,7 +34,7 @@ def test_published_sizes(size, expected):
 @pytest.mark.parametrize("paths", ["forward", "reverse_mean", "reverse_gate", "shuffle_mean", "shuffle_gate"])
 def test_paths_written_out(paths):
     """As the official code has it: the orders side by side in the batch, through one whole Mamba."""
-    layer = PathMixer(S6(8, 4), paths).double()
+    layer = PathMixer(S6(8, 4, bias=True), paths).double()
     x, order = torch.randn(2, 7, 8).double(), torch.randperm(7)
     sides = [x, x.flip(1), x[:, order]][: layer.n_paths]
     ys = list(layer.mamba(torch.cat(sides)).split(2))
@@ -140,6 +140,13 @@ def test_several_layers_and_every_kind_of_output():
         raw(x, orders[0])
 
 
+def test_the_mixers_own_options_are_read():
+    options = {"state_size": 5, "conv_kernel": 3, "time_step_rank": 2, "use_conv_bias": False, "use_bias": True}
+    mamba = untrained(layer_cfgs={**options, "use_mambapy": False}).model.backbone.layers[0].mamba
+    assert (mamba.d_state, mamba.d_conv, mamba.dt_rank, mamba.d_inner) == (5, 3, 2, 12)
+    assert mamba.conv1d.bias is None and mamba.in_proj.bias is not None and mamba.out_proj.bias is not None
+
+
 def test_a_whole_classifier_is_read():
     model = small(img_size=24)
     names = {"patch_embed.proj": "patch_embed.projection", ".mamba.": ".", "head.": "head.fc."}
@@ -172,7 +179,7 @@ def test_a_whole_classifier_is_read():
         ({"cls_position": "head_tail"}, "option 'cls_position' is 'head_tail'"),
         ({"pe_type": "sine"}, "option 'pe_type' is 'sine'"),
         ({"patch_cfg": {"padding": 1}}, "option 'patch_cfg' has 'padding'; it takes stride"),
-        ({"layer_cfgs": {"use_bias": 1}}, "option 'layer_cfgs' has 'use_bias'"),
+        ({"layer_cfgs": {"hidden_act": 1}}, "option 'layer_cfgs' has 'hidden_act'"),
         ({"norm_cfg": {"type": "BN"}}, "option 'norm_cfg' has type 'BN'"),
         ({"out_indices": [3]}, r"option 'out_indices' is \[3\]"),
         ({"out_type": "cls_token"}, "there is no class token"),

@@ -128,10 +128,12 @@ CONFIG: dict[str, Any] = {"img_size": (16, 24), "patch_size": 8, "depth": 2, "em
 @pytest.mark.parametrize(("bimamba", "mixer"), [(True, Bidirectional), (False, S6)])
 def test_every_mixer_norm_and_eps_is_read(bimamba, mixer):
     options = {"bimamba": bimamba, "rms_norm": False, "norm_epsilon": 1e-3, "residual_in_fp32": False}
+    options["ssm_cfg"] = {"d_state": 5, "expand": 1}
     model = readers[VIDEO](**CONFIG, **options, num_frames=4, kernel_size=2).model
     assert isinstance(model, VideoMamba) and model.time_embed is not None and model.time_embed.shape[1] == 2
     for block in model.layers:
         assert isinstance(block, PreNorm) and type(block.mixer) is mixer
+        assert next(p.shape for name, p in block.named_parameters() if name.endswith("A_log")) == (12, 5)
         assert (block.norm.kind, block.norm.eps, block.norm.residual_in_fp32) == ("layer", 1e-3, False)
     assert model(torch.randn(1, 3, 4, 16, 24)).shape == (1, 4)
 
@@ -140,7 +142,7 @@ def test_every_mixer_norm_and_eps_is_read(bimamba, mixer):
     ("source", "changes", "message"),
     [
         (IMAGE, {"num_frames": 8}, "no supported option 'num_frames'"),
-        (IMAGE, {"ssm_cfg": {"d_conv": 3}}, "option 'ssm_cfg'"),
+        (IMAGE, {"ssm_cfg": {"dconv": 3}}, "option 'ssm_cfg' has 'dconv'.*Did you mean 'd_conv'"),
         (VIDEO, {"stride": 8}, "no supported option 'stride'"),
         (VIDEO, {"fc_drop_rate": 0.5}, "option 'fc_drop_rate' is 0.5"),
         (VIDEO, {"num_frames": 1, "kernel_size": 2}, "n_frames=0: needs at least 1"),

@@ -14,6 +14,7 @@ from selectra.models.vim import Halved, SharedBidirectional, Vim
 from selectra.official import BACK, from_official
 from selectra.registry import models
 from selectra.spec import Spec
+from selectra.train.optim import without_decay
 from tests.golden import PRECISIONS, Golden
 
 SOURCE = "hustvl/Vim:VisionMamba"
@@ -153,7 +154,8 @@ def test_every_mixer_norm_and_eps_is_read(changes, kind):
     [
         ({"if_rope": True}, "option 'if_rope' is True"),
         ({"if_bidirectional": True}, "option 'if_bidirectional' is True"),
-        ({"ssm_cfg": {"d_conv": 3}}, "option 'ssm_cfg'"),
+        ({"ssm_cfg": {"conv": 3}}, "option 'ssm_cfg' has 'conv'"),
+        ({"ssm_cfg": {"d_state": 3}}, "option 'ssm_cfg' has 'd_state', which is an option of its own"),
         ({"flip_img_sequences_ratio": 0.5}, "option 'flip_img_sequences_ratio' is 0.5"),
         ({"if_cls_token": False, "final_pool_type": "none"}, "option 'final_pool_type' is 'none'"),
         ({"final_pool_type": "all"}, "option 'final_pool_type' is 'all'"),
@@ -165,6 +167,21 @@ def test_every_mixer_norm_and_eps_is_read(changes, kind):
 def test_what_is_not_supported_is_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         from_official(SOURCE, {**CONFIG, **changes}, official_state(small()))
+
+
+def test_the_mixers_own_options_and_no_positions_are_read():
+    model, x = small(), image()
+    for block in model.layers:
+        assert isinstance(block, PreNorm)
+        block.mixer = Halved(12, 3, d_conv=3, expand=1, dt_rank=2, conv_bias=False, bias=True).double()
+    options = {"d_conv": 3, "expand": 1, "dt_rank": 2, "conv_bias": False, "bias": True, "dt_min": 0.01}
+    state = official_state(model)
+    assert torch.equal(from_official(SOURCE, {**CONFIG, "ssm_cfg": options}, state)(x)[0], model(x))
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    del state["pos_embed"]
+    got = from_official(SOURCE, {**CONFIG, "ssm_cfg": options, "if_abs_pos_embed": False}, state)
+    assert torch.equal(got(x)[0], model(x)) and without_decay(got.model)
 
 
 def test_the_mixers_bias_is_not_halved():

@@ -105,6 +105,14 @@ def test_every_form_of_the_names_is_read():
         assert torch.equal(from_official(SOURCE, CONFIG, form)(x)[0], model(x))
 
 
+def test_forward_types_that_compute_the_same():
+    model, x = VMamba(**SIZES).eval(), torch.randn(1, 3, 21, 30)
+    for kind in ("v05_noz", "v2_noz", "v3_noz_no32", "v01_noz"):
+        assert torch.equal(
+            from_official(SOURCE, {**CONFIG, "forward_type": kind}, official_state(model))(x)[0], model(x)
+        )
+
+
 def test_the_first_versions_names_are_read():
     config = {**CONFIG, "forward_type": "v0", "mlp_ratio": 0.0, "downsample_version": "v1", "patchembed_version": "v1"}
     sizes = {"depths": (1, 2), "dims": (8, 12), "n_classes": 3, "d_state": 2}
@@ -133,7 +141,7 @@ def renamed(key: str, names: dict[str, str]) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"forward_type": "v052d"}, "option 'forward_type' is 'v052d'"),
+        ({"forward_type": "v05_nozz"}, "option 'forward_type' is 'v05_nozz'.*Did you mean 'v05_noz'"),
         ({"norm_layer": "bn"}, "option 'norm_layer' is 'bn'"),
         ({"posembed": True}, "option 'posembed' is True"),
         ({"gmlp": True}, "option 'gmlp' is True"),

@@ -251,6 +251,14 @@ OFFICIAL_PATHS: dict[str, Paths] = {
     "forward_reverse_shuffle_mean": "shuffle_mean",
     "forward_reverse_shuffle_gate": "shuffle_gate",
 }
+# Of transformers' Mamba, under our names.
+LAYER_KEYS = {
+    "state_size": "d_state",
+    "conv_kernel": "d_conv",
+    "time_step_rank": "dt_rank",
+    "use_conv_bias": "conv_bias",
+    "use_bias": "bias",
+}
 BACKBONE = "KyanChen/RSMamba:RSMamba"
 OutType = Literal["featmap", "avg_featmap", "cls_token", "raw"]
 
@@ -315,13 +323,13 @@ def read_rsmamba(
     frozen_stages: Literal[-1, 0] = -1,
     interpolate_mode: str = "bicubic",
     patch_cfg: dict[str, int] | None = None,
-    layer_cfgs: dict[str, int] | None = None,
+    layer_cfgs: dict[str, int | bool] | None = None,
     init_cfg: Any = None,
 ) -> Official:
     """The backbone; `interpolate_mode` and `init_cfg` have no effect on what loaded weights compute there."""
     norm, patches, layers = norm_cfg or {}, patch_cfg or {}, layer_cfgs or {}
     _require_keys("patch_cfg", patches, ("stride",))
-    _require_keys("layer_cfgs", layers, ("state_size", "conv_kernel"))
+    _require_keys("layer_cfgs", layers, (*LAYER_KEYS, "use_mambapy"))
     _require_keys("norm_cfg", norm, ("type", "eps"))
     if norm.get("type", "LN") != "LN":
         raise ConfigError(f"option 'norm_cfg' has type {norm['type']!r}; it takes 'LN'")
@@ -338,13 +346,14 @@ def read_rsmamba(
         stride=patches.get("stride", patch_size),
         d_model=d_model,
         depth=depth,
-        d_state=layers.get("state_size", 16),
-        d_conv=layers.get("conv_kernel", 4),
-        expand=d_inner / d_model,
         paths=OFFICIAL_PATHS[path_type],
         pool="mean" if cls_position == "none" else cls_position,
         test_shuffle="random",
     )
+    own = {LAYER_KEYS[key]: value for key, value in layers.items() if key in LAYER_KEYS}
+    for layer in model.layers:
+        assert isinstance(layer, PathMixer)
+        layer.mamba = S6(d_model, **{"expand": d_inner / d_model, **own})
     indices = (out_indices,) if isinstance(out_indices, int) else out_indices
     backbone = Backbone(model, out_type, indices, final_norm)
     for module in backbone.modules():

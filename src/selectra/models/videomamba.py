@@ -38,7 +38,7 @@ from selectra.layers.image import (
 from selectra.layers.norm import AddNorm, PreNorm, run_blocks
 from selectra.mixers import S6, Bidirectional, SelectivePath
 from selectra.mixers.sizes import require_sizes
-from selectra.official import Official, bidirectional_key, reads
+from selectra.official import Official, bidirectional_key, mixer_options, reads
 from selectra.registry import models
 
 
@@ -214,7 +214,7 @@ def read_image_model(
     num_classes: int = 1000,
     drop_rate: Literal[0] = 0,
     drop_path_rate: float = 0.1,
-    ssm_cfg: None = None,
+    ssm_cfg: dict[str, int | float | bool | str] | None = None,
     norm_epsilon: float = 1e-5,
     initializer_cfg: None = None,
     fused_add_norm: bool = True,
@@ -235,7 +235,7 @@ def read_image_model(
         depth=depth,
         drop_path=drop_path_rate,
     )
-    return _official(model, norm_epsilon, rms_norm, residual_in_fp32, bimamba)
+    return _official(model, norm_epsilon, rms_norm, residual_in_fp32, bimamba, mixer_options("ssm_cfg", ssm_cfg))
 
 
 @reads("OpenGVLab/VideoMamba:video.VisionMamba")
@@ -249,7 +249,7 @@ def read_video_model(
     num_classes: int = 1000,
     drop_rate: Literal[0] = 0,
     drop_path_rate: float = 0.1,
-    ssm_cfg: None = None,
+    ssm_cfg: dict[str, int | float | bool | str] | None = None,
     norm_epsilon: float = 1e-5,
     initializer_cfg: None = None,
     fused_add_norm: bool = True,
@@ -276,10 +276,12 @@ def read_video_model(
         tubelet=kernel_size,
         drop_path=drop_path_rate,
     )
-    return _official(model, norm_epsilon, rms_norm, residual_in_fp32, bimamba)
+    return _official(model, norm_epsilon, rms_norm, residual_in_fp32, bimamba, mixer_options("ssm_cfg", ssm_cfg))
 
 
-def _official(model: VideoMamba, eps: float, rms_norm: bool, in_fp32: bool, bimamba: bool) -> Official:
+def _official(
+    model: VideoMamba, eps: float, rms_norm: bool, in_fp32: bool, bimamba: bool, own: dict[str, Any]
+) -> Official:
     """With the norms and the mixers that the options ask for."""
     d_model = model.feature_dims[-1]
 
@@ -290,8 +292,8 @@ def _official(model: VideoMamba, eps: float, rms_norm: bool, in_fp32: bool, bima
     for block in model.layers:
         assert isinstance(block, PreNorm)
         block.norm = norm()
-        if not bimamba:
-            block.mixer = S6(d_model)
+        if own or not bimamba:
+            block.mixer = (Bidirectional if bimamba else S6)(d_model, **own)
     return Official(model, partial(_rename, bimamba=bimamba))
 
 

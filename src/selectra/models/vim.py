@@ -39,7 +39,7 @@ from selectra.layers.norm import AddNorm, PreNorm, run_blocks
 from selectra.mixers import S6, Bidirectional
 from selectra.mixers.s6 import at_least_float32, require_input
 from selectra.mixers.sizes import require_sizes
-from selectra.official import Official, OfficialMamba, bidirectional_key, reads
+from selectra.official import Official, OfficialMamba, bidirectional_key, mixer_options, reads
 from selectra.ops import selective_scan
 from selectra.registry import models
 
@@ -196,7 +196,9 @@ class Vim(nn.Module):
         for token, slot in zip((self.cls_token, self.cls_token_tail), slots, strict=False):
             assert token is not None
             x = insert_token(x, token, slot)
-        x = x + resize_positions(self.pos_embed, self.grid, grid, self.slots(self.grid[0] * self.grid[1]), slots)
+        # Some official configurations have no positions.
+        if self.pos_embed is not None:
+            x = x + resize_positions(self.pos_embed, self.grid, grid, self.slots(self.grid[0] * self.grid[1]), slots)
         return [self.norm_f(*pair)[0] for pair in run_blocks(self.layers, self.drops, x, after)], grid, slots
 
     def _start(self) -> None:
@@ -237,7 +239,7 @@ def read_vim(
     d_state: int = 16,
     channels: int = 3,
     num_classes: int = 1000,
-    ssm_cfg: None = None,
+    ssm_cfg: dict[str, int | float | bool | str] | None = None,
     drop_rate: Literal[0] = 0,
     drop_path_rate: float = 0.1,
     norm_epsilon: float = 1e-5,
@@ -251,7 +253,7 @@ def read_vim(
     pt_hw_seq_len: int = 14,
     if_bidirectional: Literal[False] = False,
     final_pool_type: Literal["none", "mean", "max"] = "none",
-    if_abs_pos_embed: Literal[True] = True,
+    if_abs_pos_embed: bool = True,
     if_rope: Literal[False] = False,
     if_rope_residual: Literal[False] = False,
     flip_img_sequences_ratio: float = -1.0,
@@ -284,11 +286,16 @@ def read_vim(
         pool=pool,
         drop_path=drop_path_rate,
     )
-    kind = "v1" if if_bimamba else bimamba_type
+    kind, own = "v1" if if_bimamba else bimamba_type, mixer_options("ssm_cfg", ssm_cfg)
+    if "d_state" in own:
+        raise ConfigError("option 'ssm_cfg' has 'd_state', which is an option of its own")
     for block in model.layers:
         assert isinstance(block, PreNorm)
-        if kind != "v2" or not if_divide_out:
-            block.mixer = _mixer(kind, if_divide_out)(embed_dim, d_state)
+        if kind != "v2" or not if_divide_out or own:
+            block.mixer = _mixer(kind, if_divide_out)(embed_dim, d_state, **own)
+    if not if_abs_pos_embed:
+        model.register_parameter("pos_embed", None)
+        model.no_decay = model.no_decay[1:]
     for block in [*model.layers, model]:
         name = "norm_f" if block is model else "norm"
         norm = AddNorm(embed_dim, norm_epsilon, "rms" if rms_norm else "layer", residual_in_fp32)

@@ -36,6 +36,7 @@ from selectra.mixers.cross_scan_2d import require_grid
 from selectra.mixers.sizes import mixer_sizes, require_sizes
 from selectra.official import Official, reads, with_options_of
 from selectra.registry import models
+from selectra.spec import nearest
 
 Stem = Literal["patches", "convolutions"]
 Downsample = Literal["merge", "conv2", "conv3"]
@@ -270,13 +271,10 @@ class Backbone(nn.Module):
         return tuple(self.get_submodule(f"outnorm{i}")(grids[i]).permute(0, 3, 1, 2) for i in self.out_indices)
 
 
-# Official forward types that compute the same: they differ in kernels, in their precision and in the layout.
-# fmt: off
-ForwardType = Literal[
-    "v0", "v0seq", "v01", "v02", "v03", "v04", "v05", "v2", "v3",
-    "v01_noz", "v02_noz", "v03_noz", "v04_noz", "v05_noz", "v2_noz", "v3_noz",
-]
-# fmt: on
+# Official forward types that compute the same: they differ in kernels, in their precision and in the layout; "_noz" is
+# for no gate.
+FIRST_TYPES, CORES = ("v0", "v0seq"), ("v01", "v02", "v03", "v04", "v05", "v2", "v3")
+FORWARD_TYPES = (*FIRST_TYPES, *(core + end for core in CORES for end in ("", "_noz", "_no32", "_noz_no32")))
 NormLayer = Literal["ln", "ln2d", "LN", "LN2D"]
 
 
@@ -296,7 +294,7 @@ def read_vssm(
     ssm_conv_bias: bool = True,
     ssm_drop_rate: float = 0.0,
     ssm_init: Literal["v0", "v1", "v2"] = "v0",
-    forward_type: ForwardType = "v2",
+    forward_type: str = "v2",
     mlp_ratio: float = 4.0,
     mlp_act_layer: Literal["gelu"] = "gelu",
     mlp_drop_rate: float = 0.0,
@@ -315,7 +313,12 @@ def read_vssm(
     Checkpoints of the first and of the second version are taken, with their own names for the parameters.
     """
     require_no_rate(ssm_drop_rate=ssm_drop_rate, mlp_drop_rate=mlp_drop_rate)
-    if forward_type in ("v0", "v0seq"):
+    if forward_type not in FORWARD_TYPES:
+        raise ConfigError(
+            f"option 'forward_type' is {forward_type!r}; it takes {', '.join(map(repr, FORWARD_TYPES))}."
+            f"{nearest(forward_type, FORWARD_TYPES)}"
+        )
+    if forward_type in FIRST_TYPES:
         # That type has a convolution of its own, whatever these options say.
         ssm_conv, ssm_conv_bias = 3, True
     model = VMamba(
@@ -326,7 +329,7 @@ def read_vssm(
         d_state=ssm_d_state,
         expand=ssm_ratio,
         dt_rank=ssm_dt_rank,
-        gate=not forward_type.endswith("_noz"),
+        gate="_noz" not in forward_type,
         conv_bias=ssm_conv_bias,
         d_conv=ssm_conv,
         mlp_ratio=max(mlp_ratio, 0.0),
