@@ -116,6 +116,15 @@ def test_bfloat16_autocast_stays_near(name):
 
 
 @EACH
+def test_half_precision_throughout(name):
+    model, x = build(name), image()
+    y, low = model(x), model.bfloat16()(x.bfloat16())
+    assert low.dtype == torch.bfloat16 and (low.float() - y).abs().max() <= 0.1 * y.abs().max()
+    low.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@EACH
 def test_float64_stays_float64(name):
     y = build(name).double()(image().double())
     assert y.dtype == torch.float64 and y.isfinite().all()

@@ -103,6 +103,11 @@ def test_the_norms_eps_is_read(norm_layer, eps):
     assert model.class_block.norm1.eps == model.stages[1].embed.norm.eps == 1e-5
 
 
+def test_the_norms_eps_without_an_official_configuration():
+    model = Simba(**SIZES)
+    assert model.class_block.norm2.eps == 1e-6 and model.class_block.norm1.eps == 1e-5
+
+
 def from_official_untrained(config: dict[str, Any]) -> Any:
     from selectra.official import readers
 
