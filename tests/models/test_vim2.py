@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.mixers import CrossPaths, SelectivePath, WeightedAverage, s6
+from selectra.mixers import CrossPaths, SelectivePath, WeightedAverage
 from selectra.models.vim2 import GridChannels, Residual, ViM2
 from selectra.models.vmamba import VMamba
 from selectra.registry import models
@@ -118,11 +118,23 @@ def test_static_selection_leaves_a_fixed_linear_map_over_tokens(monkeypatch):
         assert torch.allclose(paths.mix(u), expected, rtol=1e-9)
 
 
-def test_static_selection_leaves_a_fixed_linear_map_over_channels(monkeypatch):
+class Constant(torch.nn.Module):
+    """The same selection at every position."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.value.expand(*u.shape[:2], -1)
+
+
+def test_static_selection_leaves_a_fixed_linear_map_over_channels():
     path, (length, d, n) = moved(SelectivePath(3, 2, 4).double()), (6, 3, 2)
-    delta, B, C = torch.randn(d).double(), torch.randn(n).double(), torch.randn(n).double()
-    monkeypatch.setattr(s6, "select", lambda a, b, u, sizes: (u, *(t.expand(*u.shape[:2], -1) for t in (delta, B, C))))
-    fixed = kernel(F.softplus(delta + path.dt_proj.bias), -path.A_log.exp(), B, C, path.D, length)
+    dt, B, C = torch.randn(1).double(), torch.randn(n).double(), torch.randn(n).double()
+    path.x_proj = Constant(torch.cat([dt, B, C]))
+    step = F.softplus(path.dt_proj(dt))
+    fixed = kernel(step, -path.A_log.exp(), B, C, path.D, length)
     for reverse in (False, True):
         u, z = torch.randn(2, 2, length, d).double()
         activated = path.convolve(u, reverse=reverse)[0]

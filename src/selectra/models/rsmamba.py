@@ -67,12 +67,12 @@ class PathMixer(nn.Module):
     def forward(self, x: Float[Tensor, "b l d"], order: Int64[Tensor, " l"] | None = None) -> Float[Tensor, "b l d"]:
         """Mix; the third path visits the tokens in this order."""
         u, z = self.mamba.in_proj(x).chunk(2, dim=-1)
-        ys = [self.mamba.mix(u, z)[0]]
+        ys = [self.mamba.mix_whole(u, z)]
         if self.n_paths > 1:
-            ys.append(self.mamba.mix(u, z, reverse=True)[0])
+            ys.append(self.mamba.mix_whole(u, z, reverse=True))
         if self.n_paths > 2:
             assert order is not None
-            ys.append(self.mamba.mix(u[:, order], z[:, order])[0][:, torch.argsort(order)])
+            ys.append(self.mamba.mix_whole(u[:, order], z[:, order])[:, torch.argsort(order)])
         if self.gate is None:
             total = sum(ys[1:], ys[0]) / self.n_paths if self.n_paths > 1 else ys[0]
             return self.mamba.out_proj(total)
