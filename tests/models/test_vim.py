@@ -160,7 +160,7 @@ def test_every_mixer_norm_and_eps_is_read(changes, kind):
         ({"if_cls_token": False, "final_pool_type": "none"}, "option 'final_pool_type' is 'none'"),
         ({"final_pool_type": "all"}, "option 'final_pool_type' is 'all'"),
         ({"init_layer_scale": 1e-5}, "option 'init_layer_scale'"),
-        ({"if_devide_out": True}, "no supported option 'if_devide_out'.*Did you mean 'if_divide_out'"),
+        ({"if_divde_out": True}, "no supported option 'if_divde_out'.*Did you mean 'if_divide_out'"),
         ({"img_size": 4}, "img_size=4 is smaller than patch_size=8"),
     ],
 )

@@ -264,8 +264,12 @@ def read_vim(
     init_layer_scale: None = None,
     use_double_cls_token: bool = False,
     use_middle_cls_token: bool = True,
+    if_devide_out: bool = True,
 ) -> OfficialVim:
-    """The classifier. `fused_add_norm` chooses a kernel, `pt_hw_seq_len` is for rotary positions: without effect."""
+    """The classifier. `fused_add_norm` chooses a kernel, `pt_hw_seq_len` is for rotary positions: without effect.
+
+    So is `if_devide_out`, which the official base model is given; the option that counts there keeps its default.
+    """
     if flip_img_sequences_ratio > 0:
         raise ConfigError(f"option 'flip_img_sequences_ratio' is {flip_img_sequences_ratio}; it takes at most 0")
     if not if_cls_token and final_pool_type == "none":
