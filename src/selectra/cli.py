@@ -254,7 +254,7 @@ def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
             middle = [count, ", ".join(entry.takes) or "-", state]
         table.add_row(name, entry.kind, *middle, entry.source or "-")
     if of_models:
-        table.caption = "Parameters for 7 series, 96 values in and 96 out."
+        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes of images and clips."
     return table
 
 
