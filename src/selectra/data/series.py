@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from selectra.data.splits import SPLITS, Part, borders_of, describe, parts_of
+from selectra.data.covariates import Covariates, CovariateScalers, Standardised
+from selectra.data.splits import SPLITS, Borders, Part, borders_of, describe, parts_of
 from selectra.data.stamps import named_frequency, season_of, short
 from selectra.data.table import Table, read_table
 from selectra.data.windows import Scaler, SeriesBatch, Windows
@@ -29,12 +30,21 @@ class SeriesData:
     """
 
     def __init__(
-        self, table: Table, *, seq_len: int, horizon: int, split: str = "ratio", target: str | None = None
+        self,
+        table: Table,
+        *,
+        seq_len: int,
+        horizon: int,
+        split: str = "ratio",
+        target: str | None = None,
+        covariates: Covariates | None = None,
+        borders: Borders | None = None,
     ) -> None:
         self.table, self.seq_len, self.horizon, self.split = table, seq_len, horizon, split
         self.target = target
         self.target_index = None if target is None else table.index_of(target)
-        self.borders = borders_of(split, table.rows, table.freq, seq_len, horizon)
+        self.borders = borders or borders_of(split, table.rows, table.freq, seq_len, horizon)
+        self.covariates = covariates or Covariates()
         train = slice(0, self.borders.train)
         seen = np.asarray(table.observed[train].any(axis=0))
         absent = [name for name, any_value in zip(table.names, seen, strict=True) if not any_value]
@@ -45,6 +55,18 @@ class SeriesData:
             )
         self._check_targets()
         self.scaler = Scaler.fit(table.values[train], table.observed[train])
+        self.covariate_scalers = CovariateScalers.fit(self.covariates, self.borders.train)
+
+    def at(self, seq_len: int) -> SeriesData:
+        """The same data for another look-back."""
+        return SeriesData(
+            self.table,
+            seq_len=seq_len,
+            horizon=self.horizon,
+            split=self.split,
+            target=self.target,
+            covariates=self.covariates,
+        )
 
     def _check_targets(self) -> None:
         """Refuse a part without any value to score: its error would be that of nothing."""
@@ -85,12 +107,16 @@ class SeriesData:
     def facts(self) -> dict[str, int]:
         """What a model's constructor may take from the data."""
         counts = {"n_series": len(self.names), "season": self.season}
-        return {"seq_len": self.seq_len, "horizon": self.horizon, **counts}
+        return {"seq_len": self.seq_len, "horizon": self.horizon, **counts, **self.covariates.facts}
 
     @cached_property
     def _standardised(self) -> np.ndarray:
         values = np.where(self.table.observed, self.scaler.transform(self.table.values), 0.0)
         return values.astype(np.float32)
+
+    @cached_property
+    def _standardised_covariates(self) -> Standardised:
+        return self.covariate_scalers.transform(self.covariates)
 
     def windows(self, part: Part) -> Windows:
         """All windows of "train", "val" or "test"."""
@@ -107,6 +133,7 @@ class SeriesData:
             count=count,
             seq_len=self.seq_len,
             horizon=self.horizon,
+            **self._standardised_covariates._asdict(),
         )
 
     def window_at(self, row: int) -> SeriesBatch:
@@ -117,8 +144,17 @@ class SeriesData:
 
     def future_window(self) -> SeriesBatch:
         """The last `seq_len` rows: the input of the forecast beyond the file."""
-        x = torch.from_numpy(self._standardised[None, -self.seq_len :].copy())
-        return SeriesBatch(x, torch.from_numpy(self.table.observed[None, -self.seq_len :].copy()))
+        first, end = self.table.rows - self.seq_len, self.table.rows + self.horizon
+        past, future, static = self._standardised_covariates
+        if future is not None and len(future) < end:
+            raise DataError(f"the covariates known ahead end {end - len(future)} rows before the forecast does")
+        return SeriesBatch(
+            torch.from_numpy(self._standardised[None, first:].copy()),
+            torch.from_numpy(self.table.observed[None, first:].copy()),
+            past=None if past is None else torch.from_numpy(past[None, first : self.table.rows].copy()),
+            future=None if future is None else torch.from_numpy(future[None, first:end].copy()),
+            static=None if static is None else torch.from_numpy(static[None]),
+        )
 
     def future_stamps(self) -> pd.DatetimeIndex:
         """The `horizon` stamps after the last row."""
