@@ -10,7 +10,7 @@ from rich.console import Console
 
 from selectra.cli import main
 from selectra.errors import ConfigError
-from selectra.forecaster import ForecastJob, files, forecast_job, job
+from selectra.forecaster import ForecastJob, files, forecast_job, job, training
 from selectra.train.stop import StoppedError
 from tests.data.frames import hourly
 
@@ -32,9 +32,10 @@ def interrupted(*_: Any, **__: Any) -> Any:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("place", ["build_model", "score", "write_page"])
+@pytest.mark.parametrize("place", ["build_model", "training.score", "write_page"])
 def test_ctrl_c_anywhere_prints_the_command_that_goes_on(file, monkeypatch, place):
-    monkeypatch.setattr(job, place, interrupted)
+    room = training if place.startswith("training.") else job
+    monkeypatch.setattr(room, place.removeprefix("training."), interrupted)
     with pytest.raises(StoppedError, match=r"saved before is kept; go on with: selectra forecast .*table.csv"):
         done(file)
 
@@ -42,10 +43,10 @@ def test_ctrl_c_anywhere_prints_the_command_that_goes_on(file, monkeypatch, plac
 def test_results_of_another_job_go_when_a_new_one_starts(file, monkeypatch):
     out = done(file)
     with monkeypatch.context() as patch:
-        patch.setattr(job, "_train_or_load", interrupted)
+        patch.setattr(job, "train_or_load", interrupted)
         with pytest.raises(StoppedError):
             done(file)
-        assert all((out / name).is_file() for name in files.RESULTS)
+        assert all((out / name).is_file() for name in files.RESULTS if name != files.CV)
         with pytest.raises(StoppedError):
             done(file, seed=1)
     assert not any((out / name).exists() for name in files.RESULTS)
@@ -54,7 +55,7 @@ def test_results_of_another_job_go_when_a_new_one_starts(file, monkeypatch):
 
 def test_weights_of_another_job_go_before_training(file, monkeypatch):
     out = done(file)
-    monkeypatch.setattr(job, "fit", interrupted)
+    monkeypatch.setattr(training, "fit", interrupted)
     with pytest.raises(StoppedError):
         done(file, seed=1)
     assert not (out / "linear" / "model.safetensors").exists()
@@ -70,7 +71,7 @@ def test_a_damaged_result_is_made_again(file, content):
 
 
 def test_what_stands_in_the_way_is_found_before_training(file, monkeypatch):
-    monkeypatch.setattr(job, "fit", interrupted)
+    monkeypatch.setattr(training, "fit", interrupted)
     out = file.parent / "out"
     out.mkdir()
     (out / "linear").write_text("")

@@ -295,7 +295,9 @@ def forecast(
         Path | None, typer.Argument(help="CSV or parquet, wide or long; default: New York weather.")
     ] = None,
     model: Annotated[str, typer.Option(help="Models, separated by commas.")] = FORECAST_MODELS,
-    lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
+    lookback: Annotated[
+        str, typer.Option(help='Rows that a forecast sees; "auto": chosen on validation for each model.')
+    ] = "96",
     horizon: Annotated[int, typer.Option(min=1, help="Rows that are forecast.")] = 24,
     split: Annotated[Split, typer.Option(help="12/4/4 months, or 70/10/20 percent.")] = Split.ratio,
     target: Annotated[str | None, typer.Option(help="The series that counts; default: all.")] = None,
@@ -304,6 +306,11 @@ def forecast(
     stamps: Annotated[
         Stamps, typer.Option(help="Place rows by their time stamps, or take them as evenly spaced in file order.")
     ] = Stamps.check,
+    level: Annotated[str, typer.Option(help='Intervals in percent, separated by commas, or "none".')] = "80,95",
+    futr: Annotated[
+        Path | None, typer.Option(help="The next rows of covariates known ahead, in columns that FILE has too.")
+    ] = None,
+    cv: Annotated[int, typer.Option(min=0, help="Forecast also from this many cutoffs in the test part.")] = 0,
     epochs: Annotated[float, typer.Option(help="Most passes over the training windows.")] = 5,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("selectra_forecast"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
@@ -314,7 +321,8 @@ def forecast(
     from selectra.forecaster import ForecastJob, forecast_job  # noqa: PLC0415
 
     job = ForecastJob(
-        file=file, models=tuple(name.strip() for name in model.split(",")), lookback=lookback, horizon=horizon,
+        file=file, models=tuple(name.strip() for name in model.split(",")), horizon=horizon,
+        lookback=_lookback(lookback), level=_levels(level), futr=futr, cv=cv,
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
         out=out, seed=seed, batch_size=batch_size, quick=quick,
     )  # fmt: skip
@@ -322,6 +330,25 @@ def forecast(
         forecast_job(job, _console())
     except DataError as error:
         raise DataError(with_options(str(error))) from error
+
+
+def _lookback(text: str) -> Any:
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--lookback {text!r}: a whole number of at least 1, or auto")
+    return int(text)
+
+
+def _levels(text: str) -> tuple[float, ...]:
+    from selectra.forecaster.intervals import check_levels  # noqa: PLC0415
+
+    if text.strip().lower() == "none":
+        return ()
+    try:
+        return check_levels([float(part) for part in text.split(",")])
+    except ValueError as error:
+        raise ConfigError(f"--level {text!r}: numbers between 0 and 100, as 80,95, or none") from error
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +13,10 @@ import pandas as pd
 import torch
 
 from selectra.data.covariates import Covariates, CovariateScalers, Standardised
+from selectra.data.panel import read_with_future
 from selectra.data.splits import SPLITS, Borders, Part, borders_of, describe, parts_of
 from selectra.data.stamps import named_frequency, season_of, short
-from selectra.data.table import Table, read_table
+from selectra.data.table import Table, read_file, read_table
 from selectra.data.windows import Scaler, SeriesBatch, Windows
 from selectra.errors import DataError
 from selectra.registry import datasets
@@ -213,6 +215,8 @@ class SeriesFile(SeriesData):
         freq: pandas' alias of the distance of rows; inferred when None.
         target: The series that is trained on and scored; all when None. All are inputs.
         stamps: "check" trusts the stamps; "order" counts rows from the first stamp on.
+        futr: A file with the next `horizon` rows of covariates; the columns that it shares with `path` are covariates
+            known ahead, and no series.
     """
 
     def __init__(
@@ -226,9 +230,27 @@ class SeriesFile(SeriesData):
         freq: str | None = None,
         target: str | None = None,
         stamps: Literal["check", "order"] = "check",
+        futr: str | None = None,
     ) -> None:
+        covariates = None
+        if path is None and futr is not None:
+            raise DataError("a file of future covariates belongs to a file of one's own; name that too")
         if path is None:
             table = read_table(Path(str(files("selectra") / "examples" / EXAMPLE)))
+        elif futr is not None:
+            table, covariates = _read_with_future(path, futr, horizon, time, freq, stamps)
         else:
             table = read_table(Path(path).expanduser(), time=time, freq=freq, stamps=stamps)
-        super().__init__(table, seq_len=seq_len, horizon=horizon, split=split, target=target)
+        super().__init__(
+            table, seq_len=seq_len, horizon=horizon, split=split, target=target, covariates=covariates
+        )
+
+
+def _read_with_future(
+    path: str, futr: str, horizon: int, time: str | None, freq: str | None, stamps: str
+) -> tuple[Table, Covariates]:
+    if stamps != "check":
+        raise DataError("covariates are placed by their stamps, which stamps=order does not trust; leave one out")
+    frames = [read_file(Path(name).expanduser()) for name in (path, futr)]
+    table, covariates, notes = read_with_future(*frames, horizon, time=time, freq=freq)
+    return replace(table, notes=(*table.notes, *notes)), covariates
