@@ -106,7 +106,9 @@ def test_a_models_own_quantiles_are_widened() -> None:
     assert found.levels == (80.0, 95.0)
     low, high = found.bounds(Two()(torch.zeros(1, 2, 4)))
     # The quantiles 0.1 and 0.9 of a normal distribution; 95 % lie around the median, which is forecast.
-    assert torch.allclose(high[0], torch.tensor(1.2816), atol=0.12) and torch.allclose(low[0], -torch.tensor(1.2816), atol=0.12)
+    assert torch.allclose(high[0], torch.tensor(1.2816), atol=0.12) and torch.allclose(
+        low[0], -torch.tensor(1.2816), atol=0.12
+    )
     assert torch.allclose(high[1], torch.tensor(1.96), atol=0.15)
 
 

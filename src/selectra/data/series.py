@@ -241,9 +241,7 @@ class SeriesFile(SeriesData):
             table, covariates = _read_with_future(path, futr, horizon, time, freq, stamps)
         else:
             table = read_table(Path(path).expanduser(), time=time, freq=freq, stamps=stamps)
-        super().__init__(
-            table, seq_len=seq_len, horizon=horizon, split=split, target=target, covariates=covariates
-        )
+        super().__init__(table, seq_len=seq_len, horizon=horizon, split=split, target=target, covariates=covariates)
 
 
 def _read_with_future(

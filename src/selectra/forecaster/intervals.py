@@ -85,7 +85,11 @@ def column_names(alias: str, levels: Sequence[float]) -> list[str]:
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, windows: Windows, levels: Sequence[float], quantiles: tuple[float, ...] = (), batch_size: int = 256
+    model: nn.Module,
+    windows: Windows,
+    levels: Sequence[float],
+    quantiles: tuple[float, ...] = (),
+    batch_size: int = 256,
 ) -> Calibration:
     """Radii from a model's residuals on validation windows.
 

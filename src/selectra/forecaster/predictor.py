@@ -106,5 +106,3 @@ class Predictor:
 def _scaled(values: np.ndarray, scaler: Scaler) -> torch.Tensor:
     """In standard deviations; 0, the mean, where nothing is known."""
     return torch.from_numpy(np.nan_to_num(scaler.transform(values)).astype(np.float32))
-
-

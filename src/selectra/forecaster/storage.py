@@ -55,6 +55,7 @@ class Saved(BaseModel):
     facts: dict[str, int]
     names: list[str]
     freq: str
+    unit: Literal["s", "ms", "us", "ns"]
     layout: str
     time_name: str
     style: dict[str, str | None]
@@ -103,6 +104,7 @@ def load_forecaster(out: Path) -> Forecaster:
             params[key] = dict(Spec.from_json(params[key]).args)
         if isinstance(params["model"], dict):
             params["model"] = Spec.from_json(params["model"])
+        params["futr_exog_list"] = params["futr_exog_list"] or ()
         forecaster = Forecaster(**params)
         spec = model_spec(forecaster.model, forecaster.model_args)
         model = build_from_facts(spec, saved.facts, forecaster.seed)
@@ -117,10 +119,10 @@ def load_forecaster(out: Path) -> Forecaster:
         forecaster.panel_ = _panel(saved, arrays)
         forecaster.style_, forecaster.facts_ = Style(**saved.style), saved.facts
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         reason = " ".join(str(error).split())[:300]
-        raise DataError(f"the Forecaster in '{out}' is damaged, or of another version: {reason}; save it anew") from error
+        raise DataError(
+            f"the Forecaster in '{out}' is damaged, or of another version: {reason}; save it anew"
+        ) from error
     return forecaster
 
 
@@ -144,6 +146,7 @@ def _described(forecaster: Forecaster) -> dict[str, Any]:
         "facts": forecaster.facts_,
         "names": list(table.names),
         "freq": table.freq,
+        "unit": np.datetime_data(table.stamps.to_numpy().dtype)[0],
         "layout": table.layout,
         "time_name": table.time_name,
         "style": asdict(forecaster.style_),
@@ -160,7 +163,7 @@ def _arrays(forecaster: Forecaster) -> dict[str, Tensor]:
     # A copy each: safetensors refuses tensors that share memory, as tied weights do.
     found = {f"model.{name}": value.clone() for name, value in copy_weights(predictor.model).items()}
     arrays: dict[str, np.ndarray] = {
-        "stamps": panel.table.stamps.to_numpy().astype("datetime64[ns]").view(np.int64),
+        "stamps": panel.table.stamps.to_numpy().view(np.int64),
         "values": panel.table.values,
         "ends": panel.ends.astype(np.int64),
     }
@@ -235,7 +238,7 @@ def _calibration(saved: Saved, arrays: dict[str, Tensor]) -> Calibration | None:
 
 def _panel(saved: Saved, arrays: dict[str, Tensor]) -> Panel:
     values = arrays["values"].numpy()
-    stamps = pd.DatetimeIndex(arrays["stamps"].numpy().view("datetime64[ns]"))
+    stamps = pd.DatetimeIndex(arrays["stamps"].numpy().view(f"datetime64[{saved.unit}]"))
     table = Table(
         tuple(saved.names), stamps, values, ~np.isnan(values), saved.freq, len(stamps),
         time_name=saved.time_name, layout=saved.layout,

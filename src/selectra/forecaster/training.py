@@ -107,9 +107,7 @@ def train_or_load(work: Work, name: str, lookbacks: list[int]) -> tuple[Predicto
         _fit(model, run, data, folder, work.console)
     seconds = time.perf_counter() - began
     predictor = _predictor(work, name, model, data)
-    found = score(
-        model, build_task(run, data), data, work.eval_batch_size, predictor.calibration, predictor.levels
-    )
+    found = score(model, build_task(run, data), data, work.eval_batch_size, predictor.calibration, predictor.levels)
     row = _row(name, model, found, seconds, work.levels)
     if len(lookbacks) > 1:
         row["lookback"] = lookback
@@ -140,7 +138,9 @@ def _choose(work: Work, name: str, lookbacks: list[int], folder: Path) -> int:
         files.write_json(own / files.RESULT, found[lookback].model_dump())
     lookback = min(found, key=lambda each: found[each].val)
     tried = ", ".join(f"{each}: {item.val:.4f}" for each, item in found.items())
-    work.console.print(f"[bold]{name}[/]: look-back {lookback} (validation error by look-back: {tried})", highlight=False)
+    work.console.print(
+        f"[bold]{name}[/]: look-back {lookback} (validation error by look-back: {tried})", highlight=False
+    )
     for part in (files.RUN, RECORD, WEIGHTS):
         source = folder / f"lookback-{lookback}" / part
         if source.is_file():
@@ -152,9 +152,7 @@ def _choose(work: Work, name: str, lookbacks: list[int], folder: Path) -> int:
 def _fit(model: nn.Module, run: Run, data: SeriesData, folder: Path, console: Console) -> dict[str, float]:
     """Train into a folder; the validation metrics of the kept weights."""
     train, val = data.windows("train"), data.windows("val")
-    fitted = fit(
-        model, build_task(run, data), train, val, run, folder, console=console, data=describe_data(data)
-    )
+    fitted = fit(model, build_task(run, data), train, val, run, folder, console=console, data=describe_data(data))
     return fitted.best
 
 
