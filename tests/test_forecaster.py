@@ -251,7 +251,7 @@ def test_forecaster_is_an_estimator() -> None:
         forecaster.set_params(horizon=3)
     with pytest.raises(ConfigError, match=r"'max_steps' in train_args: train_args=\{'max_steps': 5\}"):
         Forecaster("dlinear", max_steps=5)
-    with pytest.raises(ConfigError, match="no argument 'hh'.*Did you mean 'h'"):
+    with pytest.raises(ConfigError, match=r"no argument 'hh'.*Did you mean 'h'"):
         Forecaster("dlinear", hh=5)
     with pytest.raises(ConfigError, match="not fitted"):
         forecaster.predict()

@@ -1,5 +1,8 @@
 """Frames with covariates, gaps and unequal series; updates; saved Forecasters; other kinds of frames."""
 
+# pandas' own annotations widen most results to unions that cannot occur here.
+# pyright: reportAttributeAccessIssue=false, reportReturnType=false
+
 import json
 from pathlib import Path
 from typing import Any
@@ -179,7 +182,7 @@ def test_frames_of_another_schema_are_refused() -> None:
     ):
         with pytest.raises(DataError, match=message):
             Forecaster("naive", **FEW).fit(frame[["unique_id", "ds", "y"]], static_df=static)
-    with pytest.raises(DataError, match="no column 'prise'.*did you mean 'price'"):
+    with pytest.raises(DataError, match=r"no column 'prise'.*did you mean 'price'"):
         Forecaster("naive", **FEW, futr_exog_list=["prise"]).fit(frame)
     with pytest.raises(DataError, match="column 'place' of the frame, row 1: 'here' is not a number"):
         Forecaster("naive", **FEW).fit(frame.assign(place="here"))

@@ -36,8 +36,8 @@ class Forecaster:
 
     Frames are pandas, polars or arrow, long (`unique_id, ds, y`) or wide (a time column and a column a series), and
     results are of the kind that came in. Further columns of a long frame are covariates, numbers all: those in
-    `futr_exog_list` are known ahead, the others up to the last row. Gaps of time and missing values are masked in inputs
-    and targets. Series may begin and end where they like: each is forecast from its own last row.
+    `futr_exog_list` are known ahead, the others up to the last row. Gaps of time and missing values are masked in
+    inputs and targets. Series may begin and end where they like: each is forecast from its own last row.
 
     Args:
         model: A registered name (`selectra list`), or a `Spec` with arguments.
@@ -63,8 +63,8 @@ class Forecaster:
         freq: str | None = None,
         level: Sequence[float] | None = None,
         input_size: int | None = None,
-        model_args: Mapping[str, Any] = {},  # noqa: B006 - stored, never changed
-        train_args: Mapping[str, Any] = {},  # noqa: B006 - stored, never changed
+        model_args: Mapping[str, Any] = {},
+        train_args: Mapping[str, Any] = {},
         seed: int = 0,
         futr_exog_list: Sequence[str] = (),
         **moved: Any,

@@ -1,10 +1,11 @@
 """Split-conformal intervals for any model, and what they are worth: coverage, width and CRPS.
 
-Source: split conformal prediction (Vovk, Gammerman and Shafer 2005; Lei et al. 2018, Eq. 2) with the absolute residual
-as score, and conformalised quantile regression (Romano, Patterson and Candes 2019) where the model forecasts quantiles.
-Departures: the residuals are those of the validation windows, which overlap and follow one another in time, and on which
-the model's weights were chosen; coverage is therefore expected on average over windows and series of a process that
-does not drift, and nothing is guaranteed beyond that.
+Source: split conformal prediction (Vovk, Gammerman and Shafer 2005; Lei et al. 2018, arXiv:1604.04173) with the
+absolute residual as score, and conformalised quantile regression (Romano, Patterson and Candes 2019, arXiv:1905.03222)
+where the model forecasts quantiles.
+Departures: the residuals are those of the validation windows, which overlap and follow one another in time, and on
+which the model's weights were chosen; coverage is therefore expected on average over windows and series of a process
+that does not drift, and nothing is guaranteed beyond that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +63,7 @@ class Calibration:
         return [self.levels.index(level) for level in levels]
 
 
-def check_levels(level: object) -> tuple[float, ...]:
+def check_levels(level: Any) -> tuple[float, ...]:
     """Levels in per cent, rising, from what a user gave.
 
     Raises:

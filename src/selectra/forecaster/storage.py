@@ -7,9 +7,7 @@ Forecaster or this one, never a part of both.
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,7 +56,7 @@ class Saved(BaseModel):
     unit: Literal["s", "ms", "us", "ns"]
     layout: str
     time_name: str
-    style: dict[str, str | None]
+    style: Style
     past: list[tuple[str, str | None]]
     future: list[tuple[str, str | None]]
     static: list[str]
@@ -117,7 +115,7 @@ def load_forecaster(out: Path) -> Forecaster:
             _calibration(saved, arrays), tuple(saved.levels), forecaster.alias,
         )  # fmt: skip
         forecaster.panel_ = _panel(saved, arrays)
-        forecaster.style_, forecaster.facts_ = Style(**saved.style), saved.facts
+        forecaster.style_, forecaster.facts_ = saved.style, saved.facts
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
@@ -149,7 +147,7 @@ def _described(forecaster: Forecaster) -> dict[str, Any]:
         "unit": np.datetime_data(table.stamps.to_numpy().dtype)[0],
         "layout": table.layout,
         "time_name": table.time_name,
-        "style": asdict(forecaster.style_),
+        "style": forecaster.style_,
         "past": [(c.column, c.series) for c in channels.past],
         "future": [(c.column, c.series) for c in channels.future],
         "static": list(channels.static),
