@@ -249,6 +249,6 @@ def _read_with_future(
 ) -> tuple[Table, Covariates]:
     if stamps != "check":
         raise DataError("covariates are placed by their stamps, which stamps=order does not trust; leave one out")
-    frames = [read_file(Path(name).expanduser()) for name in (path, futr)]
-    table, covariates, notes = read_with_future(*frames, horizon, time=time, freq=freq)
+    frame, future = (read_file(Path(name).expanduser()) for name in (path, futr))
+    table, covariates, notes = read_with_future(frame, future, horizon, time=time, freq=freq)
     return replace(table, notes=(*table.notes, *notes)), covariates

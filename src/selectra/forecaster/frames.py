@@ -2,6 +2,7 @@
 
 # pandas' own annotations widen most results to unions that cannot occur here.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 
