@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -315,9 +316,13 @@ def _recent(found: Forecasts) -> dict[str, np.ndarray]:
 
 def _print_table(rows: list[dict[str, Any]], windows: int, console: Console) -> None:
     best = min(rows, key=lambda row: row["mse"])
-    table = RichTable(title=f"{windows:,} test windows; MSE and MAE of standardised values", title_justify="left")
+    inside = "; per cent: values inside the interval" if any("%" in column for column in columns_of(rows)) else ""
+    title = f"{windows:,} test windows; MSE and MAE of standardised values{inside}"
+    # Narrow enough for 80 columns with all that can be there.
+    table = RichTable(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
     for column in columns_of(rows):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        name = "params" if column == "parameters" else column
+        table.add_column(name, justify="left" if column == "model" else "right", no_wrap=True)
     for row in sorted(rows, key=lambda row: row["mse"]):
         cells = shown_row(row, columns_of(rows))
         if row is best:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from selectra.forecaster.predictor import Predictor
 from selectra.forecaster.scoring import Score, build_model, build_task, count_parameters, quantiles_of, score
 from selectra.spec import Run
 from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights
-from selectra.train.loop import fit
+from selectra.train.loop import Fitted, fit
 from selectra.train.record import RECORD
 from selectra.train.same_data import describe_data
 
@@ -96,16 +95,14 @@ def train_or_load(work: Work, name: str, lookbacks: list[int]) -> tuple[Predicto
     if not same:
         _clear(folder)
     files.write_json(folder / files.RESULT, {"fingerprint": identity})
-    began = time.perf_counter()
-    lookback = lookbacks[0] if len(lookbacks) == 1 else _choose(work, name, lookbacks, folder)
+    lookback, seconds = (lookbacks[0], 0.0) if len(lookbacks) == 1 else _choose(work, name, lookbacks, folder)
     data, run = work.data[lookback], work.run_of(name, lookback)
     model = build_model(run.model, data, run.train.seed)
     work.console.print(f"[bold]{name}[/]: {count_parameters(model):,} parameters")
     if len(lookbacks) > 1:
         load_weights(folder / WEIGHTS, model)
     else:
-        _fit(model, run, data, folder, work.console)
-    seconds = time.perf_counter() - began
+        seconds = _fit(model, run, data, folder, work.console).seconds
     predictor = _predictor(work, name, model, data)
     found = score(model, build_task(run, data), data, work.eval_batch_size, predictor.calibration, predictor.levels)
     row = _row(name, model, found, seconds, work.levels)
@@ -117,8 +114,12 @@ def train_or_load(work: Work, name: str, lookbacks: list[int]) -> tuple[Predicto
     return predictor, trained
 
 
-def _choose(work: Work, name: str, lookbacks: list[int], folder: Path) -> int:
-    """Train each look-back in a folder of its own, and bring the best one's weights and records up."""
+def _choose(work: Work, name: str, lookbacks: list[int], folder: Path) -> tuple[int, float]:
+    """Train each look-back in a folder of its own, and bring the best one's weights and records up.
+
+    Returns:
+        The best look-back, and the seconds of all trainings.
+    """
     found: dict[int, Tried] = {}
     for lookback in lookbacks:
         own, data, run = folder / f"lookback-{lookback}", work.data[lookback], work.run_of(name, lookback)
@@ -131,10 +132,9 @@ def _choose(work: Work, name: str, lookbacks: list[int], folder: Path) -> int:
         if known != identity:
             _clear(own)
         files.write_json(own / files.RESULT, {"fingerprint": identity})
-        began, task = time.perf_counter(), build_task(run, data)
-        model = build_model(run.model, data, run.train.seed)
-        best = _fit(model, run, data, own, work.console)
-        found[lookback] = Tried(fingerprint=identity, val=task.score(best), seconds=time.perf_counter() - began)
+        fitted = _fit(build_model(run.model, data, run.train.seed), run, data, own, work.console)
+        val = build_task(run, data).score(fitted.best)
+        found[lookback] = Tried(fingerprint=identity, val=val, seconds=fitted.seconds)
         files.write_json(own / files.RESULT, found[lookback].model_dump())
     lookback = min(found, key=lambda each: found[each].val)
     tried = ", ".join(f"{each}: {item.val:.4f}" for each, item in found.items())
@@ -146,14 +146,13 @@ def _choose(work: Work, name: str, lookbacks: list[int], folder: Path) -> int:
         if source.is_file():
             with files.replacing(folder / part) as partial:
                 shutil.copyfile(source, partial)
-    return lookback
+    return lookback, sum(item.seconds for item in found.values())
 
 
-def _fit(model: nn.Module, run: Run, data: SeriesData, folder: Path, console: Console) -> dict[str, float]:
-    """Train into a folder; the validation metrics of the kept weights."""
+def _fit(model: nn.Module, run: Run, data: SeriesData, folder: Path, console: Console) -> Fitted:
+    """Train into a folder."""
     train, val = data.windows("train"), data.windows("val")
-    fitted = fit(model, build_task(run, data), train, val, run, folder, console=console, data=describe_data(data))
-    return fitted.best
+    return fit(model, build_task(run, data), train, val, run, folder, console=console, data=describe_data(data))
 
 
 def _clear(folder: Path) -> None:

@@ -19,8 +19,8 @@ COVERAGE = "coverage-"
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """The columns that there is something for: look-backs where they were chosen, CRPS and coverage with intervals."""
-    levels = [f"in {key.removeprefix(COVERAGE)} %" for key in rows[0] if key.startswith(COVERAGE)]
-    chosen = ["look-back"] if "lookback" in rows[0] else []
+    levels = [f"{key.removeprefix(COVERAGE)} %" for key in rows[0] if key.startswith(COVERAGE)]
+    chosen = ["rows in"] if "lookback" in rows[0] else []
     crps = ["CRPS"] if "crps" in rows[0] else []
     return (*COLUMNS[:4], *crps, *levels, *chosen, *COLUMNS[4:])
 
@@ -29,10 +29,10 @@ def shown_row(row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> list[
     """The cells of `columns`."""
     cells = {"model": str(row["model"]), "MSE": number(row.get("mse")), "MAE": number(row.get("mae"))}
     cells |= {"MASE": number(row.get("mase"), 3), "CRPS": number(row.get("crps"), 3)}
-    cells |= {"look-back": str(row.get("lookback", "-"))}
+    cells |= {"rows in": str(row.get("lookback", "-"))}
     cells |= {"parameters": f"{row['params']:,}", "seconds": f"{row['seconds']:.1f}"}
     covered = {key.removeprefix(COVERAGE): value for key, value in row.items() if key.startswith(COVERAGE)}
-    cells |= {f"in {level} %": "-" if value is None else f"{value:.1%}" for level, value in covered.items()}
+    cells |= {f"{level} %": "-" if value is None else f"{value:.1%}" for level, value in covered.items()}
     return [cells[column] for column in columns]
 
 
