@@ -86,7 +86,7 @@ def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gate
     With more states than a block holds, those of all parts one after the other.
     """
     if A.shape[1] > geometry.MOST_STATES_AT_ONCE:
-        return parts.checkpoint_shape(u, A, n_seqs)
+        return parts.checkpoint_shape(u, A, n_seqs, gated)
     return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
 
 
@@ -121,7 +121,7 @@ def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor) ->
     """
     n = call.A.shape[1]
     if n > geometry.MOST_STATES_AT_ONCE:
-        return parts.backward(call, dy, dfinal, checkpoints, forward_at_once, backward_at_once)
+        return parts.backward(call, dy, dfinal, checkpoints, backward_at_once)
     interval = _interval(call.u.dtype, n, call.z is not None)
     return backward_at_once(call, dy, dfinal, checkpoints, interval)
 
