@@ -142,6 +142,8 @@ def test_covariates_known_ahead_from_a_file(tmp_path):
     run = json.loads((tmp_path / "with" / "run.json").read_text())
     assert run["data"]["series"] == ["b", "a"] and "note: covariates known ahead: price" in run["data"]["summary"]
     assert found["with"] < 0.3 * found["without"]
+    note = "dlinear takes no future covariates itself: an encoder and a residual head add them."
+    assert run["notes"] == [note] and note in (tmp_path / "with" / "report.html").read_text()
     forecast = pd.read_csv(tmp_path / "with" / "forecast.csv")
     assert set(forecast["unique_id"]) == {"a"} and np.isfinite(forecast["dlinear"]).all()
     # Another price, another forecast; nothing is taken from before.

@@ -76,6 +76,8 @@ def test_an_update_is_a_prediction_of_the_longer_frame(model: str, layout: str) 
     more: dict[str, Any] = {}
     if layout == "covariates":
         frame, ahead = split(panel(late=3), 190)
+        # Known before the new rows, and not in them.
+        frame["warm"] = frame["warm"].where(frame["ds"] < frame["ds"].max() - pd.Timedelta(hours=8))
         border, settings = frame["ds"].max() - pd.Timedelta(hours=6), {**FEW, "futr_exog_list": AHEAD}
         early, late, more = frame[frame["ds"] <= border], frame[frame["ds"] > border], {"futr_df": ahead}
     else:
@@ -112,6 +114,15 @@ def test_series_are_forecast_from_their_own_ends() -> None:
     np.testing.assert_allclose(alone["naive"], found.loc[found["unique_id"] == "c", "naive"], rtol=1e-6)
     crossed = forecaster.cross_validation(frame, n_windows=3)
     assert set(crossed["unique_id"]) == {"a", "b"}
+
+
+def test_rows_before_the_first_one_are_not_observed() -> None:
+    frame = panel(late=190)[["unique_id", "ds", "y"]]
+    forecaster = Forecaster("naive", **FEW).fit(frame)
+    window = forecaster.predictor_.window(forecaster.panel_, forecaster.panel_.ends)
+    assert forecaster.panel_.ends.tolist() == [200, 200, 10]
+    assert not window.observed[2, :14].any() and window.observed[2, 14:].all() and window.observed[0].all()
+    assert not window.x[2, :14].any()
 
 
 def test_an_update_refuses_what_is_not_new() -> None:

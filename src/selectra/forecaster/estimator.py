@@ -48,10 +48,10 @@ class Forecaster:
             (`model_args={"quantiles": (0.1, 0.5, 0.9)}`) they widen or narrow those.
         input_size: Rows that the model sees; None is the largest of `h`, two seasons and 96.
         model_args: Arguments of the model, as `selectra show` lists them.
-        train_args: Of the training: max_steps or epochs (default 10), batch_size (32), learning_rate (1e-3),
-            early_stop_patience (3; passes without a better validation error), loss ("mse", "mae", "huber"), device
-            ("cpu", "cuda", "auto"), verbose, weight_decay, warmup_steps, schedule, clip, accumulate, eval_every,
-            threads.
+        train_args: Of the training: max_steps or epochs (default 10), batch_size (windows; 32, and with over 512
+            series fewer), learning_rate (1e-3), early_stop_patience (3; passes without a better validation error),
+            loss ("mse", "mae", "huber"), device ("cpu", "cuda", "auto"), verbose, weight_decay, warmup_steps,
+            schedule, clip, accumulate, eval_every, threads.
         seed: Seed of weights and of the order of windows.
         futr_exog_list: Columns that are known ahead; `predict` asks for their next rows in `futr_df`.
     """
@@ -260,7 +260,8 @@ class Forecaster:
     def _fit(self, panel: Panel, val_size: int | None) -> None:
         data = self._data(panel, val_size)
         spec, args = model_spec(self.model, self.model_args), dict(self.train_args)
-        run = run_of(spec, task_of(spec, args.get("loss")), args, self.seed, self.alias)
+        n_series = len(panel.table.names)
+        run = run_of(spec, task_of(spec, args.get("loss")), args, self.seed, self.alias, n_series)
         model = build_model(spec, data, self.seed)
         val, levels = data.windows("val"), check_levels(self.level)
         progress = bool(args.get("verbose", False))

@@ -28,6 +28,8 @@ from selectra.tasks.forecasting import crps_weights, middle, pinball, predict
 GRID = (10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0, 80.0, 90.0)
 # Residuals that are kept; every second, third, ... window where there are more.
 MAX_RESIDUALS = 2**26
+# Windows times series in one pass.
+MAX_SERIES_IN_BATCH = 2**13
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def calibrate(
     chosen = range(0, len(windows), max(1, ceil(len(windows) * size / MAX_RESIDUALS)))
     kinds = {_pair(quantiles, level) for level in levels}
     scores: dict[tuple[int, int] | None, list[Tensor]] = {kind: [] for kind in kinds}
+    batch_size = max(1, min(batch_size, MAX_SERIES_IN_BATCH // windows.values.shape[1]))
     model.eval()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for start in range(0, len(chosen), batch_size):

@@ -22,7 +22,7 @@ from selectra.errors import ConfigError, DataError
 from selectra.forecaster import files
 from selectra.forecaster.forecasts import Forecasts, forecasts
 from selectra.forecaster.intervals import check_levels
-from selectra.forecaster.scoring import build_model
+from selectra.forecaster.scoring import build_model, notes_of
 from selectra.forecaster.training import Trained, Work, train_or_load
 from selectra.registry import models
 from selectra.report.page import write_page
@@ -172,6 +172,7 @@ def _whole_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
     if job.cv:
         rows = [row | {"cv": item.errors(data, cutoffs)} for row, item in zip(rows, found, strict=True)]
     _write(out, data, rows, results, found, cutoffs)
+    content["notes"] = [note for item in found for note in notes_of(item.predictor.model)]
     content["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     files.write_json(out / files.RUN, content)
     write_forecast_picture(out)

@@ -16,8 +16,8 @@ from selectra.forecaster.intervals import Calibration, column_names
 from selectra.forecaster.scoring import device_of, quantiles_of
 from selectra.tasks.forecasting import middle, predict
 
-# Windows in one pass of the model.
-BATCH = 64
+# Windows times series in one pass of the model.
+MAX_SERIES_IN_BATCH = 2**13
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,9 @@ class Predictor:
         """Forecasts `(len(ends), horizon, s)` from the rows before each of `ends`, and their bounds."""
         self.model.eval()
         parts: list[dict[str, np.ndarray]] = []
-        for start in range(0, len(ends), BATCH):
-            batch = self.window(panel, ends[start : start + BATCH]).to(device_of(self.model))
+        size = max(1, MAX_SERIES_IN_BATCH // len(panel.table.names))
+        for start in range(0, len(ends), size):
+            batch = self.window(panel, ends[start : start + size]).to(device_of(self.model))
             parts.append(self.columns(batch))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -85,6 +85,12 @@ def quantiles_of(model: nn.Module) -> tuple[float, ...]:
     return model.quantiles if isinstance(model, WithQuantiles) else ()
 
 
+def notes_of(model: nn.Module) -> tuple[str, ...]:
+    """What the wrappers do for a model, in sentences for a report."""
+    inner = model.model if isinstance(model, WithQuantiles) else model
+    return inner.notes if isinstance(inner, WithCovariates) else ()
+
+
 def task_of(spec: Spec, loss: str | None = None) -> Spec:
     """The task that trains a model: with the pinball loss of its quantiles, if it has any.
 

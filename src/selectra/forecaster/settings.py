@@ -20,7 +20,15 @@ TRAIN = {"max_steps": "steps", "epochs": "epochs", "batch_size": "batch_size", "
 TRAIN |= {"early_stop_patience": "patience", "eval_every": "eval_every", "device": "device", "threads": "threads"}
 OTHERS = ("loss", "verbose")
 TRAIN_ARGS = (*TRAIN, *OPTIM, *OTHERS)
-DEFAULTS: dict[str, Any] = {"epochs": 10, "batch_size": 32, "learning_rate": 1e-3, "early_stop_patience": 3}
+DEFAULTS: dict[str, Any] = {"epochs": 10, "learning_rate": 1e-3, "early_stop_patience": 3}
+BATCH_SIZE = 32
+# Windows times series in one pass where nobody says otherwise: what a training of many series takes stays bounded.
+MAX_SERIES_IN_BATCH = 2**14
+
+
+def usual_batch(batch_size: int, n_series: int) -> int:
+    """So many windows, or fewer where there are many series in each."""
+    return max(1, min(batch_size, MAX_SERIES_IN_BATCH // n_series))
 
 
 def refuse_unknown(moved: Mapping[str, Any], known: list[str]) -> None:
@@ -64,8 +72,8 @@ def _arguments(name: str, value: object) -> dict[str, Any]:
     return dict(value)
 
 
-def run_of(spec: Spec, task: Spec, train_args: object, seed: int, alias: str) -> Run:
-    """The training that `train_args` asks for.
+def run_of(spec: Spec, task: Spec, train_args: object, seed: int, alias: str, n_series: int = 1) -> Run:
+    """The training that `train_args` asks for; without a batch size one that suits the number of series.
 
     Raises:
         ConfigError: An argument is unknown, or its value does not fit.
@@ -86,7 +94,7 @@ def run_of(spec: Spec, task: Spec, train_args: object, seed: int, alias: str) ->
     rate = given.get("learning_rate", 1.0)
     if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < float(rate) < math.inf:
         raise ConfigError(f"learning_rate must be a number above 0, got {rate!r}")
-    values = {**DEFAULTS, **given}
+    values = {**DEFAULTS, "batch_size": usual_batch(BATCH_SIZE, n_series), **given}
     if values.get("max_steps") is not None:
         values.pop("epochs")
     try:

@@ -19,7 +19,7 @@ from selectra.errors import DataError
 from selectra.forecaster import files
 from selectra.forecaster.intervals import calibrate
 from selectra.forecaster.predictor import Predictor
-from selectra.forecaster.scoring import Score, build_model, build_task, count_parameters, quantiles_of, score
+from selectra.forecaster.scoring import Score, build_model, build_task, count_parameters, notes_of, quantiles_of, score
 from selectra.spec import Run
 from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights
 from selectra.train.loop import Fitted, fit
@@ -99,6 +99,8 @@ def train_or_load(work: Work, name: str, lookbacks: list[int]) -> tuple[Predicto
     data, run = work.data[lookback], work.run_of(name, lookback)
     model = build_model(run.model, data, run.train.seed)
     work.console.print(f"[bold]{name}[/]: {count_parameters(model):,} parameters")
+    for note in notes_of(model):
+        work.console.print(f"  note: {note}", style="yellow", highlight=False)
     if len(lookbacks) > 1:
         load_weights(folder / WEIGHTS, model)
     else:
