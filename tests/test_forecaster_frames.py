@@ -121,7 +121,7 @@ def test_rows_before_the_first_one_are_not_observed() -> None:
     forecaster = Forecaster("naive", **FEW).fit(frame)
     window = forecaster.predictor_.window(forecaster.panel_, forecaster.panel_.ends)
     assert forecaster.panel_.ends.tolist() == [200, 200, 10]
-    assert not window.observed[2, :14].any() and window.observed[2, 14:].all() and window.observed[0].all()
+    assert not window.observed[2, :14].any() and window.observed[2, 14:].all() and window.observed[0, :, :2].all()
     assert not window.x[2, :14].any()
 
 
