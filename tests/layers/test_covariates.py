@@ -50,7 +50,7 @@ def test_gaps_are_filled_with_the_last_observed_value():
 def test_a_model_gets_what_it_takes_and_the_encoder_the_rest():
     model = WithCovariates(Quantiles(), takes=("past",), n_past=1, n_static=3, **SIZES)
     assert list(model.encoded) == ["static"]
-    nn.init.normal_(model.encoder.head.weight)
+    nn.init.normal_(model.get_parameter("encoder.head.weight"))
     x, past, static = torch.randn(3, 6, 2), torch.randn(3, 6, 1), torch.randn(3, 2, 3)
     y = model(x, past=past, static=static)
     residual = y - Quantiles()(x, past=past)

@@ -302,8 +302,9 @@ def _register(source: PublicSet) -> type[SeriesData]:
             target: str | None = None,
         ) -> None:
             named = source.split if split == "auto" else split
-            shape = {"seq_len": seq_len, "horizon": horizon}
-            super().__init__(read_public(source), **shape, split=named, target=target, constant="keep")
+            super().__init__(
+                read_public(source), seq_len=seq_len, horizon=horizon, split=named, target=target, constant="keep"
+            )
 
     Public.__name__ = Public.__qualname__ = source.name
     return datasets.register(source.name.lower(), kind="series", source=source.citation)(Public)
