@@ -16,6 +16,7 @@ from selectra.errors import BackendError
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry, parts
 from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.selective_scan.passes import Slice
 from selectra.ops.selective_scan.plans import (
     PLACES,
     TYPES,
@@ -60,11 +61,14 @@ class Ends(NamedTuple):
 
     gradients: tuple[int, ...]
     chunk: int
+    part: slice
 
     @staticmethod
     def of(places: Places) -> "Ends":
         """With the members of ScanCall at these places."""
-        return Ends(tuple(places[name] for name in GRADIENTS), places["chunk"])
+        first = places["first_sequence"]
+        part = slice(first, first + len(Slice._fields))
+        return Ends(tuple(places[name] for name in GRADIENTS), places["chunk"], part)
 
 
 _ENDS = Ends.of(PLACES)
@@ -226,8 +230,9 @@ def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | 
             words[place] = grad.data_ptr()
     if plan.fault.word.value:
         plan.fault.report()
-    for kernel, grid, threads, chunk in plan.passes:
+    for kernel, grid, threads, chunk, part in plan.passes:
         words[ends.chunk] = chunk
+        words[ends.part] = part
         kernel.launch(grid, threads, words)
 
 
