@@ -17,7 +17,7 @@ from rich.table import Table
 from selectra.errors import BackendError, ConfigError, DataError
 from selectra.spec import Run, Spec, describe_problem, nearest, override
 from selectra.train.stop import DivergedError, StoppedError
-from selectra.usage import describe_usage, with_options
+from selectra.usage import describe_usage, read_levels, read_lookback, with_options
 
 if TYPE_CHECKING:
     from selectra.registry import Registry, Resolved
@@ -336,7 +336,7 @@ def forecast(
 
     job = ForecastJob(
         file=file, models=tuple(name.strip() for name in model.split(",")), horizon=horizon,
-        lookback=_lookback(lookback), level=_levels(level), futr=futr, cv=cv,
+        lookback=read_lookback(lookback), level=read_levels(level), futr=futr, cv=cv,
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
         out=out, seed=seed, batch_size=batch_size, quick=quick,
     )  # fmt: skip
@@ -344,25 +344,6 @@ def forecast(
         forecast_job(job, _console())
     except DataError as error:
         raise DataError(with_options(str(error))) from error
-
-
-def _lookback(text: str) -> Any:
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError(f"--lookback {text!r}: a whole number of at least 1, or auto")
-    return int(text)
-
-
-def _levels(text: str) -> tuple[float, ...]:
-    from selectra.forecaster.intervals import check_levels  # noqa: PLC0415
-
-    if text.strip().lower() == "none":
-        return ()
-    try:
-        return check_levels([float(part) for part in text.split(",")])
-    except ValueError as error:
-        raise ConfigError(f"--level {text!r}: numbers between 0 and 100, as 80,95, or none") from error
 
 
 @app.command("data")

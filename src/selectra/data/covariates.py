@@ -78,7 +78,7 @@ def _fitted(values: np.ndarray, names: tuple[str, ...]) -> Scaler | None:
     if not names:
         return None
     seen = ~np.isnan(values)
-    for name, known in zip(names, seen.any(0), strict=True):
+    for name, known in zip(names, np.asarray(seen.any(axis=0)), strict=True):
         if not known:
             raise DataError(f"covariate {name!r} has no value in the training rows, so it cannot be scaled; remove it")
     return Scaler.fit(values, seen)

@@ -17,37 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from selectra.data.channels import Channel, Channels, channel_values, channels_of, numbers, place
 from selectra.data.covariates import Covariates, carried
 from selectra.data.stamps import named_frequency, parse_stamps, short, time_column
 from selectra.data.table import LONG_COLUMNS, Table, nearest, read_table
 from selectra.errors import DataError
-
-
-@dataclass(frozen=True)
-class Channel:
-    """One covariate as models see it: a column, of one series where series differ."""
-
-    column: str
-    series: str | None = None
-
-    @property
-    def label(self) -> str:
-        """For messages and notes."""
-        return self.column if self.series is None else f"{self.column}[{self.series}]"
-
-
-@dataclass(frozen=True)
-class Channels:
-    """Which covariates there are, as the first frame had them; later frames are read by it."""
-
-    past: tuple[Channel, ...] = ()
-    future: tuple[Channel, ...] = ()
-    static: tuple[str, ...] = ()
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns of the frame that they come from."""
-        return list(dict.fromkeys(channel.column for channel in (*self.past, *self.future)))
 
 
 @dataclass(frozen=True)
@@ -109,9 +83,9 @@ def read_panel(
         )
     extra = [name for name in frame.columns if name not in LONG_COLUMNS] if long else list(ahead)
     table = read_table(frame[list(LONG_COLUMNS)] if long else frame.drop(columns=extra), freq=freq)
-    placed = {name: _placed(frame, name, table.stamps, table, long) for name in extra}
-    past = [c for name in extra if name not in ahead for c in _channels(name, placed[name], table.names)]
-    future = [c for name in ahead for c in _channels(name, placed[name], table.names)]
+    placed = {name: place(frame, name, table.stamps, table, long) for name in extra}
+    past = [c for name in extra if name not in ahead for c in channels_of(name, placed[name], table.names)]
+    future = [c for name in ahead for c in channels_of(name, placed[name], table.names)]
     names, values = read_static(static, table.names)
     channels = Channels(tuple(past), tuple(future), names)
     return _panel(frame, table, placed, channels, values)
@@ -176,7 +150,7 @@ def read_again(frame: pd.DataFrame, like: Panel, *, partial: bool = False) -> Pa
     parts, empty = _without_empty(parts, long) if partial else (parts, [])
     table = read_table(parts, freq=like.table.freq)
     table = _in_order(_emptied(table, empty), like.table.names, allow_absent=partial and long)
-    placed = {name: _placed(frame, name, table.stamps, table, long) for name in channels.columns}
+    placed = {name: place(frame, name, table.stamps, table, long) for name in channels.columns}
     return _panel(frame, table, placed, channels, like.covariates.static)
 
 
@@ -207,8 +181,8 @@ def with_future(panel: Panel, frame: pd.DataFrame | None, horizon: int) -> Panel
     known = np.full((len(stamps), len(needed)), np.nan)
     known[: table.rows] = panel.covariates.future[: table.rows]
     for j, channel in enumerate(needed):
-        placed = _placed(frame, channel.column, stamps, table, "unique_id" in frame.columns, where="futr_df")
-        after = _values(placed, channel, table.names, "futr_df")[table.rows :]
+        placed = place(frame, channel.column, stamps, table, "unique_id" in frame.columns, where="futr_df")
+        after = channel_values(placed, channel, table.names, "futr_df")[table.rows :]
         known[table.rows :, j] = after
         end = panel.ends.max() if channel.series is None else panel.ends[table.names.index(channel.series)]
         row = next((i for i in range(end, end + horizon) if np.isnan(known[i, j])), None)
@@ -276,7 +250,7 @@ def read_static(frame: pd.DataFrame | None, names: tuple[str, ...]) -> tuple[tup
     if not columns:
         raise DataError("static_df has no column beside 'unique_id'")
     order = ids.get_indexer(list(names))
-    values = np.stack([_numbers(frame[name], str(name), "static_df")[order] for name in columns], 1)
+    values = np.stack([numbers(frame[name], str(name), "static_df")[order] for name in columns], 1)
     rows, places = np.nonzero(np.isnan(values))
     if len(rows):
         raise DataError(f"static_df has no value of {columns[places[0]]!r} for the series {names[rows[0]]!r}")
@@ -291,7 +265,7 @@ def _panel(
     frame: pd.DataFrame, table: Table, placed: dict[str, np.ndarray], channels: Channels, static: np.ndarray
 ) -> Panel:
     def stacked(kind: tuple[Channel, ...]) -> np.ndarray:
-        columns = [_values(placed[c.column], c, table.names, "the frame") for c in kind]
+        columns = [channel_values(placed[c.column], c, table.names, "the frame") for c in kind]
         return carried(np.stack(columns, 1)) if columns else np.zeros((table.rows, 0))
 
     names = [tuple(channel.label for channel in kind) for kind in (channels.past, channels.future)]
@@ -349,62 +323,6 @@ def _in_order(table: Table, names: tuple[str, ...], allow_absent: bool) -> Table
     place = pd.Index(table.names).get_indexer(list(names))
     values = np.where(place < 0, np.nan, table.values[:, place])
     return replace(table, names=names, values=values, observed=~np.isnan(values))
-
-
-def _placed(
-    frame: pd.DataFrame, name: str, stamps: pd.DatetimeIndex, table: Table, long: bool, *, where: str = "the frame"
-) -> np.ndarray:
-    """A covariate on the axis: `(rows, s)` for a long frame, `(rows, 1)` for one without series."""
-    time = "ds" if "ds" in frame.columns else time_column(frame, None)
-    index, _ = parse_stamps(frame[time], str(time), freq=table.freq)
-    rows = stamps.get_indexer(index)
-    values = _numbers(frame[name], name, where)
-    if not long:
-        found = np.full((len(stamps), 1), np.nan)
-        found[rows[rows >= 0], 0] = values[rows >= 0]
-        return found
-    columns = pd.Index(table.names).get_indexer(frame["unique_id"].astype(str))
-    used = (rows >= 0) & (columns >= 0)
-    found = np.full((len(stamps), len(table.names)), np.nan)
-    found[rows[used], columns[used]] = values[used]
-    return found
-
-
-def _numbers(column: pd.Series, name: str, where: str) -> np.ndarray:
-    numbers = pd.to_numeric(column, errors="coerce")
-    text = (column.notna() & numbers.isna()).to_numpy()
-    if text.any() or pd.api.types.is_datetime64_any_dtype(column):
-        row = int(np.flatnonzero(text)[0]) if text.any() else 0
-        raise DataError(
-            f"column {name!r} of {where}, row {row + 1}: {column.iloc[row]!r} is not a number; covariates are numbers. "
-            "Encode it, or remove the column."
-        )
-    values = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
-    return np.where(np.isinf(values), np.nan, values)
-
-
-def _channels(name: str, placed: np.ndarray, names: tuple[str, ...]) -> list[Channel]:
-    """One channel where all series agree at every stamp, else one for each."""
-    return [Channel(name)] if _agree(placed) else [Channel(name, series) for series in names]
-
-
-def _agree(placed: np.ndarray) -> bool:
-    top, bottom = np.nan_to_num(placed, nan=-np.inf).max(1), np.nan_to_num(placed, nan=np.inf).min(1)
-    return bool(((top == bottom) | (top < bottom)).all())
-
-
-def _values(placed: np.ndarray, channel: Channel, names: tuple[str, ...], where: str) -> np.ndarray:
-    """One channel's value in each row."""
-    if channel.series is not None:
-        if placed.shape[1] == 1 and len(names) > 1:
-            raise DataError(f"{channel.column!r} differs between series, so {where} needs the column 'unique_id'")
-        return placed[:, names.index(channel.series) if placed.shape[1] > 1 else 0]
-    if not _agree(placed):
-        raise DataError(
-            f"{channel.column!r} was the same for all series at fit, and differs between them in {where}; fit again"
-        )
-    found = np.nan_to_num(placed, nan=-np.inf).max(1)
-    return np.where(np.isinf(found), np.nan, found)
 
 
 def _joined(old: np.ndarray, new: np.ndarray, rows: np.ndarray, length: int, empty: float) -> np.ndarray:

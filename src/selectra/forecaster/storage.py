@@ -20,8 +20,9 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from selectra.data.channels import Channel, Channels
 from selectra.data.covariates import Covariates, CovariateScalers
-from selectra.data.panel import Channel, Channels, Panel
+from selectra.data.panel import Panel
 from selectra.data.table import Table
 from selectra.data.windows import Scaler
 from selectra.errors import ConfigError, DataError

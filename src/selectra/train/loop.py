@@ -1,7 +1,7 @@
 """The one training loop. Of a task it knows `loss`, `evaluator` and `score`, of a batch `to`, and nothing else."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
@@ -16,7 +16,7 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Task
-from selectra.train.batches import TrainingOrder, Windows, every_window_once
+from selectra.train.batches import Passes, TrainingOrder, Windows, every_window_once
 from selectra.train.checkpoint import CHECKPOINT, writable_folder
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import World, pick_device, wait_for_gradients, wrap
@@ -110,24 +110,13 @@ def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> Non
     """Models that learn nothing by gradient; every process sees all training windows."""
     began, solve = time.monotonic(), getattr(state.model, "solve", None)
     if solve is not None:
-        solve(_Passes(train, state.run.train.batch_size, state.world.device))
+        solve(Passes(train, state.run.train.batch_size, state.world.device))
     if val:
         metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world)
         state.note(metrics, task.score(metrics))
     state.keep()
     state.at.seconds = time.monotonic() - began
     state.at.stopped_by = "nothing to train" if solve is None else "solved"
-
-
-class _Passes:
-    """All training windows in batches, once for each time that they are asked for."""
-
-    def __init__(self, windows: Windows, batch_size: int, device: torch.device) -> None:
-        self.windows, self.batch_size, self.device = windows, batch_size, device
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in every_window_once(self.windows, self.batch_size, World()):
-            yield batch.to(self.device)
 
 
 class _Loop:
