@@ -72,6 +72,12 @@ class Benchmark(StrEnum):
     tables = "tables"
 
 
+class Comparison(StrEnum):
+    """What can be compared."""
+
+    forecasting = "forecasting"
+
+
 class Stamps(StrEnum):
     """How rows get their place in time."""
 
@@ -322,6 +328,31 @@ def forecast(
         forecast_job(job, _console())
     except DataError as error:
         raise DataError(with_options(str(error))) from error
+
+
+@app.command()
+def compare(
+    what: Annotated[Comparison, typer.Argument(help="What is compared.")] = Comparison.forecasting,
+    store: Annotated[Path, typer.Option(help="The file of cells and records; an earlier one is gone on with.")] = Path(
+        "forecasting.sqlite"
+    ),
+    tables: Annotated[str, typer.Option(help="Which tables, separated by commas, in the order of work.")] = "a,b",
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which nothing is begun any more.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes for what needs no GPU; on a CPU, for all.")] = 1,
+    packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 32,
+) -> None:
+    """Train models against each other, every finished cell stored at once."""
+    from selectra.compare.command import Wish, compare_forecasting  # noqa: PLC0415
+    from selectra.compare.forecasting import Budget  # noqa: PLC0415
+
+    names = tuple(name.strip() for name in tables.split(","))
+    wish = Wish(store, names, device, time_limit, workers, packed, Budget(steps, batch_size))
+    compare_forecasting(wish, _console())
 
 
 @app.command()

@@ -1,0 +1,153 @@
+"""`selectra compare`: fill a store with cells, have them done, say how far it is and what is left."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from selectra.compare.cells import Cell
+from selectra.compare.forecasting import TABLES, Budget, add_decided, first_cells
+from selectra.compare.store import Store
+from selectra.compare.worker import work_on_cpu, work_on_gpu
+from selectra.errors import ConfigError
+from selectra.train.parallel import pick_device
+from selectra.train.progress import duration
+
+BUDGET = "budget"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user asks of a comparison.
+
+    Args:
+        store: The file of its cells and records.
+        tables: Which tables, in the order in which they are done.
+        device: Where models are trained.
+        time_limit: Seconds after which nothing is begun any more; None is no limit.
+        workers: Processes for the cells that need no GPU; on a CPU, for all.
+        packed: Trainings side by side on the GPU.
+        budget: What every training has alike.
+    """
+
+    store: Path
+    tables: tuple[str, ...] = tuple(TABLES)
+    device: str = "auto"
+    time_limit: float | None = None
+    workers: int = 1
+    packed: int = 8
+    budget: Budget = field(default_factory=Budget)
+
+
+def compare_forecasting(wish: Wish, console: Console) -> None:
+    """Do what is left of the tables.
+
+    Raises:
+        ConfigError: The store holds cells of another budget.
+    """
+    device, began = pick_device(wish.device), time.monotonic()
+    until = inf if wish.time_limit is None else began + wish.time_limit
+    store = Store(wish.store)
+    _same_budget(store, wish.budget)
+    store.add(first_cells(wish.tables, wish.budget))
+    add_decided(store, wish.tables, wish.budget)
+    counts = store.counts()
+    console.print(f"{counts['done']} cells are done, {counts['open']} are open, in {wish.store}", highlight=False)
+    progress = _Progress(store, wish, console)
+    on_gpu = device.type == "cuda"
+    helpers = _start_helpers(wish, until, on_gpu)
+    try:
+        if on_gpu:
+            work_on_gpu(store, device, wish.packed, until, progress)
+        elif not helpers:
+            work_on_cpu(store, until, progress)
+        for helper in helpers:
+            helper.join()
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.join()
+        store.close()
+    progress.last_word(time.monotonic() - began)
+
+
+def _same_budget(store: Store, budget: Budget) -> None:
+    before = store.recall(BUDGET)
+    if before is not None and before != asdict(budget):
+        raise ConfigError(
+            f"'{store.path}' holds trainings with the budget {before}, and now it is {asdict(budget)}; "
+            "ask for the same, or name another file."
+        )
+    store.remember(BUDGET, asdict(budget))
+
+
+def _start_helpers(wish: Wish, until: float, on_gpu: bool) -> Sequence[Any]:
+    """Processes for what needs no GPU; on a CPU for everything, where there are several."""
+    count = wish.workers if on_gpu or wish.workers > 1 else 0
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // max(count, 1) - (1 if on_gpu else 0))
+    limit = until - time.monotonic()
+    helpers = [
+        context.Process(target=_help, args=(wish, limit, False if on_gpu else None, threads)) for _ in range(count)
+    ]
+    for helper in helpers:
+        helper.start()
+    return helpers
+
+
+def _help(wish: Wish, limit: float, by_gradient: bool | None, threads: int) -> None:
+    torch.set_num_threads(threads)
+    store = Store(wish.store)
+
+    def after(cell: Cell, state: str, record: dict[str, Any]) -> None:
+        _decide(store, wish, cell)
+
+    try:
+        work_on_cpu(store, time.monotonic() + limit, after, by_gradient, wait=by_gradient is None)
+    finally:
+        store.close()
+
+
+def _decide(store: Store, wish: Wish, cell: Cell) -> None:
+    """After a trial: when it was the last of its group, the cells that waited for it can be done."""
+    if cell.group:
+        add_decided(store, wish.tables, wish.budget, (cell.label["data"], cell.label["model"]))
+
+
+class _Progress:
+    """A line for every finished cell, with the time that is left."""
+
+    def __init__(self, store: Store, wish: Wish, console: Console) -> None:
+        self.store, self.wish, self.console = store, wish, console
+        self.began, self.done = time.monotonic(), 0
+
+    def __call__(self, cell: Cell, state: str, record: dict[str, Any]) -> None:
+        _decide(self.store, self.wish, cell)
+        self.done += 1
+        spent = time.monotonic() - self.began
+        counts = self.store.counts()
+        n_left = counts["open"] + counts["taken"]
+        left = spent / self.done * n_left
+        found = f"MSE {record['test']['mse']:.4f}" if state == "done" else f"failed: {record['reason']}"
+        self.console.print(
+            f"{counts['done']} done, {n_left} left, about {duration(left)}: {cell.name}: {found}",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+
+    def last_word(self, seconds: float) -> None:
+        """What was done in this call."""
+        store = Store(self.wish.store)
+        counts = store.counts()
+        store.close()
+        self.console.print(
+            f"After {duration(seconds)}: {counts['done']} cells done, {counts['failed']} failed, "
+            f"{counts['open'] + counts['taken']} left; everything is in {self.wish.store}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip

@@ -1,0 +1,212 @@
+"""The built-in comparison of forecasters: which cells there are, and with what settings.
+
+Tables: (a) look-back 96 on ETTh1, ETTh2 and Exchange, every model, three seeds; (b) the same on ETTm1, ETTm2 and
+Weather, the main models, one seed; (orders) the models that scan across series, with the series in other orders; (c)
+longer look-backs.
+
+Every model has its registered size for the data set where there is one. Everything else is the same for all: steps,
+batch, optimizer, schedule. The learning rate alone is chosen for each model and data set, from the same few, on the
+validation part at horizon 96 with the first seed.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from selectra import models as _models
+from selectra.compare.cells import Cell, require_fair
+from selectra.compare.store import Store
+from selectra.errors import ConfigError
+from selectra.registry import models
+from selectra.spec import Optim, Run, Spec, Train
+
+__all__ = ["DATA", "RATES", "TABLES", "Budget", "Table", "_models", "base_run", "first_cells", "table_cells"]
+
+DATA: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "etth1": {"path": "ett-small/ETTh1.csv.gz", "split": "ett"},
+        "etth2": {"path": "ett-small/ETTh2.csv.gz", "split": "ett"},
+        "ettm1": {"path": "ett-small/ETTm1.csv.gz", "split": "ett"},
+        "ettm2": {"path": "ett-small/ETTm2.csv.gz", "split": "ett"},
+        "exchange": {"path": "ltsf-extra/exchange_rate.csv.gz", "split": "ratio", "stamps": "order"},
+        # The benchmark counts rows: one stamp is there twice, and some rows are missing.
+        "weather": {"path": "ltsf-extra/weather.csv.gz", "split": "ratio", "stamps": "order"},
+    }
+)
+HORIZONS = (96, 192, 336, 720)
+RATES = (2e-4, 1e-3, 5e-3)
+MAMBAS = ("tsm2", "timemachine", "simba_series", "s_mamba")
+WITHOUT_GRADIENT = ("linear", "naive", "seasonal_naive")
+MAIN = (*MAMBAS, "patchtst", "itransformer", "dlinear")
+TRAINED = (*MAIN, "tsmixer", "nlinear", "rlinear", "gru")
+# The registered size where no name is made of the data set.
+USUAL_SIZES = MappingProxyType({"tsm2": "tsm2_large"})
+# The models whose result depends on the order of the series; TimeMachine where it mixes them.
+SCANNING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"tsm2": {}, "s_mamba": {}, "timemachine": {"channel_independent": False}}
+)
+N_ORDERS = 5
+DECLARED = MappingProxyType({"optim.lr": "chosen for each model and data set on validation, of the same few"})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every training has alike.
+
+    Args:
+        steps: Optimizer steps.
+        batch_size: Windows in a step.
+        evaluations: Evaluations on validation, evenly spread, of which the best one's weights are kept.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    evaluations: int = 20
+
+
+@dataclass(frozen=True)
+class Table:
+    """A rectangle of cells."""
+
+    name: str
+    data: tuple[str, ...]
+    models: tuple[str, ...]
+    seeds: int = 1
+    lookbacks: tuple[int, ...] = (96,)
+    horizons: tuple[int, ...] = HORIZONS
+    orders: int = 1
+
+
+TABLES = {
+    "a": Table("a", ("etth1", "etth2", "exchange"), (*TRAINED, *WITHOUT_GRADIENT), seeds=3),
+    "b": Table("b", ("ettm1", "ettm2", "weather"), (*MAIN, "linear")),
+    "orders": Table("orders", ("etth1", "etth2", "exchange"), tuple(SCANNING), horizons=(96,), orders=N_ORDERS),
+    "c": Table(
+        "c", ("etth1", "etth2", "ettm1", "weather"), ("tsm2", "patchtst", "dlinear", "linear"), lookbacks=(96, 336, 512)
+    ),
+}
+
+
+def base_run(data: str, lookback: int, horizon: int, seed: int, budget: Budget) -> Run:
+    """The run that all models of a cell share; its model is the one without parameters."""
+    return Run(
+        name=f"{data} {lookback} {horizon}",
+        model=Spec("naive"),
+        data=Spec("series_file", seq_len=lookback, horizon=horizon, **DATA[data]),
+        task=Spec("forecasting", loss="mse"),
+        optim=Optim(lr=RATES[1], weight_decay=0.01, warmup_steps=budget.steps // 20),
+        train=Train(
+            steps=budget.steps, batch_size=budget.batch_size, seed=seed,
+            eval_every=max(1, budget.steps // budget.evaluations),
+        ),
+    )  # fmt: skip
+
+
+def model_for(family: str, data: str, horizon: int) -> Spec:
+    """The registered size for a data set (and horizon), or the usual one."""
+    known = models.names("series")
+    names = (f"{family}_{data}_{horizon}", f"{family}_{data}", USUAL_SIZES.get(family, family))
+    return Spec(next((name for name in names if name in known), names[-1]))
+
+
+def cell(
+    data: str, horizon: int, family: str, *, budget: Budget, place: int, lookback: int = 96, seed: int = 0,
+    rate: float | None = None, order: int = 0, group: str = "", **args: Any,
+) -> Cell:  # fmt: skip
+    """One training of a model."""
+    base = base_run(data, lookback, horizon, seed, budget)
+    spec = model_for(family, data, horizon).replace(**args)
+    optim = base.optim if rate is None else base.optim.model_copy(update={"lr": rate})
+    name = f"{data} {lookback} {horizon} {family} seed {seed}"
+    run = base.model_copy(update={"model": spec, "optim": optim, "name": name})
+    require_fair(base, run, DECLARED)
+    label = {"data": data, "lookback": lookback, "horizon": horizon, "model": family, "seed": seed, "order": order}
+    if args:
+        label["args"] = args
+    return Cell(run, place, MappingProxyType(label), order, family not in WITHOUT_GRADIENT, group)
+
+
+def trials_of(data: str, family: str) -> str:
+    """The group of a model's trials on a data set."""
+    return f"rates {data} {family}"
+
+
+def first_cells(tables: Iterable[str], budget: Budget) -> Iterator[Cell]:
+    """What can be done at once: the trials of learning rates, and all that has none."""
+    for rank, table in enumerate(_named(tables)):
+        for index, (data, family) in enumerate((d, f) for d in table.data for f in table.models):
+            if family in WITHOUT_GRADIENT:
+                yield from table_cells(table, rank, data, family, budget, None)
+                continue
+            for rate in RATES:
+                yield cell(
+                    data, HORIZONS[0], family, budget=budget, place=2 * rank * SPAN + index, rate=rate,
+                    group=trials_of(data, family),
+                )  # fmt: skip
+
+
+SPAN = 1_000_000
+
+
+def table_cells(
+    table: Table, rank: int, data: str, family: str, budget: Budget, rate: float | None
+) -> Iterator[Cell]:  # fmt: skip
+    """The cells of a model on a data set with the chosen learning rate."""
+    args = SCANNING[family] if table.orders > 1 else {}
+    seeds = 1 if family in WITHOUT_GRADIENT else table.seeds
+    for lookback in table.lookbacks:
+        for number, horizon in enumerate(table.horizons):
+            for seed in range(seeds):
+                for order in range(table.orders):
+                    # All models of a cell stand together: a limit of time cuts off whole cells.
+                    place = (2 * rank + 1) * SPAN + table.data.index(data) * 10_000 + lookback * 10 + number * 10 + seed
+                    yield cell(
+                        data, horizon, family, lookback=lookback, seed=seed, budget=budget, place=place, rate=rate,
+                        order=order, **args,
+                    )  # fmt: skip
+
+
+def chosen_rate(store: Store, data: str, family: str) -> float | None:
+    """The learning rate with the lowest validation error; None while a trial is not finished.
+
+    Raises:
+        ConfigError: Every trial failed.
+    """
+    found = store.cells(trials_of(data, family))
+    if not found or any(state in ("open", "taken") for _, state, _ in found):
+        return None
+    scores = {each.run.optim.lr: record["val"]["mse"] for each, state, record in found if state == "done" and record}
+    if not scores:
+        raise ConfigError(f"every trial of {family} on {data} failed; look at their reasons in '{store.path}'.")
+    return min(scores, key=lambda rate: scores[rate])
+
+
+def add_decided(store: Store, tables: Iterable[str], budget: Budget, only: tuple[str, str] | None = None) -> None:
+    """Add the cells whose learning rate is known.
+
+    Args:
+        only: A data set and a model whose trials have just ended; None looks at all.
+    """
+    for rank, table in enumerate(_named(tables)):
+        for data in table.data:
+            for family in table.models:
+                if family in WITHOUT_GRADIENT or (only is not None and only != (data, family)):
+                    continue
+                rate = chosen_rate(store, data, family)
+                if rate is not None:
+                    store.add(table_cells(table, rank, data, family, budget, rate))
+
+
+def _named(tables: Iterable[str]) -> list[Table]:
+    unknown = [name for name in tables if name not in TABLES]
+    if unknown:
+        raise ConfigError(f"there is no table '{unknown[0]}'; there are {', '.join(TABLES)}.")
+    return [TABLES[name] for name in tables]
+
+
+def variate_order(n_series: int, seed: int) -> np.ndarray:
+    """The order in which the series stand: the file's for 0."""
+    return np.arange(n_series) if seed == 0 else np.random.default_rng(seed).permutation(n_series)
