@@ -356,6 +356,30 @@ def compare(
 
 
 @app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
+    out: Annotated[Path, typer.Option(help="The page, in Markdown.")] = Path("forecasting.md"),
+    export: Annotated[
+        Path | None, typer.Option(help="Where a store's records go, as JSON and CSV; default: beside the store.")
+    ] = None,
+) -> None:
+    """Write the page of a comparison from its records."""
+    from selectra.report.forecasting import write_page  # noqa: PLC0415
+
+    if records.suffix != ".json":
+        from selectra.compare.export import write  # noqa: PLC0415
+        from selectra.compare.store import Store  # noqa: PLC0415
+
+        if not records.is_file():
+            raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
+        store, records = Store(records), export or records.with_suffix(".json")
+        write(store, records)
+        store.close()
+    write_page(records, out)
+    _console().print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def doctor() -> None:
     """Check this installation: backends, correctness, speed."""
     from selectra.doctor import doctor as examine  # noqa: PLC0415

@@ -1,5 +1,6 @@
 """`selectra compare`: fill a store with cells, have them done, say how far it is and what is left."""
 
+import dataclasses
 import multiprocessing
 import os
 import time
@@ -13,14 +14,15 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
-from selectra.compare.forecasting import TABLES, Budget, add_decided, first_cells
+from selectra.compare.cost import measure_costs
+from selectra.compare.forecasting import LAST, TABLES, Budget, add_best_other, add_decided, first_cells
 from selectra.compare.store import Store
 from selectra.compare.worker import work_on_cpu, work_on_gpu
 from selectra.errors import ConfigError
 from selectra.train.parallel import pick_device
 from selectra.train.progress import duration
 
-BUDGET = "budget"
+BUDGET, COSTS = "budget", "costs"
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,43 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
     until = inf if wish.time_limit is None else began + wish.time_limit
     store = Store(wish.store)
     _same_budget(store, wish.budget)
-    store.add(first_cells(wish.tables, wish.budget))
-    add_decided(store, wish.tables, wish.budget)
-    counts = store.counts()
-    console.print(f"{counts['done']} cells are done, {counts['open']} are open, in {wish.store}", highlight=False)
+    store.add(first_cells(_known(wish.tables), wish.budget))
     progress = _Progress(store, wish, console)
+    try:
+        for stage in _stages(wish.tables):
+            if time.monotonic() >= until:
+                break
+            _do(stage, store, dataclasses.replace(wish, tables=stage), device, until, progress)
+    finally:
+        store.close()
+    progress.last_word(time.monotonic() - began)
+
+
+def _known(tables: Sequence[str]) -> tuple[str, ...]:
+    return tuple(table for table in tables if table != COSTS)
+
+
+def _stages(tables: Sequence[str]) -> list[tuple[str, ...]]:
+    """Tables that can be done side by side; costs are measured alone, and the last table needs the others' results."""
+    alone = [(table,) for table in tables if table in (COSTS, LAST)]
+    together = tuple(table for table in tables if table not in (COSTS, LAST))
+    return [stage for stage in (together, *alone) if stage]
+
+
+def _do(
+    stage: tuple[str, ...], store: Store, wish: Wish, device: torch.device, until: float, progress: "_Progress"
+) -> None:  # fmt: skip
+    """Do one stage."""
     on_gpu = device.type == "cuda"
+    if stage == (COSTS,):
+        if on_gpu and store.recall(COSTS) is None:
+            store.remember(COSTS, measure_costs(device, wish.budget))
+        return
+    add_decided(store, stage, wish.budget)
+    if stage == (LAST,):
+        add_best_other(store, wish.budget)
+    counts = store.counts()
+    progress.say(f"{counts['done']} cells are done, {counts['open']} are open, in {wish.store}")
     helpers = _start_helpers(wish, until, on_gpu)
     try:
         if on_gpu:
@@ -74,8 +107,6 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
         for helper in helpers:
             helper.terminate()
             helper.join()
-        store.close()
-    progress.last_word(time.monotonic() - began)
 
 
 def _same_budget(store: Store, budget: Budget) -> None:
@@ -136,18 +167,18 @@ class _Progress:
         n_left = counts["open"] + counts["taken"]
         left = spent / self.done * n_left
         found = f"MSE {record['test']['mse']:.4f}" if state == "done" else f"failed: {record['reason']}"
-        self.console.print(
-            f"{counts['done']} done, {n_left} left, about {duration(left)}: {cell.name}: {found}",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        self.say(f"{counts['done']} done, {n_left} left, about {duration(left)}: {cell.name}: {found}")
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def last_word(self, seconds: float) -> None:
         """What was done in this call."""
         store = Store(self.wish.store)
         counts = store.counts()
         store.close()
-        self.console.print(
+        self.say(
             f"After {duration(seconds)}: {counts['done']} cells done, {counts['failed']} failed, "
-            f"{counts['open'] + counts['taken']} left; everything is in {self.wish.store}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"{counts['open'] + counts['taken']} left; everything is in {self.wish.store}"
+        )

@@ -1,0 +1,311 @@
+"""The page of a comparison of forecasters, in Markdown, from its exported records; nothing is computed anew."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from selectra.errors import DataError
+from selectra.report.read import whole
+
+NAMES = {
+    "tsm2": "TSM2", "timemachine": "TimeMachine", "simba_series": "SiMBA", "s_mamba": "S-Mamba", "patchtst": "PatchTST",
+    "itransformer": "iTransformer", "tsmixer": "TSMixer", "dlinear": "DLinear", "nlinear": "NLinear",
+    "rlinear": "RLinear", "gru": "GRU", "linear": "linear (closed form)", "naive": "naive",
+    "seasonal_naive": "seasonal naive",
+}  # fmt: skip
+DATA = {"etth1": "ETTh1", "etth2": "ETTh2", "ettm1": "ETTm1", "ettm2": "ETTm2", "exchange": "Exchange",
+        "weather": "Weather"}  # fmt: skip
+TITLES = {
+    "a": "Table (a): look-back 96, every model",
+    "b": "Table (b): look-back 96, the main models",
+    "c": "Table (c): look-back chosen on validation",
+}
+Row = dict[str, Any]
+
+
+def read_records(path: Path) -> dict[str, Any]:
+    """The exported records.
+
+    Raises:
+        DataError: The file is absent, damaged or of something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' cannot be read as exported records: {error}.") from error
+    if not isinstance(content, dict) or content.get("what") != "selectra compare forecasting":
+        raise DataError(f"'{path}' holds no comparison of forecasters; make one with `selectra compare forecasting`.")
+    return content
+
+
+def write_page(records: Path, out: Path) -> None:
+    """Write the page beside which nothing is needed."""
+    text = page(read_records(records), records.name)
+    with whole(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def page(content: dict[str, Any], source: str) -> str:
+    """The whole page; `source` is the name of the file of records."""
+    parts = [
+        "# Forecasting: Mamba models against strong and simple rivals",
+        headline(content["verdict"]),
+        _method(content, source),
+        _pairs(content["verdict"]),
+        _wins(content),
+        _targets(content["targets"]),
+    ]
+    for name in ("a", "b"):
+        parts += _table(name, content["tables"][name])
+    parts += _longer(content["tables"]["c"])
+    parts += [_orders(content["orders"]), _costs(content["costs"]), _cells(content)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first are numbers."""
+    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def error(value: float | None) -> str:
+    """An error of standardised values, as tables print them."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """A difference."""
+    return f"{value:+.4f}"
+
+
+def headline(verdict: Row) -> str:
+    """The first line: does a Mamba model win?"""
+    if verdict["mamba"] is None:
+        return (
+            f"**No verdict: only {verdict['cells']} cells of (a) and (b) hold all Mamba models and their rivals; "
+            "three are needed.**"
+        )
+    name, pairs = NAMES[verdict["mamba"]], verdict["pairs"]["one"]
+    beaten = [rival for rival, each in pairs.items() if each["difference"] < 0]
+    surely = [rival for rival, each in pairs.items() if each["high"] < 0]
+    lost = [rival for rival in pairs if rival not in beaten]
+    over = f"over the {verdict['cells']} cells of (a) and (b)"
+    if not lost:
+        doubt = [rival for rival in pairs if rival not in surely]
+        text = f"Yes: the Mamba model chosen on validation, {name}, has a lower mean MSE than {_list(pairs)} {over}"
+        text += f"; the difference from {_list(doubt)} is within chance." if doubt else ", each beyond chance."
+        return f"**{text}**"
+    text = f"No: the Mamba model chosen on validation, {name}, does not have the lowest mean MSE {over}: "
+    text += f"{_list(lost)} {'is' if len(lost) == 1 else 'are'} as good or better"
+    text += f", and {_list(beaten)} {'is' if len(beaten) == 1 else 'are'} worse." if beaten else "."
+    return f"**{text}**"
+
+
+def _list(names: Iterable[str]) -> str:
+    *most, last = [NAMES[name] for name in names]
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _method(content: dict[str, Any], source: str) -> str:
+    budget, rates = content["budget"], content["rates"]
+    places = sorted({cell["device"] for cell in content["cells"] if "device" in cell})
+    packed = max((cell.get("packed", 1) for cell in content["cells"]), default=1)
+    versions = sorted({env["versions"]["torch"] for env in content["environments"] if "versions" in env})
+    lines = [
+        f"Every number is computed from [`results/{source}`](../results/{source}), which holds every training.",
+        "",
+        "- Every window of the test part counts, whatever the batch. Errors are of values standardised by the training "
+        "part. ETT is cut at 12, 16 and 20 months, the others at 70 and 80 %. Hyper-parameters and kept weights are "
+        "chosen on validation alone.",
+        f"- The same budget for every model: {budget['steps']} steps of {budget['batch_size']} windows, AdamW, a warm-up "
+        f"and a cosine, {budget['evaluations']} evaluations on validation of which the best one's weights are kept. The "
+        f"learning rate alone is chosen, for each model and data set, among {', '.join(map(str, rates['tried']))} at "
+        "horizon 96 on validation: the same number of trials for every model. Sizes are the published ones where there "
+        "are any.",
+        f"- Run on {' and '.join(places)}, PyTorch {', '.join(versions)}. Up to {packed} trainings ran side by side on "
+        "the GPU: *seconds* are those of one training among them, evaluations included; the time of a step alone is in "
+        "the table of costs.",
+        "- *Published* are others' numbers, copied, with the look-back they were made at and the fault that is known of "
+        "them. Those at another look-back than ours are no comparison.",
+    ]
+    return "\n".join(lines)
+
+
+def _pairs(verdict: Row) -> str:
+    if verdict["mamba"] is None:
+        return ""
+    kinds = {
+        "one": f"One model for all: {NAMES[verdict['mamba']]}",
+        "each": "One for each data set: "
+        + ", ".join(f"{NAMES[model]} on {DATA[data]}" for data, model in verdict["by_data"].items()),
+    }
+    parts = ["## Does Mamba win?"]
+    for kind, title in kinds.items():
+        rows = [
+            (NAMES[rival], f"{each['mean']:.4f}", f"{each['rival']:.4f}", signed(each["difference"]),
+             f"{signed(each['low'])} to {signed(each['high'])}", f"{each['wins']} of {each['pairs']}")
+            for rival, each in verdict["pairs"][kind].items()
+        ]  # fmt: skip
+        head = ["rival", "Mamba's mean MSE", "rival's", "difference", "95 % interval", "cells won"]
+        parts += [f"{title} (chosen on validation).", grid(head, rows)]
+    means = sorted(verdict["means"].items(), key=lambda item: item[1])
+    parts.append(
+        "Paired bootstrap over cells; below zero Mamba is better. Mean MSE of every model that ran in all of these "
+        "cells: " + ", ".join(f"{NAMES[model]} {value:.4f}" for model, value in means) + "."
+    )
+    return "\n\n".join(parts)
+
+
+def _wins(content: dict[str, Any]) -> str:
+    lines = []
+    for name in ("a", "b", "c"):
+        won = Counter(each["model"] for each in content["tables"][name]["winners"])
+        if won:
+            counted = ", ".join(f"{NAMES[model]} {count}" for model, count in won.most_common())
+            lines.append(f"- ({name}) cells won: {counted}.")
+    return "\n".join(lines)
+
+
+def _targets(found: Row) -> str:
+    lines = []
+    if found["linear"]["cells"]:
+        each = found["linear"]
+        lines.append(
+            f"- The closed-form linear model against the same computed apart: {each['within']} of {each['cells']} cells "
+            f"within 0.002 (of numbers with three digits); the largest difference is {each['largest']:.4f}."
+        )
+    if found["tsm2"]["cells"]:
+        each = found["tsm2"]
+        lines.append(
+            f"- TSM2 at look-back 512, our reading: {each['within']} of {each['cells']} cells at most 3 % above the "
+            f"paper's MSE; {each['below_linear']} of {each['of']} below the closed-form linear model."
+        )
+    return "\n".join(lines)
+
+
+def _table(name: str, table: Row) -> list[str]:
+    """For each data set a grid of models and horizons; the lowest MSE of each column in bold; then what is missing."""
+    parts = [f"## {TITLES[name]}"]
+    n_seeds = table["seeds"]
+    parts.append(f"MSE / MAE, {'mean of ' + str(n_seeds) + ' seeds' if n_seeds > 1 else 'one seed'}; **lowest MSE**.")
+    for data in dict.fromkeys(row["data"] for row in table["rows"]):
+        mine = [row for row in table["rows"] if row["data"] == data]
+        horizons = sorted({row["horizon"] for row in mine})
+        best = {each["horizon"]: each["model"] for each in table["winners"] if each["data"] == data}
+        rows = []
+        for model in table["models"]:
+            found = {row["horizon"]: row for row in mine if row["model"] == model}
+            shown = []
+            for horizon in horizons:
+                text = f"{found[horizon]['mse']:.3f} / {found[horizon]['mae']:.3f}" if horizon in found else "-"
+                shown.append(f"**{text}**" if best[horizon] == model else text)
+            if found:
+                rows.append((NAMES[model], *shown))
+        parts += [f"### {DATA[data]}", grid([f"{DATA[data]}, horizon", *map(str, horizons)], rows)]
+    parts.append(_missing(table["missing"]))
+    return parts
+
+
+def _missing(missing: list[Row]) -> str:
+    if not missing:
+        return "Every cell of this table was run."
+    lines = [
+        f"- {NAMES[each['model']]} on {DATA[each['data']]}, look-back {each['lookback']}, horizon {each['horizon']}: "
+        f"{each['seeds']} of {each['of']} seeds, {each['reason']}"
+        for each in missing
+    ]
+    return f"Missing ({len(missing)}):\n\n" + "\n".join(lines)
+
+
+def _longer(table: Row) -> list[str]:
+    parts = [f"## {TITLES['c']}"]
+    longer = [row for row in table["rows"] if row["lookback"] != 96]
+    if longer:
+        parts.append("One seed. For each model the look-back with the lowest validation MSE; MSE (look-back).")
+        for data in dict.fromkeys(row["data"] for row in longer):
+            mine = [row for row in table["rows"] if row["data"] == data]
+            horizons = sorted({row["horizon"] for row in longer if row["data"] == data})
+            rows = []
+            for model in dict.fromkeys(row["model"] for row in mine):
+                shown = []
+                for horizon in horizons:
+                    found = [row for row in mine if (row["model"], row["horizon"]) == (model, horizon)]
+                    chosen = min(found, key=lambda row: row["val_mse"], default=None)
+                    shown.append("-" if chosen is None else f"{chosen['mse']:.3f} ({chosen['lookback']})")
+                rows.append((NAMES[model], *shown))
+            parts.append(grid([f"{DATA[data]}, horizon", *map(str, horizons)], rows))
+    parts.append(_missing(table["missing"]))
+    return parts
+
+
+def _orders(orders: list[Row]) -> str:
+    if not orders:
+        return ""
+    rows = [
+        (f"{DATA[each['data']]}, {each['horizon']}", NAMES[each["model"]], str(each["count"]), error(each["low"]),
+         error(each["high"]), f"{each['spread']:.4f}")
+        for each in orders
+    ]  # fmt: skip
+    text = (
+        "## The order of the series\n\nModels that scan across the series depend on the order in which these stand in "
+        "the file (TimeMachine here mixing the series). Test MSE over orders, one seed; all other models give the same "
+        "forecast in any order.\n\n"
+    )
+    return text + grid(["cell", "model", "orders", "lowest", "highest", "standard deviation"], rows)
+
+
+def _costs(costs: list[Row]) -> str:
+    if not costs:
+        return ""
+    first = next(each for each in costs if "peak_mb" in each)
+    lookbacks = sorted({each["lookback"] for each in costs})
+    parts = [
+        "## Costs against the look-back",
+        f"One training step alone on the GPU, {DATA[first['data']]}, horizon {first['horizon']}, "
+        f"{first['batch_size']} windows: peak memory in MiB (weights, optimizer and batch included) / milliseconds.",
+    ]
+    rows = []
+    for model in dict.fromkeys(each["model"] for each in costs):
+        found = {each["lookback"]: each for each in costs if each["model"] == model}
+        shown = [
+            f"{found[n]['peak_mb']:.0f} / {found[n]['step_ms']:.2f}" if "peak_mb" in found.get(n, {}) else "-"
+            for n in lookbacks
+        ]
+        rows.append((NAMES[model], *shown))
+    return "\n\n".join([*parts, grid(["model, look-back", *map(str, lookbacks)], rows)])
+
+
+def _cells(content: dict[str, Any]) -> str:
+    head = [
+        "cell", "look-back", "model", "MSE", "± seeds", "MAE", "published MSE", "difference", "rate", "parameters",
+        "seconds", "± orders",
+    ]  # fmt: skip
+    rows, seen, notes = [], set(), {}
+    for name in ("a", "b", "c"):
+        for row in content["tables"][name]["rows"]:
+            key = (row["data"], row["lookback"], row["horizon"], row["model"])
+            if key not in seen:
+                seen.add(key)
+                rows.append(_cell(row, notes))
+    numbered = [f"{number}. {text}" for text, number in notes.items()]
+    sources = "\n\nSources and faults of published numbers:\n\n" + "\n".join(numbered) if numbered else ""
+    return "## Every cell\n\n" + grid(head, rows) + sources
+
+
+def _cell(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
+    published, orders = row["published"], row["orders"]
+    told = difference = "-"
+    if published is not None:
+        note = published["source"] + (f"; {published['fault']}" if published["fault"] else "")
+        number = notes.setdefault(note, len(notes) + 1)
+        same = published["lookback"] == row["lookback"]
+        told = f"{published['mse']:.3f}{'' if same else ' at ' + str(published['lookback'])} [{number}]"
+        difference = f"{100 * (row['mse'] / published['mse'] - 1):+.1f} %" if same else "-"
+    return (
+        f"{DATA[row['data']]} {row['horizon']}", str(row["lookback"]), NAMES[row["model"]], error(row["mse"]),
+        error(row["mse_spread"]), error(row["mae"]), told, difference, "-" if row["lr"] is None else f"{row['lr']:g}",
+        f"{row['parameters']:,}", f"{row['seconds']:.1f}",
+        f"{orders['spread']:.4f}" if orders else "-",
+    )  # fmt: skip
