@@ -15,14 +15,19 @@ from rich.console import Console
 
 from selectra.compare.cells import Cell
 from selectra.compare.cost import measure_costs
-from selectra.compare.forecasting import LAST, TABLES, Budget, add_best_other, add_decided, first_cells
+from selectra.compare.forecasting import (
+    BUDGET_TRIALS, LAST, TABLES, Budget, add_best_other, add_decided, budget_cells, first_cells,
+)  # fmt: skip
 from selectra.compare.store import Store
 from selectra.compare.worker import work_on_cpu, work_on_gpu
 from selectra.errors import ConfigError
 from selectra.train.parallel import pick_device
 from selectra.train.progress import duration
+from selectra.train.stop import StoppedError
 
 BUDGET, COSTS = "budget", "costs"
+# Seconds that a process may take, after the limit, to end the cell in its hands.
+GRACE = 5.0
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,11 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
     device, began = pick_device(wish.device), time.monotonic()
     until = inf if wish.time_limit is None else began + wish.time_limit
     store = Store(wish.store)
-    _same_budget(store, wish.budget)
-    store.add(first_cells(_known(wish.tables), wish.budget))
+    if BUDGET_TRIALS in wish.tables:
+        store.add(budget_cells(wish.budget.batch_size))
+    if _known(wish.tables):
+        _same_budget(store, wish.budget)
+        store.add(first_cells(_known(wish.tables), wish.budget))
     progress = _Progress(store, wish, console)
     try:
         for stage in _stages(wish.tables):
@@ -71,7 +79,7 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
 
 
 def _known(tables: Sequence[str]) -> tuple[str, ...]:
-    return tuple(table for table in tables if table != COSTS)
+    return tuple(table for table in tables if table not in (COSTS, BUDGET_TRIALS))
 
 
 def _stages(tables: Sequence[str]) -> list[tuple[str, ...]]:
@@ -90,7 +98,7 @@ def _do(
         if on_gpu and store.recall(COSTS) is None:
             store.remember(COSTS, measure_costs(device, wish.budget))
         return
-    add_decided(store, stage, wish.budget)
+    add_decided(store, _known(stage), wish.budget)
     if stage == (LAST,):
         add_best_other(store, wish.budget)
     counts = store.counts()
@@ -102,7 +110,7 @@ def _do(
         elif not helpers:
             work_on_cpu(store, until, progress)
         for helper in helpers:
-            helper.join()
+            helper.join(None if until == inf else max(0.0, until - time.monotonic()) + GRACE)
     finally:
         for helper in helpers:
             helper.terminate()
@@ -142,6 +150,9 @@ def _help(wish: Wish, limit: float, by_gradient: bool | None, threads: int) -> N
 
     try:
         work_on_cpu(store, time.monotonic() + limit, after, by_gradient, wait=by_gradient is None)
+    except StoppedError:
+        # The limit of time came in the middle of a cell, which is given back.
+        return
     finally:
         store.close()
 
@@ -149,7 +160,7 @@ def _help(wish: Wish, limit: float, by_gradient: bool | None, threads: int) -> N
 def _decide(store: Store, wish: Wish, cell: Cell) -> None:
     """After a trial: when it was the last of its group, the cells that waited for it can be done."""
     if cell.group:
-        add_decided(store, wish.tables, wish.budget, (cell.label["data"], cell.label["model"]))
+        add_decided(store, _known(wish.tables), wish.budget, (cell.label["data"], cell.label["model"]))
 
 
 class _Progress:

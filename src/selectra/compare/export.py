@@ -10,7 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from selectra.compare.command import BUDGET, COSTS
-from selectra.compare.forecasting import MAMBAS, RATES, TABLES, WITHOUT_GRADIENT, Table, chosen_rate
+from selectra.compare.forecasting import (
+    BUDGET_TRIALS, MAMBAS, RATES, TABLES, WITHOUT_GRADIENT, Table, chosen_rate,
+)  # fmt: skip
 from selectra.compare.stats import paired, spread
 from selectra.compare.store import Store
 from selectra.errors import DataError
@@ -20,6 +22,7 @@ RIVALS = ("linear", "dlinear", "patchtst", "itransformer")
 KEPT = (
     "data", "lookback", "horizon", "model", "size", "args", "seed", "order", "lr", "val", "test", "test_windows",
     "best_step", "steps", "seconds", "packed", "parameters", "device", "backends", "environment", "reason",
+    "group",
 )  # fmt: skip
 COLUMNS = (
     "table", "data", "lookback", "horizon", "model", "size", "seed", "order", "lr", "test_mse", "test_mae", "val_mse",
@@ -31,7 +34,9 @@ Place = tuple[str, int, int]
 
 def export(store: Store) -> dict[str, Any]:
     """Everything about a comparison, in JSON's types."""
-    cells, environments = _cells(store)
+    every, environments = _cells(store)
+    tried = [cell for cell in every if cell["group"] == BUDGET_TRIALS]
+    cells = [cell for cell in every if cell["group"] != BUDGET_TRIALS]
     rates = _rates(store, cells)
     final = [cell for cell in cells if cell["lr"] in (None, rates.get((cell["data"], cell["model"])))]
     rows = _rows([cell for cell in final if "args" not in cell and cell["order"] == 0 and "test" in cell])
@@ -43,6 +48,7 @@ def export(store: Store) -> dict[str, Any]:
     return {
         "what": "selectra compare forecasting",
         "budget": store.recall(BUDGET),
+        "budgets": budgets(tried),
         "rates": {"tried": list(RATES), "chosen": [[*key, rate] for key, rate in sorted(rates.items())]},
         "environments": environments,
         "tables": {name: _table(TABLES[name], rows, cells) for name in TABLES if name != "orders"},
@@ -51,7 +57,7 @@ def export(store: Store) -> dict[str, Any]:
         "targets": targets(rows, published),
         "costs": store.recall(COSTS) or [],
         "cells": final,
-        "trials": [cell for cell in cells if cell not in final],
+        "trials": [cell for cell in cells if cell not in final] + tried,
     }
 
 
@@ -79,9 +85,24 @@ def _cells(store: Store) -> tuple[list[Row], list[dict[str, Any]]]:
         if where not in environments:
             environments.append(where)
         rate = cell.run.optim.lr if cell.by_gradient else None
-        row = {**cell.label, **record, "lr": rate, "environment": environments.index(where)}
+        row = {**cell.label, **record, "lr": rate, "environment": environments.index(where),
+               "group": cell.group}  # fmt: skip
         cells.append({name: row[name] for name in KEPT if name in row})
     return cells, environments
+
+
+def budgets(trials: Iterable[Row]) -> list[Row]:
+    """The mean validation MSE of all models with each budget of steps, over the models that finished them all."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for cell in trials:
+        if "val" in cell:
+            found[cell["model"]][cell["steps"]] = cell["val"]["mse"]
+    steps = sorted({each for scores in found.values() for each in scores})
+    whole = {model: scores for model, scores in found.items() if len(scores) == len(steps)}
+    return [
+        {"steps": each, "val_mse": fmean(scores[each] for scores in whole.values()), "models": len(whole)}
+        for each in (steps if whole else [])
+    ]
 
 
 def _rates(store: Store, cells: Iterable[Row]) -> dict[tuple[str, str], float]:

@@ -50,6 +50,13 @@ SCANNING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"tsm2": {}, "s_mamba": {}, "timemachine": {"channel_independent": False}}
 )
 N_ORDERS = 5
+HEAVY = ("timemachine",)
+# Places of a stage: more than a table has cells.
+SPAN = 1_000_000
+BUDGETS = (250, 500, 1000, 2000)
+BUDGET_TRIALS = "budget"
+# Of their own, so that no such trial is a cell of a table.
+BUDGET_SEED = 100
 DECLARED = MappingProxyType({"optim.lr": "chosen for each model and data set on validation, of the same few"})
 
 
@@ -65,7 +72,7 @@ class Budget:
 
     steps: int = 1000
     batch_size: int = 32
-    evaluations: int = 20
+    evaluations: int = 10
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,17 @@ def cell(
     return Cell(run, place, MappingProxyType(label), order, family not in WITHOUT_GRADIENT, group)
 
 
+def budget_cells(batch_size: int) -> Iterator[Cell]:
+    """Every trained model on ETTh1 at the middle rate, with each budget of steps: what the budget is chosen by."""
+    for steps in BUDGETS:
+        for family in TRAINED:
+            budget = Budget(steps, batch_size)
+            yield cell(
+                "etth1", HORIZONS[0], family, budget=budget, place=-steps, rate=RATES[1], group=BUDGET_TRIALS,
+                seed=BUDGET_SEED,
+            )  # fmt: skip
+
+
 def trials_of(data: str, family: str) -> str:
     """The group of a model's trials on a data set."""
     return f"rates {data} {family}"
@@ -146,12 +164,15 @@ def first_cells(tables: Iterable[str], budget: Budget) -> Iterator[Cell]:
                 continue
             for rate in RATES:
                 yield cell(
-                    data, HORIZONS[0], family, budget=budget, place=2 * rank * SPAN + index, rate=rate,
-                    group=trials_of(data, family),
+                    data, table.horizons[0], family, budget=budget, place=_stage(rank, family) * SPAN + index,
+                    rate=rate, group=trials_of(data, family),
                 )  # fmt: skip
 
 
-SPAN = 1_000_000
+def _stage(rank: int, family: str) -> int:
+    """Light models of a table first, then those whose every step fills a GPU: beside these the others only wait."""
+    return 4 * rank + 2 * (family in HEAVY)
+
 
 
 def table_cells(
@@ -166,7 +187,8 @@ def table_cells(
                 for order in range(table.orders):
                     # All models of a cell stand together: a limit of time cuts off whole cells.
                     steps = (table.lookbacks.index(lookback), table.data.index(data), number, seed, order)
-                    place = (2 * rank + 1) * SPAN + sum(step * 10**power for step, power in zip(steps, range(5, 0, -1), strict=True))
+                    within = sum(step * 10**power for step, power in zip(steps, range(5, 0, -1), strict=True))
+                    place = (_stage(rank, family) + 1) * SPAN + within
                     yield cell(
                         data, horizon, family, lookback=lookback, seed=seed, budget=budget, place=place, rate=rate,
                         order=order, **args,

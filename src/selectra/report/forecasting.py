@@ -124,6 +124,7 @@ def _method(content: dict[str, Any], source: str) -> str:
         f"learning rate alone is chosen, for each model and data set, among {', '.join(map(str, rates['tried']))} at "
         "horizon 96 on validation: the same number of trials for every model. Sizes are the published ones where there "
         "are any.",
+        *_budgets(content["budgets"]),
         f"- Run on {' and '.join(places)}, PyTorch {', '.join(versions)}. Up to {packed} trainings ran side by side on "
         "the GPU: *seconds* are those of one training among them, evaluations included; the time of a step alone is in "
         "the table of costs.",
@@ -131,6 +132,13 @@ def _method(content: dict[str, Any], source: str) -> str:
         "them. Those at another look-back than ours are no comparison.",
     ]
     return "\n".join(lines)
+
+
+def _budgets(tried: list[Row]) -> list[str]:
+    if not tried:
+        return []
+    shown = ", ".join(f"{each['steps']} steps {each['val_mse']:.4f}" for each in tried)
+    return [f"- The budget was chosen on ETTh1's validation part: mean MSE of {tried[0]['models']} models {shown}."]
 
 
 def _pairs(verdict: Row) -> str:
