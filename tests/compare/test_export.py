@@ -13,8 +13,19 @@ from selectra.compare.cells import Cell, differences, require_fair
 from selectra.compare.command import BUDGET
 from selectra.compare.export import export, read_published, write
 from selectra.compare.forecasting import (
-    DATA, HORIZONS, MAMBAS, RATES, TABLES, WITHOUT_GRADIENT, Budget, add_best_other, add_decided, base_run, cell,
-    chosen_rate, first_cells,
+    DATA,
+    HORIZONS,
+    MAMBAS,
+    RATES,
+    TABLES,
+    WITHOUT_GRADIENT,
+    Budget,
+    add_best_other,
+    add_decided,
+    base_run,
+    cell,
+    chosen_rate,
+    first_cells,
 )  # fmt: skip
 from selectra.compare.stats import paired
 from selectra.compare.store import Store
@@ -91,7 +102,9 @@ def test_the_rate_is_chosen_on_validation(tmp_path: Path) -> None:
 
 
 def test_rows_are_means_of_cells(complete: dict[str, Any]) -> None:
-    row = next(r for r in complete["tables"]["a"]["rows"] if (r["data"], r["horizon"], r["model"]) == ("etth2", 336, "gru"))
+    row = next(
+        r for r in complete["tables"]["a"]["rows"] if (r["data"], r["horizon"], r["model"]) == ("etth2", 336, "gru")
+    )
     mine = [
         each["test"]["mse"] for each in complete["cells"]
         if (each["data"], each["horizon"], each["model"], each["order"]) == ("etth2", 336, "gru", 0)

@@ -22,6 +22,7 @@ class Cell:
         variates: Seed of the order in which the series stand; 0 is the file's.
         by_gradient: Whether it belongs on a GPU; what is solved or needs no training is done on a CPU.
         group: Cells that are decided on together, such as one model's trials of learning rates.
+        weight: Places that it takes of those that a GPU has for trainings side by side.
     """
 
     run: Run
@@ -30,6 +31,7 @@ class Cell:
     variates: int = 0
     by_gradient: bool = True
     group: str = ""
+    weight: int = 1
 
     @property
     def key(self) -> str:
@@ -45,7 +47,8 @@ class Cell:
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
         content = {"run": json.loads(self.run.to_json()), "place": self.place, "label": dict(self.label)}
-        return json.dumps({**content, "variates": self.variates, "by_gradient": self.by_gradient, "group": self.group})
+        more = {name: getattr(self, name) for name in ("variates", "by_gradient", "group", "weight")}
+        return json.dumps({**content, **more})
 
     @classmethod
     def from_json(cls, text: str) -> "Cell":
@@ -53,7 +56,8 @@ class Cell:
         content = json.loads(text)
         run = Run.from_json(json.dumps(content["run"]), "a stored cell")
         label = MappingProxyType(content["label"])
-        return cls(run, content["place"], label, content["variates"], content["by_gradient"], content["group"])
+        more = (content[name] for name in ("variates", "by_gradient", "group", "weight"))
+        return cls(run, content["place"], label, *more)
 
 
 def differences(base: Run, run: Run) -> dict[str, tuple[Any, Any]]:

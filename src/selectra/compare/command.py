@@ -16,7 +16,14 @@ from rich.console import Console
 from selectra.compare.cells import Cell
 from selectra.compare.cost import measure_costs
 from selectra.compare.forecasting import (
-    BUDGET_TRIALS, LAST, TABLES, Budget, add_best_other, add_decided, budget_cells, first_cells,
+    BUDGET_TRIALS,
+    LAST,
+    TABLES,
+    Budget,
+    add_best_other,
+    add_decided,
+    budget_cells,
+    first_cells,
 )  # fmt: skip
 from selectra.compare.store import Store
 from selectra.compare.worker import work_on_cpu, work_on_gpu

@@ -11,7 +11,13 @@ from typing import Any
 
 from selectra.compare.command import BUDGET, COSTS
 from selectra.compare.forecasting import (
-    BUDGET_TRIALS, MAMBAS, RATES, TABLES, WITHOUT_GRADIENT, Table, chosen_rate,
+    BUDGET_TRIALS,
+    MAMBAS,
+    RATES,
+    TABLES,
+    WITHOUT_GRADIENT,
+    Table,
+    chosen_rate,
 )  # fmt: skip
 from selectra.compare.stats import paired, spread
 from selectra.compare.store import Store
@@ -43,7 +49,7 @@ def export(store: Store) -> dict[str, Any]:
     spreads = _spreads([cell for cell in final if "test" in cell])
     published = read_published()
     for row in rows:
-        row["orders"] = spreads.get(_place(row) + (row["model"],))
+        row["orders"] = spreads.get((*_place(row), row["model"]))
         row["published"] = _nearest(published, row)
     return {
         "what": "selectra compare forecasting",
@@ -66,7 +72,7 @@ def write(store: Store, path: Path) -> None:
     content = export(store)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     with path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer: csv.DictWriter[str] = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         for kind in ("cells", "trials"):
             for cell in content[kind]:
@@ -119,7 +125,7 @@ def _rows(cells: Iterable[Row]) -> list[Row]:
     """One row for each model of a cell: means over seeds."""
     groups: dict[Any, list[Row]] = defaultdict(list)
     for cell in cells:
-        groups[_place(cell) + (cell["model"],)].append(cell)
+        groups[(*_place(cell), cell["model"])].append(cell)
     rows = []
     for (data, lookback, horizon, model), members in groups.items():
         mse = [cell["test"]["mse"] for cell in members]
@@ -144,7 +150,7 @@ def _spreads(cells: Iterable[Row]) -> dict[Any, dict[str, Any]]:
     for cell in cells:
         mixed = "args" in cell or cell["model"] != "timemachine"
         if cell["model"] in asked.models and cell["seed"] == 0 and mixed and cell["horizon"] in asked.horizons:
-            groups[_place(cell) + (cell["model"],)][cell["order"]] = cell["test"]["mse"]
+            groups[(*_place(cell), cell["model"])][cell["order"]] = cell["test"]["mse"]
     return {
         key: {"low": min(each.values()), "high": max(each.values()), "spread": spread(list(each.values())),
               "count": len(each)}
@@ -171,8 +177,9 @@ def _table(table: Table, rows: list[Row], cells: list[Row]) -> dict[str, Any]:
                     if n_seeds < wanted:
                         reasons = [c["reason"] for c in cells if "reason" in c and c["model"] == model
                                    and _place(c) == (data, lookback, horizon)]  # fmt: skip
-                        missing.append({"data": data, "lookback": lookback, "horizon": horizon, "model": model,
-                                        "seeds": n_seeds, "of": wanted, "reason": "; ".join(reasons) or "not run"})  # fmt: skip
+                        place = {"data": data, "lookback": lookback, "horizon": horizon, "model": model}
+                        why = "; ".join(reasons) or "not run"
+                        missing.append({**place, "seeds": n_seeds, "of": wanted, "reason": why})
                 if here:
                     best = min(here, key=lambda row: row["mse"])
                     winners.append({"data": data, "lookback": lookback, "horizon": horizon, "model": best["model"],

@@ -50,7 +50,8 @@ SCANNING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"tsm2": {}, "s_mamba": {}, "timemachine": {"channel_independent": False}}
 )
 N_ORDERS = 5
-HEAVY = ("timemachine",)
+# Places of a GPU that a training takes where it is not one: this one's activations are large.
+HEAVY = MappingProxyType({"timemachine": 5})
 # Places of a stage: more than a table has cells.
 SPAN = 1_000_000
 BUDGETS = (250, 500, 1000, 2000)
@@ -136,7 +137,8 @@ def cell(
     label = {"data": data, "lookback": lookback, "horizon": horizon, "model": family, "seed": seed, "order": order}
     if args:
         label["args"] = args
-    return Cell(run, place, MappingProxyType(label), order, family not in WITHOUT_GRADIENT, group)
+    weight = HEAVY.get(family, 1)
+    return Cell(run, place, MappingProxyType(label), order, family not in WITHOUT_GRADIENT, group, weight)
 
 
 def budget_cells(batch_size: int) -> Iterator[Cell]:
@@ -165,14 +167,13 @@ def first_cells(tables: Iterable[str], budget: Budget) -> Iterator[Cell]:
             for rate in RATES:
                 yield cell(
                     data, table.horizons[0], family, budget=budget, place=_stage(rank, family) * SPAN + index,
-                    rate=rate, group=trials_of(data, family),
+                    rate=rate, group=trials_of(data, family), lookback=min(table.lookbacks),
                 )  # fmt: skip
 
 
 def _stage(rank: int, family: str) -> int:
     """Light models of a table first, then those whose every step fills a GPU: beside these the others only wait."""
     return 4 * rank + 2 * (family in HEAVY)
-
 
 
 def table_cells(

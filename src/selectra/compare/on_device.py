@@ -58,9 +58,14 @@ class Resident(NamedTuple):
         return SeriesBatch(values[:, :seq_len], observed, values[:, seq_len:], seen)
 
 
-@lru_cache(maxsize=64)
 def rates_of(optim: Optim, steps: int) -> tuple[float, ...]:
     """The learning rate of every step, as the loop's schedule gives it."""
+    return _rates_of(optim.model_dump_json(), steps)
+
+
+@lru_cache(maxsize=64)
+def _rates_of(optim_as_text: str, steps: int) -> tuple[float, ...]:
+    optim = Optim.model_validate_json(optim_as_text)
     optimizer = AdamW([torch.zeros(1, requires_grad=True)], lr=optim.lr)
     schedule = make_schedule(optimizer, optim, steps)
     rates = []

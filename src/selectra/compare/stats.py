@@ -27,7 +27,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dic
     if np.ptp(differences) > 0:
         found = stats.bootstrap(
             (differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="BCa",
-            random_state=np.random.default_rng(seed),
+            random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
     return {

@@ -29,7 +29,8 @@ APPLICATION = 0x53454C45
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE cells (
-    key TEXT PRIMARY KEY, place INTEGER NOT NULL, by_gradient INTEGER NOT NULL, family TEXT NOT NULL, cell TEXT NOT NULL,
+    key TEXT PRIMARY KEY, place INTEGER NOT NULL, by_gradient INTEGER NOT NULL, family TEXT NOT NULL,
+    weight INTEGER NOT NULL, cell TEXT NOT NULL,
     state TEXT NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'taken', 'done', 'failed')),
     worker TEXT, record TEXT, finished REAL);
 CREATE INDEX cells_by_place ON cells (state, place);
@@ -117,9 +118,13 @@ class Store:
 
     def add(self, cells: Iterable[Cell]) -> None:
         """Add cells; one that is there already stays as it is."""
-        rows = [(cell.key, cell.place, int(cell.by_gradient), cell.group, cell.to_json()) for cell in cells]
+        rows = [
+            (cell.key, cell.place, int(cell.by_gradient), cell.group, cell.weight, cell.to_json()) for cell in cells
+        ]
         with self._writing():
-            query = "INSERT OR IGNORE INTO cells (key, place, by_gradient, family, cell) VALUES (?, ?, ?, ?, ?)"
+            query = (
+                "INSERT OR IGNORE INTO cells (key, place, by_gradient, family, weight, cell) VALUES (?, ?, ?, ?, ?, ?)"
+            )
             self._file.executemany(query, rows)
 
     @contextmanager
@@ -148,13 +153,15 @@ class Store:
         row = (self.worker, socket.gethostname(), os.getpid(), time.time())
         self._file.execute("INSERT OR REPLACE INTO workers VALUES (?, ?, ?, ?)", row)
 
-    def take(self, by_gradient: bool | None = None) -> Cell | None:
+    def take(self, by_gradient: bool | None = None, most: int | None = None) -> Cell | None:
         """The next cell that nobody works on, from now on this worker's; None where there is none.
 
         Args:
             by_gradient: Only those that belong on a GPU, or only those that do not; None takes any.
+            most: Only those of at most this weight.
         """
-        wanted = "" if by_gradient is None else f"AND by_gradient = {int(by_gradient)}"
+        wanted = "" if by_gradient is None else f"AND by_gradient = {int(by_gradient)} "
+        wanted += "" if most is None else f"AND weight <= {most}"
         with self._writing():
             self._beat()
             self._free_the_dead()

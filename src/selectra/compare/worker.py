@@ -230,7 +230,8 @@ def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, o
                 if slot.cell is None:
                     if time.monotonic() < ask_at:
                         continue
-                    cell = store.take(True)
+                    free = packed - sum(min(packed, other.cell.weight) for other in slots if other.cell is not None)
+                    cell = store.take(True, None if free == packed else free) if free else None
                     if cell is None:
                         ask_at = time.monotonic() + ASK_EVERY
                         continue

@@ -114,22 +114,22 @@ def _method(content: dict[str, Any], source: str) -> str:
     packed = max((cell.get("packed", 1) for cell in content["cells"]), default=1)
     versions = sorted({env["versions"]["torch"] for env in content["environments"] if "versions" in env})
     lines = [
-        f"Every number is computed from [`results/{source}`](../results/{source}), which holds every training.",
+        f"Every number is computed from [`results/{source}`](../../results/{source}), which holds every training.",
         "",
         "- Every window of the test part counts, whatever the batch. Errors are of values standardised by the training "
         "part. ETT is cut at 12, 16 and 20 months, the others at 70 and 80 %. Hyper-parameters and kept weights are "
         "chosen on validation alone.",
-        f"- The same budget for every model: {budget['steps']} steps of {budget['batch_size']} windows, AdamW, a warm-up "
-        f"and a cosine, {budget['evaluations']} evaluations on validation of which the best one's weights are kept. The "
-        f"learning rate alone is chosen, for each model and data set, among {', '.join(map(str, rates['tried']))} at "
+        f"- The same budget for every model: {budget['steps']} steps of {budget['batch_size']} windows, AdamW, a "
+        f"warm-up and a cosine, {budget['evaluations']} evaluations on validation of which the best one's weights are "
+        f"kept. The learning rate alone is chosen, for each model and data set, among {', '.join(map(str, rates['tried']))} at "
         "horizon 96 on validation: the same number of trials for every model. Sizes are the published ones where there "
         "are any.",
         *_budgets(content["budgets"]),
         f"- Run on {' and '.join(places)}, PyTorch {', '.join(versions)}. Up to {packed} trainings ran side by side on "
-        "the GPU: *seconds* are those of one training among them, evaluations included; the time of a step alone is in "
-        "the table of costs.",
-        "- *Published* are others' numbers, copied, with the look-back they were made at and the fault that is known of "
-        "them. Those at another look-back than ours are no comparison.",
+        "the GPU: *seconds* are those of one training among them, evaluations included; the time of a step alone is "
+        "in the table of costs.",
+        "- *Published* are others' numbers, copied, with the look-back they were made at and the fault that is known "
+        "of them. Those at another look-back than ours are no comparison.",
     ]
     return "\n".join(lines)
 
@@ -181,8 +181,8 @@ def _targets(found: Row) -> str:
     if found["linear"]["cells"]:
         each = found["linear"]
         lines.append(
-            f"- The closed-form linear model against the same computed apart: {each['within']} of {each['cells']} cells "
-            f"within 0.002 (of numbers with three digits); the largest difference is {each['largest']:.4f}."
+            f"- The closed-form linear model against the same computed apart: {each['within']} of {each['cells']} "
+            f"cells within 0.002 (of numbers with three digits); the largest difference is {each['largest']:.4f}."
         )
     if found["tsm2"]["cells"]:
         each = found["tsm2"]
