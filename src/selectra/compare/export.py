@@ -14,6 +14,7 @@ from selectra.compare.forecasting import (
     BUDGET_TRIALS,
     MAMBAS,
     RATES,
+    SCANNING,
     TABLES,
     WITHOUT_GRADIENT,
     Table,
@@ -57,8 +58,9 @@ def export(store: Store) -> dict[str, Any]:
         "budgets": budgets(tried),
         "rates": {"tried": list(RATES), "chosen": [[*key, rate] for key, rate in sorted(rates.items())]},
         "environments": environments,
-        "tables": {name: _table(TABLES[name], rows, cells) for name in TABLES if name != "orders"},
+        "tables": {name: _table(TABLES[name], rows, cells) for name in ("a", "b", "c")},
         "orders": [{"data": d, "lookback": b, "horizon": h, "model": m, **s} for (d, b, h, m), s in spreads.items()],
+        "ablation": _ablation(final),
         "verdict": verdict(rows),
         "targets": targets(rows, published),
         "costs": store.recall(COSTS) or [],
@@ -148,14 +150,38 @@ def _spreads(cells: Iterable[Row]) -> dict[Any, dict[str, Any]]:
     groups: dict[Any, dict[int, float]] = defaultdict(dict)
     asked = TABLES["orders"]
     for cell in cells:
-        mixed = "args" in cell or cell["model"] != "timemachine"
-        if cell["model"] in asked.models and cell["seed"] == 0 and mixed and cell["horizon"] in asked.horizons:
+        usual = cell.get("args", {}) == SCANNING.get(cell["model"])
+        if usual and cell["data"] in asked.data and cell["seed"] == 0 and cell["horizon"] in asked.horizons:
             groups[(*_place(cell), cell["model"])][cell["order"]] = cell["test"]["mse"]
     return {
         key: {"low": min(each.values()), "high": max(each.values()), "spread": spread(list(each.values())),
               "count": len(each)}
         for key, each in groups.items() if len(each) > 1
     }  # fmt: skip
+
+
+def _ablation(cells: Iterable[Row]) -> list[Row]:
+    """For each cell of the ablation the MSE of the whole model and of each variant, of one seed."""
+    table, found = TABLES["ablation"], []
+    cells = [cell for cell in cells if "test" in cell and not cell["order"] and cell["seed"] == 0]
+    for family, variants in table.variants.items():
+        for data in table.data:
+            for horizon in table.horizons:
+                here = [
+                    cell
+                    for cell in cells
+                    if cell["model"] == family and _place(cell) == (data, table.lookbacks[0], horizon)
+                ]
+                mse = {_variant(cell.get("args", {})): cell["test"]["mse"] for cell in here}
+                wanted = [_variant(args) for args in ({}, *variants)]
+                if all(name in mse for name in wanted):
+                    found.append({"model": family, "data": data, "horizon": horizon,
+                                  "mse": {name: mse[name] for name in wanted}})  # fmt: skip
+    return found
+
+
+def _variant(args: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in args.items()) or "whole"
 
 
 def _table(table: Table, rows: list[Row], cells: list[Row]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ validation part at horizon 96 with the first seed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any
@@ -43,13 +44,15 @@ MAMBAS = ("tsm2", "timemachine", "simba_series", "s_mamba")
 WITHOUT_GRADIENT = ("linear", "naive", "seasonal_naive")
 MAIN = (*MAMBAS, "patchtst", "itransformer", "dlinear")
 TRAINED = (*MAIN, "tsmixer", "nlinear", "rlinear", "gru")
-# The registered size where no name is made of the data set.
-USUAL_SIZES = MappingProxyType({"tsm2": "tsm2_large"})
+# TSM2's sizes are not published: as with PatchTST the smaller one for the small data sets.
+OWN_SIZES = MappingProxyType({("tsm2", data): "tsm2_large" for data in ("ettm1", "ettm2", "weather")})
 # The models whose result depends on the order of the series; TimeMachine where it mixes them.
 SCANNING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {"tsm2": {}, "s_mamba": {}, "timemachine": {"channel_independent": False}}
 )
 N_ORDERS = 5
+# What TSM2 is without one of its parts.
+ABLATIONS = ({"without": "time"}, {"without": "channels"}, {"without": "averages"}, {"window_norm": "none"})
 # Places of a GPU that a training takes where it is not one: this one's activations are large.
 HEAVY = MappingProxyType({"timemachine": 5})
 # Places of a stage: more than a table has cells.
@@ -87,12 +90,28 @@ class Table:
     lookbacks: tuple[int, ...] = (96,)
     horizons: tuple[int, ...] = HORIZONS
     orders: int = 1
+    variants: Mapping[str, tuple[Mapping[str, Any], ...]] = field(default_factory=dict)
+    """Arguments of a model that differ from its size's, one tuple entry for each variant of it."""
 
 
 TABLES = {
     "a": Table("a", ("etth1", "etth2", "exchange"), (*TRAINED, *WITHOUT_GRADIENT), seeds=3),
     "b": Table("b", ("ettm1", "ettm2", "weather"), (*MAIN, "linear")),
-    "orders": Table("orders", ("etth1", "etth2", "exchange"), tuple(SCANNING), horizons=(96,), orders=N_ORDERS),
+    "orders": Table(
+        "orders",
+        ("etth1", "etth2", "exchange"),
+        tuple(SCANNING),
+        horizons=(96,),
+        orders=N_ORDERS,
+        variants={family: (args,) for family, args in SCANNING.items()},
+    ),
+    "ablation": Table(
+        "ablation",
+        ("etth1", "exchange", "ettm1", "weather"),
+        ("tsm2",),
+        horizons=(96, 336),
+        variants={"tsm2": ABLATIONS},
+    ),
     "c": Table(
         "c", ("etth1", "etth2", "ettm1", "weather"), ("tsm2", "patchtst", "dlinear", "linear"), lookbacks=(512, 336, 96)
     ),
@@ -119,7 +138,7 @@ def base_run(data: str, lookback: int, horizon: int, seed: int, budget: Budget) 
 def model_for(family: str, data: str, horizon: int) -> Spec:
     """The registered size for a data set (and horizon), or the usual one."""
     known = models.names("series")
-    names = (f"{family}_{data}_{horizon}", f"{family}_{data}", USUAL_SIZES.get(family, family))
+    names = (f"{family}_{data}_{horizon}", f"{family}_{data}", OWN_SIZES.get((family, data), family))
     return Spec(next((name for name in names if name in known), names[-1]))
 
 
@@ -180,12 +199,11 @@ def table_cells(
     table: Table, rank: int, data: str, family: str, budget: Budget, rate: float | None
 ) -> Iterator[Cell]:  # fmt: skip
     """The cells of a model on a data set with the chosen learning rate."""
-    args = SCANNING[family] if table.orders > 1 else {}
     seeds = 1 if family in WITHOUT_GRADIENT else table.seeds
     for lookback in table.lookbacks:
         for number, horizon in enumerate(table.horizons):
             for seed in range(seeds):
-                for order in range(table.orders):
+                for order, args in product(range(table.orders), table.variants.get(family, ({},))):
                     # All models of a cell stand together: a limit of time cuts off whole cells.
                     steps = (table.lookbacks.index(lookback), table.data.index(data), number, seed, order)
                     within = sum(step * 10**power for step, power in zip(steps, range(5, 0, -1), strict=True))

@@ -60,7 +60,7 @@ def page(content: dict[str, Any], source: str) -> str:
     for name in ("a", "b"):
         parts += _table(name, content["tables"][name])
     parts += _longer(content["tables"]["c"])
-    parts += [_orders(content["orders"]), _costs(content["costs"]), _cells(content)]
+    parts += [_ablation(content["ablation"]), _orders(content["orders"]), _costs(content["costs"]), _cells(content)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -121,9 +121,9 @@ def _method(content: dict[str, Any], source: str) -> str:
         "chosen on validation alone.",
         f"- The same budget for every model: {budget['steps']} steps of {budget['batch_size']} windows, AdamW, a "
         f"warm-up and a cosine, {budget['evaluations']} evaluations on validation of which the best one's weights are "
-        f"kept. The learning rate alone is chosen, for each model and data set, among {', '.join(map(str, rates['tried']))} at "
-        "horizon 96 on validation: the same number of trials for every model. Sizes are the published ones where there "
-        "are any.",
+        "kept. The learning rate alone is chosen, for each model and data set, among "
+        f"{', '.join(map(str, rates['tried']))} at horizon 96 on validation: as many trials for every model. "
+        "Sizes are the published ones where there are any.",
         *_budgets(content["budgets"]),
         f"- Run on {' and '.join(places)}, PyTorch {', '.join(versions)}. Up to {packed} trainings ran side by side on "
         "the GPU: *seconds* are those of one training among them, evaluations included; the time of a step alone is "
@@ -246,6 +246,25 @@ def _longer(table: Row) -> list[str]:
             parts.append(grid([f"{DATA[data]}, horizon", *map(str, horizons)], rows))
     parts.append(_missing(table["missing"]))
     return parts
+
+
+def _ablation(found: list[Row]) -> str:
+    if not found:
+        return ""
+    variants = [name for name in found[0]["mse"] if name != "whole"]
+    rows = [
+        (
+            f"{NAMES[each['model']]}, {DATA[each['data']]} {each['horizon']}",
+            error(each["mse"]["whole"]),
+            *(signed(each["mse"][name] - each["mse"]["whole"]) for name in variants),
+        )
+        for each in found
+    ]
+    text = (
+        "## What a part is worth\n\nTest MSE of the whole model, and how it changes when one part is left out (above "
+        "zero: the part helps). One seed, the same learning rate.\n\n"
+    )
+    return text + grid(["model and cell", "whole", *variants], rows)
 
 
 def _orders(orders: list[Row]) -> str:
