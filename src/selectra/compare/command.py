@@ -35,6 +35,8 @@ from selectra.train.stop import StoppedError
 BUDGET, COSTS = "budget", "costs"
 # Seconds that a process may take, after the limit, to end the cell in its hands.
 GRACE = 5.0
+# Cells that failed with these words are tried again by the next call.
+WANT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,15 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
     device, began = pick_device(wish.device), time.monotonic()
     until = inf if wish.time_limit is None else began + wish.time_limit
     store = Store(wish.store)
+    stages = _stages(wish.tables)
+    store.reopen(WANT_OF_MEMORY)
     if BUDGET_TRIALS in wish.tables:
         store.add(budget_cells(wish.budget.batch_size))
     if _known(wish.tables):
         _same_budget(store, wish.budget)
-        store.add(first_cells(_known(wish.tables), wish.budget))
     progress = _Progress(store, wish, console)
     try:
-        for stage in _stages(wish.tables):
+        for stage in stages:
             if time.monotonic() >= until:
                 break
             _do(stage, store, dataclasses.replace(wish, tables=stage), device, until, progress)
@@ -91,9 +94,13 @@ def _known(tables: Sequence[str]) -> tuple[str, ...]:
 
 def _stages(tables: Sequence[str]) -> list[tuple[str, ...]]:
     """Tables that can be done side by side; costs are measured alone, and the last table needs the others' results."""
-    alone = [(table,) for table in tables if table in (COSTS, LAST)]
-    together = tuple(table for table in tables if table not in (COSTS, LAST))
-    return [stage for stage in (together, *alone) if stage]
+    order = ((BUDGET_TRIALS,), ("a", "b"), ("orders", "ablation"), (COSTS,), (LAST,))
+    unknown = [table for table in tables if not any(table in stage for stage in order)]
+    if unknown:
+        known = ", ".join(table for stage in order for table in stage)
+        raise ConfigError(f"there is no table '{unknown[0]}'; there are {known}.")
+    stages = (tuple(table for table in stage if table in tables) for stage in order)
+    return [stage for stage in stages if stage]
 
 
 def _do(
@@ -105,6 +112,7 @@ def _do(
         if on_gpu and store.recall(COSTS) is None:
             store.remember(COSTS, measure_costs(device, wish.budget))
         return
+    store.add(first_cells(_known(stage), wish.budget))
     add_decided(store, _known(stage), wish.budget)
     if stage == (LAST,):
         add_best_other(store, wish.budget)

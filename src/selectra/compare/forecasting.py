@@ -53,8 +53,9 @@ SCANNING: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 N_ORDERS = 5
 # What TSM2 is without one of its parts.
 ABLATIONS = ({"without": "time"}, {"without": "channels"}, {"without": "averages"}, {"window_norm": "none"})
-# Places of a GPU that a training takes where it is not one: this one's activations are large.
-HEAVY = MappingProxyType({"timemachine": 5})
+# Places of a GPU, which has about 16, that a training takes where it is not one: the activations of TimeMachine, whose
+# states stand beside every number of its scales, fill gibibytes, and three times as many with Weather's 21 series.
+HEAVY = MappingProxyType({("timemachine", ""): 5, ("timemachine", "weather"): 16})
 # Places of a stage: more than a table has cells.
 SPAN = 1_000_000
 BUDGETS = (250, 500, 1000, 2000)
@@ -156,7 +157,7 @@ def cell(
     label = {"data": data, "lookback": lookback, "horizon": horizon, "model": family, "seed": seed, "order": order}
     if args:
         label["args"] = args
-    weight = HEAVY.get(family, 1)
+    weight = HEAVY.get((family, data), HEAVY.get((family, ""), 1))
     return Cell(run, place, MappingProxyType(label), order, family not in WITHOUT_GRADIENT, group, weight)
 
 
@@ -192,7 +193,7 @@ def first_cells(tables: Iterable[str], budget: Budget) -> Iterator[Cell]:
 
 def _stage(rank: int, family: str) -> int:
     """Light models of a table first, then those whose every step fills a GPU: beside these the others only wait."""
-    return 4 * rank + 2 * (family in HEAVY)
+    return 4 * rank + 2 * ((family, "") in HEAVY)
 
 
 def table_cells(

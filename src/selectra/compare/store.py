@@ -190,6 +190,12 @@ class Store:
             self._beat()
         return changed.rowcount == 1
 
+    def reopen(self, reason: str) -> None:
+        """Open the failed cells whose record holds these words."""
+        with self._writing():
+            query = "UPDATE cells SET state = 'open', worker = NULL WHERE state = 'failed' AND instr(record, ?) > 0"
+            self._file.execute(query, (reason,))
+
     def counts(self) -> dict[str, int]:
         """How many cells are in which state."""
         found = dict(self._file.execute("SELECT state, count(*) FROM cells GROUP BY state").fetchall())

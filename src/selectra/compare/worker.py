@@ -146,10 +146,14 @@ def _plain(cell: Cell) -> tuple[str, dict[str, Any]]:
 
 
 class _Slot:
-    """One stream, the memory of its graphs, and the training that runs on it."""
+    """One stream, the memory of its graphs, and the training that runs on it.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        most: The heaviest cell that it takes.
+    """
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        self.device, self.most = device, most
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         # A pool lives as long as a graph in it: this one does nothing, for ever.
         self.keeper = torch.cuda.CUDAGraph()
@@ -212,6 +216,11 @@ class _Residents:
         return self.found[key]
 
 
+def _limits(packed: int) -> list[int]:
+    """The heaviest cell of each slot: what a slot's graphs have used stays theirs, so few take the heavy ones."""
+    return [packed, *[max(1, packed // 3)] * 2, *[1] * packed][:packed]
+
+
 def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, on_done: OnDone) -> None:
     """Do the cells that belong on a GPU, `packed` at a time; at the limit those in flight are given back.
 
@@ -220,7 +229,7 @@ def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, o
         on_done: Called with every finished cell.
     """
     residents = _Residents(device)
-    slots = [_Slot(device) for _ in range(packed)]
+    slots = [_Slot(device, most) for most in _limits(packed)]
     # Nothing was there to take: ask again when something has ended, which may bring new cells, or a while later.
     ask_at = 0.0
     with store.beating():
@@ -231,7 +240,8 @@ def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, o
                     if time.monotonic() < ask_at:
                         continue
                     free = packed - sum(min(packed, other.cell.weight) for other in slots if other.cell is not None)
-                    cell = store.take(True, None if free == packed else free) if free else None
+                    most = min(free, slot.most)
+                    cell = store.take(True, None if most == packed else most) if most else None
                     if cell is None:
                         ask_at = time.monotonic() + ASK_EVERY
                         continue
