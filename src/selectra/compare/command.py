@@ -77,6 +77,7 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
         store.add(budget_cells(wish.budget.batch_size))
     if _known(wish.tables):
         _same_budget(store, wish.budget)
+        store.add(first_cells(_known(wish.tables), wish.budget))
     progress = _Progress(store, wish, console)
     try:
         for stage in stages:
@@ -112,7 +113,6 @@ def _do(
         if on_gpu and store.recall(COSTS) is None:
             store.remember(COSTS, measure_costs(device, wish.budget))
         return
-    store.add(first_cells(_known(stage), wish.budget))
     add_decided(store, _known(stage), wish.budget)
     if stage == (LAST,):
         add_best_other(store, wish.budget)

@@ -179,7 +179,7 @@ def trials_of(data: str, family: str) -> str:
 
 def first_cells(tables: Iterable[str], budget: Budget) -> Iterator[Cell]:
     """What can be done at once: the trials of learning rates, and all that has none."""
-    for rank, table in enumerate(_named(tables)):
+    for rank, table in _named(tables):
         for index, (data, family) in enumerate((d, f) for d in table.data for f in table.models):
             if family in WITHOUT_GRADIENT:
                 yield from table_cells(table, rank, data, family, budget, None)
@@ -236,7 +236,7 @@ def add_decided(store: Store, tables: Iterable[str], budget: Budget, only: tuple
     Args:
         only: A data set and a model whose trials have just ended; None looks at all.
     """
-    for rank, table in enumerate(_named(tables)):
+    for rank, table in _named(tables):
         for data in table.data:
             for family in table.models:
                 if family in WITHOUT_GRADIENT or (only is not None and only != (data, family)):
@@ -266,11 +266,12 @@ def add_best_other(store: Store, budget: Budget) -> str | None:
     return best
 
 
-def _named(tables: Iterable[str]) -> list[Table]:
+def _named(tables: Iterable[str]) -> list[tuple[int, Table]]:
+    """The tables of these names, each with its number in the order of work."""
     unknown = [name for name in tables if name not in TABLES]
     if unknown:
         raise ConfigError(f"there is no table '{unknown[0]}'; there are {', '.join(TABLES)}.")
-    return [TABLES[name] for name in tables]
+    return [(list(TABLES).index(name), TABLES[name]) for name in tables]
 
 
 def variate_order(n_series: int, seed: int) -> np.ndarray:
