@@ -163,6 +163,8 @@ class _Slot:
             self.nothing.add_(1)
             self.keeper.capture_end()
         self.cell: Cell | None = None
+        # Where nothing was there to take: when to ask again, if nothing ends before.
+        self.ask_at = 0.0
 
     def start(self, cell: Cell, resident: Callable[[Cell, Windows], Resident], packed: int) -> None:
         """Build the model, take the first step, record the graphs."""
@@ -230,20 +232,20 @@ def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, o
     """
     residents = _Residents(device)
     slots = [_Slot(device, most) for most in _limits(packed)]
-    # Nothing was there to take: ask again when something has ended, which may bring new cells, or a while later.
-    ask_at = 0.0
     with store.beating():
         while time.monotonic() < until:
-            moved = busy = False
+            moved = busy = nothing = False
             for slot in slots:
                 if slot.cell is None:
-                    if time.monotonic() < ask_at:
+                    if time.monotonic() < slot.ask_at:
                         continue
                     free = packed - sum(min(packed, other.cell.weight) for other in slots if other.cell is not None)
                     most = min(free, slot.most)
                     cell = store.take(True, None if most == packed else most) if most else None
                     if cell is None:
-                        ask_at = time.monotonic() + ASK_EVERY
+                        slot.ask_at = time.monotonic() + ASK_EVERY
+                        # All places were free, and this slot takes any cell.
+                        nothing |= most == packed
                         continue
                     _start(slot, cell, residents, packed, store, on_done)
                 busy = True
@@ -253,8 +255,10 @@ def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, o
                     state, record = slot.result()
                     if store.finish(cell, record, state):
                         on_done(cell, state, record)
-                    ask_at = 0.0
-            if not busy:
+                    # What has ended may bring new cells, or room for a heavy one.
+                    for each in slots:
+                        each.ask_at = 0.0
+            if nothing and not busy:
                 return
             if not moved:
                 time.sleep(0.0005)

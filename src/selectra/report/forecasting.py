@@ -138,7 +138,10 @@ def _budgets(tried: list[Row]) -> list[str]:
     if not tried:
         return []
     shown = ", ".join(f"{each['steps']} steps {each['val_mse']:.4f}" for each in tried)
-    return [f"- The budget was chosen on ETTh1's validation part: mean MSE of {tried[0]['models']} models {shown}."]
+    return [
+        "- The budget was chosen on ETTh1's validation part, horizon 96, as the shortest within 1 % of the lowest "
+        f"mean MSE of {tried[0]['models']} models: {shown}."
+    ]
 
 
 def _pairs(verdict: Row) -> str:
