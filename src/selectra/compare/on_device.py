@@ -30,7 +30,7 @@ from selectra.train.parallel import World
 from selectra.train.record import BackendWatch
 
 # Series (windows times variates) in one piece of an evaluation: bounds its memory.
-EVALUATED_SERIES = 2048
+EVALUATED_SERIES = 1024
 
 
 class Resident(NamedTuple):

@@ -220,7 +220,7 @@ class _Residents:
 
 def _limits(packed: int) -> list[int]:
     """The heaviest cell of each slot: what a slot's graphs have used stays theirs, so few take the heavy ones."""
-    return [packed, *[max(1, packed // 3)] * 2, *[1] * packed][:packed]
+    return [packed, max(1, packed // 3), *[1] * packed][:packed]
 
 
 def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, on_done: OnDone) -> None:
