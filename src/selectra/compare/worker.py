@@ -230,47 +230,62 @@ def work_on_gpu(store: Store, device: torch.device, packed: int, until: float, o
         until: Moment of `time.monotonic` after which no cell is begun or finished.
         on_done: Called with every finished cell.
     """
-    residents = _Residents(device)
-    slots = [_Slot(device, most) for most in _limits(packed)]
+    gpu = _Gpu(store, device, packed, on_done)
     with store.beating():
-        while time.monotonic() < until:
-            moved = busy = nothing = False
-            for slot in slots:
-                if slot.cell is None:
-                    if time.monotonic() < slot.ask_at:
-                        continue
-                    free = packed - sum(min(packed, other.cell.weight) for other in slots if other.cell is not None)
-                    most = min(free, slot.most)
-                    cell = store.take(True, None if most == packed else most) if most else None
-                    if cell is None:
-                        slot.ask_at = time.monotonic() + ASK_EVERY
-                        # All places were free, and this slot takes any cell.
-                        nothing |= most == packed
-                        continue
-                    _start(slot, cell, residents, packed, store, on_done)
-                busy = True
-                moved |= slot.cell is None or slot.move()
-                if slot.cell is not None and slot.ended and not slot.queued:
-                    cell = slot.cell
-                    state, record = slot.result()
-                    if store.finish(cell, record, state):
-                        on_done(cell, state, record)
-                    # What has ended may bring new cells, or room for a heavy one.
-                    for each in slots:
-                        each.ask_at = 0.0
-            if nothing and not busy:
-                return
-            if not moved:
+        while time.monotonic() < until and not gpu.idle:
+            if not gpu.turn():
                 time.sleep(0.0005)
 
 
-def _start(
-    slot: _Slot, cell: Cell, residents: _Residents, packed: int, store: Store, on_done: OnDone
-) -> None:  # fmt: skip
-    try:
-        slot.start(cell, residents, packed)
-    except (ConfigError, DataError, torch.OutOfMemoryError) as error:
-        slot.cell = None
-        record = {**cell.label, "reason": str(error)}
-        if store.finish(cell, record, "failed"):
-            on_done(cell, "failed", record)
+class _Gpu:
+    """All slots of a GPU, served in turn."""
+
+    def __init__(self, store: Store, device: torch.device, packed: int, on_done: OnDone) -> None:
+        self.store, self.packed, self.on_done = store, packed, on_done
+        self.residents = _Residents(device)
+        self.slots = [_Slot(device, most) for most in _limits(packed)]
+        self.idle = False
+
+    def turn(self) -> bool:
+        """Give every slot what it can take; whether anything changed."""
+        moved = nothing = False
+        for slot in self.slots:
+            if slot.cell is None:
+                nothing |= self._fill(slot)
+            if slot.cell is not None:
+                moved |= slot.move()
+                if slot.ended and not slot.queued:
+                    self._note(slot)
+                    moved = True
+        self.idle = nothing and all(slot.cell is None for slot in self.slots)
+        return moved
+
+    def _fill(self, slot: _Slot) -> bool:
+        """Begin the next cell that fits; True where there is none at all, not even for an empty GPU."""
+        if time.monotonic() < slot.ask_at:
+            return False
+        free = self.packed - sum(min(self.packed, each.cell.weight) for each in self.slots if each.cell is not None)
+        most = min(free, slot.most)
+        # An empty GPU takes a cell of any weight.
+        cell = self.store.take(True, None if most == self.packed else most) if most else None
+        if cell is None:
+            slot.ask_at = time.monotonic() + ASK_EVERY
+            return most == self.packed
+        try:
+            slot.start(cell, self.residents, self.packed)
+        except (ConfigError, DataError, torch.OutOfMemoryError) as error:
+            slot.cell = None
+            self._finish(cell, "failed", {**cell.label, "reason": str(error)})
+        return False
+
+    def _note(self, slot: _Slot) -> None:
+        assert slot.cell is not None
+        cell = slot.cell
+        self._finish(cell, *slot.result())
+        # What has ended may bring new cells, or room for a heavy one.
+        for each in self.slots:
+            each.ask_at = 0.0
+
+    def _finish(self, cell: Cell, state: str, record: dict[str, Any]) -> None:
+        if self.store.finish(cell, record, state):
+            self.on_done(cell, state, record)
