@@ -95,6 +95,7 @@ def timemachine(name: str, series: int, windows: int, *, ch_ind: int, n1: int, n
 
 JOBS = (
     vim(224, 64, True),
+    vim(224, 128, True),
     timemachine("traffic", 862, 16, ch_ind=0, n1=512, n2=16),
     timemachine("ETTh1", 7, 512, ch_ind=1, n1=512, n2=32),
     vim(224, 64, False),

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+SIDES = ("mamba_ssm", "selectra.compat")
+
 
 def main(records: Annotated[list[Path], typer.Argument(help="Records of both scripts.")]) -> None:
     """Print both tables as Markdown."""
@@ -52,18 +54,20 @@ def stored(row: dict[str, Any]) -> str:
 def steps(record: dict[str, Any]) -> list[str]:
     """One line a training step."""
     lines = [
-        "| training step | mamba_ssm's kernels, ms | selectra.compat, ms | times as fast | forward alone | "
-        "float32: output, gradients apart |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| training step | mamba_ssm's kernels, ms | selectra.compat, ms | times as fast | the GPU's own time, ms | "
+        "times | forward alone | float32: output, gradients apart |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for job in record["jobs"]:
         step, forward = job["milliseconds"], job["forward_milliseconds"]
-        apart = job["differences"]["float32"]
+        apart, (theirs, ours) = job["differences"]["float32"], (job["kernels_ms"][side]["all"] for side in SIDES)
         cells = (
             job["job"],
             f"{step['mamba_ssm']:.2f}",
             f"{step['selectra.compat']:.2f}",
             f"{job['times_as_fast']:.2f}",
+            f"{theirs:.2f} / {ours:.2f}",
+            f"{theirs / ours:.2f}",
             f"{forward['mamba_ssm'] / forward['selectra.compat']:.2f}",
             f"{apart['output']:.0e}, {apart['gradients']:.0e}",
         )

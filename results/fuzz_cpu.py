@@ -2,10 +2,11 @@
 
     python results/fuzz_cpu.py --count 10000 --seed 0 --out results
 
-Each case is one call, forward and backward, of `selective_scan` or `causal_conv1d` (every third), in float32, bfloat16
-or float64, on one of the builds that this processor runs, on one to three threads. The truth is the reference in
-float64 on the same rounded inputs; an error is the largest difference over the truth's largest number. Exits with 1
-where a case is beyond its tolerance. Not compared are bfloat16 gradients that autograd adds up over time.
+Each case is one call, forward and backward, of `cross_scan` (every fifth), `causal_conv1d` (every third of the others)
+or `selective_scan`, in float32, bfloat16 or float64, on one of the builds that this processor runs, on one to three
+threads. The truth is the reference in float64 on the same rounded inputs; an error is the largest difference over the
+truth's largest number. Exits with 1 where a case is beyond its tolerance. Not compared are bfloat16 gradients that
+autograd adds up over time.
 """
 
 import importlib
@@ -26,6 +27,7 @@ from selectra.ops.native.library import library
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 calls: Any = importlib.import_module("tests.ops.cpu_calls")
+cross_calls: Any = importlib.import_module("tests.ops.cross_calls")
 
 
 def processor() -> str:
@@ -48,10 +50,14 @@ def main(
     worst: dict[tuple[str, torch.dtype, str], tuple[float, float, int]] = {}
     number: dict[tuple[str, str], int] = defaultdict(int)
     wrong, begun = [], time.perf_counter()
-    for drawn in (calls.draw(each, builds) for each in range(seed, seed + count)):
-        number[drawn.name, found.isas[drawn.build]] += 1
-        for name, error, tolerance in calls.errors(drawn):
-            key = (drawn.name, drawn.dtype, name)
+    for each in range(seed, seed + count):
+        of_routes = each % 5 == 0
+        which = cross_calls if of_routes else calls
+        drawn = which.draw(each, builds)
+        op = "cross_scan" if of_routes else drawn.name
+        number[op, found.isas[drawn.build]] += 1
+        for name, error, tolerance in which.errors(drawn):
+            key = (op, drawn.dtype, name)
             worst[key] = max(worst.get(key, (0.0, 0.0, 0)), (error, tolerance, drawn.seed))
             if not error <= tolerance:
                 wrong.append(f"case {drawn.seed}, {found.isas[drawn.build]}, {drawn.dtype}: {name} off by {error:.2e}")

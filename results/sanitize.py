@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor
 
 from selectra.errors import ConfigError
-from selectra.ops import causal_conv1d, selective_scan
+from selectra.ops import add_norm, causal_conv1d, cross_scan, selective_scan
 from selectra.ops.cuda import cache
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -54,6 +54,31 @@ def scan_call(
     return leaves | {"delta_softplus": True, "return_final_state": True} | more
 
 
+def cross_call(
+    h: int, w: int, d: int, n: int, dtype: torch.dtype = torch.bfloat16, *, merge: bool = True, **more: Any
+) -> dict[str, Any]:
+    """Leaves of a call along routes through a grid."""
+    generator, k = torch.Generator().manual_seed(h * w * d + n), len(more.get("routes", "four"))
+
+    def leaf(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).cuda()
+
+    found = {"u": leaf(2, h, w, d), "delta": leaf(2, h, w, k, d), "z": leaf(2, h, w, d)}
+    found |= {name: leaf(2, h, w, k, n) for name in ("B", "C")}
+    found |= {name: leaf(k, d, dtype=torch.float32) for name in ("D", "delta_bias")}
+    found["A"] = -leaf(k, d, n, dtype=torch.float32).exp()
+    leaves = {name: x.requires_grad_() for name, x in found.items()}
+    return leaves | {"delta_softplus": True, "merge": merge} | more
+
+
+def norm_call(rows: int, d: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Leaves of a sum with its norm; the stream is float32."""
+    shapes = {"x": (rows, d), "residual": (rows, d), "weight": (d,), "bias": (d,)}
+    leaves: dict[str, Any] = {name: torch.randn(*shape).cuda() for name, shape in shapes.items()}
+    leaves["x"] = leaves["x"].to(dtype)
+    return {name: x.requires_grad_() for name, x in leaves.items()}
+
+
 def calls() -> Iterator[Call]:
     """Name, operator and arguments of every call."""
     mask = (torch.arange(67).repeat(2, 1) % 5 != 3).cuda()
@@ -72,12 +97,18 @@ def calls() -> Iterator[Call]:
         shapes = {"x": (batch, 67, 40), "weight": (40, 4), "bias": (40,)}
         leaves = {name: torch.randn(*shape).cuda().requires_grad_() for name, shape in shapes.items()}
         yield f"convolution, {', '.join(more) or 'plain'}", causal_conv1d, leaves | {"return_final_state": True} | more
+    for n in (1, 16):
+        yield f"four routes, n {n}", cross_scan, cross_call(5, 7, 40, n, torch.float32)
+        yield f"two routes, n {n}", cross_scan, cross_call(1, 67, 24, n, routes=("right", "left"), merge=False)
+    for kind, dtype in (("rms", torch.bfloat16), ("layer", torch.float32)):
+        yield f"sum and {kind} norm", add_norm, norm_call(13, 129, dtype) | {"kind": kind}
 
 
 def run(call: Call) -> None:
     """Forward and backward; nothing but our kernels, and copies."""
     _, op, arguments = call
-    outputs = op(**arguments)
+    found = op(**arguments)
+    outputs = (found,) if isinstance(found, Tensor) else found
     leaves = [x for x in arguments.values() if isinstance(x, Tensor) and x.requires_grad]
     grads = [torch.randn(x.shape).to(x.dtype).cuda() for x in outputs]
     torch.autograd.grad(list(outputs), leaves, grads)

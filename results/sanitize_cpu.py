@@ -48,12 +48,13 @@ def sanitized(folder: Path, name: str) -> Path:
     builds = BUILDS if "-DSELECTRA_X86" in flags else {"baseline": BUILDS["baseline"]}
     kernels = [
         compiled(
-            folder / f"{build}_{number}.o",
-            *(*flags, "-fno-trapping-math", f"-march={machine}", "-c", str(SOURCE / "kernels.cpp")),
+            folder / f"{source}_{build}_{number}.o",
+            *(*flags, "-fno-trapping-math", f"-march={machine}", "-c", str(SOURCE / f"{source}.cpp")),
             *("-fno-exceptions", "-fno-rtti", f"-DSELECTRA_REAL={number}", f"-DSELECTRA_KERNELS={build}_{number}"),
         )
         for build, machine in builds.items()
         for number in ("float", "double")
+        for source in ("kernels", "cross")
     ]
     sources = [*kernels, SOURCE / "library.cpp", SOURCE / "threads.cpp", CHECK]
     return compiled(folder / "check", *flags, *(str(file) for file in sources), "-lpthread")

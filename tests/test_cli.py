@@ -1,10 +1,12 @@
 """Every command, and every error message that a user may see."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import pandas as pd
 import pytest
 
 from selectra.cli import FORECAST_MODELS, main
+from selectra.data.sources import PUBLIC, PublicFile
+from tests.data.server import serving, whole
 
 SHORT = ["model=linear", "data.seq_len=24", "data.horizon=6"]
 
@@ -114,6 +118,38 @@ def test_list(call, sort):
     assert sort not in ("models", None) or "works" in text
 
 
+def test_data_is_listed_checked_and_got(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELECTRA_DATA", str(tmp_path))
+    monkeypatch.setenv("SELECTRA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    content = ("date,a,b\n" + "\n".join(f"2020-01-{day:02d},{day},{day**2}" for day in range(1, 31))).encode()
+    with serving(content, whole) as server:
+        file = PublicFile("days.csv", server.url, hashlib.sha256(content).hexdigest(), len(content))
+        days = replace(PUBLIC["exchange"], name="Days", files=(file,), rows=30, n_series=2)
+        monkeypatch.setitem(PUBLIC, "days", days)
+        assert "Days" in call("data")[1] and server.url in call("data", "list", "days")[1]
+        assert "Days: not here" in call("data", "check")[1]
+        code, text, _ = call("data", "get", "days")
+        assert code == 0 and f"loaded and checked: {tmp_path / 'cache' / 'data' / 'days.csv'}" in text
+        assert "already here, checked" in call("data", "get", "DAYS", "days")[1]
+        assert len(server.asked) == 1
+        code, text, _ = call("data", "get", "days", "--to", tmp_path / "own")
+        assert code == 0 and f"SELECTRA_DATA={tmp_path / 'own'}" in text and (tmp_path / "own" / "days.csv").exists()
+    assert "Days: whole; 30 rows of 2 series, every D, 0.00% missing" in call("data", "check", "days")[1]
+    for path in tmp_path.glob("**/days.csv"):
+        path.write_bytes(content[:-1])
+    code, _, text = call("data", "check")
+    assert code == 2 and "days.csv': its content is not the published one" in text and "selectra data get Days" in text
+    assert text.count("\n") == 1
+
+
+def test_a_public_set_is_forecast_by_name(call, tmp_path, data_folder):
+    code, text, _ = call("forecast", "exchange", "--model", "naive", "--horizon", 96, "--out", tmp_path / "out")
+    assert code == 0 and "7,588 rows" in text and "1,422 windows" in text
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics[0]["mse"] == pytest.approx(0.081, abs=1e-3)
+
+
 def test_cite_is_the_citation_file(call):
     code, text, _ = call("cite")
     assert code == 0
@@ -132,7 +168,7 @@ def test_version(call):
     ("words", "message"),
     [
         ("forecast --horizn 3", "has no option '--horizn'; it has .* Did you mean --horizon (int)?"),
-        ("forecast --splt ett", "Did you mean --split (ett | ratio)?"),
+        ("forecast --splt ett", "Did you mean --split (auto | ett | ratio | last)?"),
         ("forecast --quik", "Did you mean --quick (no value)?"),
         ("forecast --horizon x", "Invalid value for '--horizon'"),
         ("forecast --horizon 0", "Invalid value for '--horizon'"),
@@ -152,12 +188,20 @@ def test_version(call):
         ("train tsm2_weather optim.betas=0.9,1", "'optim.betas' is '0.9,1'"),
         ("train tsm2_weather model.dropout=1 --out {tmp}", "dropout=1.0: must be at least 0 and less than 1"),
         ("train linear task.target_index=99 --out {tmp}", "'task.target_index' is (99,), and the data has"),
+        ("data get", "name at least one set to get; there are: ETTh1, "),
+        ("data gt ETTh1", "'gt' is not one of 'list', 'get', 'check'"),
+        ("data check Wether", "no public set 'Wether'; did you mean 'Weather'"),
+        ("data check --to {tmp}", "--to says where `selectra data get` puts files"),
+        ("data check ECL Solar", "ECL is not here; get it with: selectra data get ECL. Solar is not here"),
+        ("forecast ECL", "ECL (electricity.csv) is not on this machine; .* selectra data get ECL"),
         ("eval nowhere", "there is no 'nowhere'"),
         ("eval nowhere --split tst", "Invalid value for '--split'"),
         ("list models --kind serie", "there is no kind 'serie'; there are ['series']. Did you mean 'series'?"),
     ],
 )
-def test_errors_are_one_line_and_exit_code_2(call, words, message, tmp_path):
+def test_errors_are_one_line_and_exit_code_2(call, words, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("SELECTRA_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("SELECTRA_CACHE", str(tmp_path / "cache"))
     code, _, text = call(*words.format(tmp=tmp_path).split())
     assert code == 2
     assert text.startswith("error: ")

@@ -27,6 +27,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 USER_ERROR, INTERRUPTED = 2, 130
 FORECAST_MODELS = "tsm2,linear,dlinear,seasonal_naive,naive"
 TEST_SIZE = "smoke"
+USUAL_DATA = {"series": "series_file"}
 # What series models are built with when only their size is asked for.
 EXAMPLE_FACTS: dict[str, dict[str, Any]] = {"series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24}}
 
@@ -52,8 +53,18 @@ class Sort(StrEnum):
 class Split(StrEnum):
     """Where training ends and testing begins."""
 
+    auto = "auto"
     ett = "ett"
     ratio = "ratio"
+    last = "last"
+
+
+class DataAction(StrEnum):
+    """What can be done with public sets."""
+
+    list = "list"
+    get = "get"
+    check = "check"
 
 
 class Benchmark(StrEnum):
@@ -168,6 +179,7 @@ def _usual_run(model: str, found: "dict[Sort, Registry]") -> Run:
     """A model on the data set and the task of its kind."""
     kind = found[Sort.models].entry(model).kind
     data, task = found[Sort.data].names(kind), found[Sort.tasks].names(kind)
+    data = [USUAL_DATA[kind]] if USUAL_DATA.get(kind) in data else data
     if len(data) != 1 or len(task) != 1:
         raise ConfigError(f"'{model}' alone does not say what to train on: for {kind} there are {data} and {task}.")
     return Run(model=Spec(model), data=Spec(data[0]), task=Spec(task[0]), name=model)
@@ -298,12 +310,14 @@ def _add_resolved(table: Table, prefix: str, resolved: "dict[str, Resolved]") ->
 @app.command()
 def forecast(
     file: Annotated[
-        Path | None, typer.Argument(help="CSV or parquet, wide or long; default: New York weather.")
+        Path | None, typer.Argument(help="CSV or parquet, or a public set such as ETTh1; default: New York weather.")
     ] = None,
     model: Annotated[str, typer.Option(help="Models, separated by commas.")] = FORECAST_MODELS,
     lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
     horizon: Annotated[int, typer.Option(min=1, help="Rows that are forecast.")] = 24,
-    split: Annotated[Split, typer.Option(help="12/4/4 months, or 70/10/20 percent.")] = Split.ratio,
+    split: Annotated[
+        Split, typer.Option(help="ett: 12/4/4 months; ratio: 70/10/20 percent; auto: as the public set's papers.")
+    ] = Split.auto,
     target: Annotated[str | None, typer.Option(help="The series that counts; default: all.")] = None,
     time: Annotated[str | None, typer.Option(help="The time column; default: found in the data.")] = None,
     freq: Annotated[str | None, typer.Option(help='Time between rows, such as "h" or "15min"; default: found.')] = None,
@@ -328,6 +342,18 @@ def forecast(
         forecast_job(job, _console())
     except DataError as error:
         raise DataError(with_options(str(error))) from error
+
+
+@app.command("data")
+def data_(
+    action: Annotated[DataAction, typer.Argument(help="What to do with public sets.")] = DataAction.list,
+    names: Annotated[list[str] | None, typer.Argument(help="Sets, such as ETTh1 Weather; default: all.")] = None,
+    to: Annotated[Path | None, typer.Option(help="`get`: the folder; default: the user's cache.")] = None,
+) -> None:
+    """List the public forecasting sets, get one with a checksum, or check the copies on this machine."""
+    from selectra.data.command import data_command  # noqa: PLC0415
+
+    data_command(action.value, names or [], to, _console())
 
 
 @app.command()

@@ -29,6 +29,12 @@ def test_ett_borders() -> None:
     assert hours.inputs("val", 96) == (8544, 11_520)
 
 
+def test_the_last_split_tests_on_the_last_horizon() -> None:
+    borders = borders_of("last", 1008, "h", 96, 48)
+    assert borders == Borders(912, 960, 1008)
+    assert [borders.windows(part, 96, 48) for part in ("train", "val", "test")] == [769, 1, 1]
+
+
 @pytest.mark.parametrize("rows", [7588, 52_696, 966, 1001])
 def test_ratio_borders(rows: int) -> None:
     borders = borders_of("ratio", rows, "D", 36, 24)
@@ -38,7 +44,7 @@ def test_ratio_borders(rows: int) -> None:
     assert borders.windows("test", 36, 24) == int(0.2 * rows) - 24 + 1
 
 
-@pytest.mark.parametrize("split", ["ratio", "fit"])
+@pytest.mark.parametrize("split", ["ratio", "fit", "last"])
 def test_rows_needed_is_the_least_that_works(split: str) -> None:
     least = rows_needed(split, 48, 12)
     borders_of(split, least, "h", 48, 12)
@@ -46,7 +52,7 @@ def test_rows_needed_is_the_least_that_works(split: str) -> None:
         borders_of(split, least - 1, "h", 48, 12)
 
 
-@pytest.mark.parametrize("split", ["ratio", "fit"])
+@pytest.mark.parametrize("split", ["ratio", "fit", "last"])
 @pytest.mark.parametrize(("seq_len", "horizon"), [(12, 4), (1, 1), (7, 3), (96, 24), (5, 30)])
 def test_from_rows_needed_on_every_number_works(split: str, seq_len: int, horizon: int) -> None:
     least = rows_needed(split, seq_len, horizon)
@@ -68,6 +74,7 @@ def test_from_rows_needed_on_every_number_works(split: str, seq_len: int, horizo
         ("ett", 20_000, "D", 96, 96, "split 'ett' is for hourly and 15-minute rows"),
         ("ett", 20_000, "h", 8640, 96, "no window in the train part .*the borders of 'ett' are fixed"),
         ("half", 400, "h", 96, 96, "unknown split 'half'; there are: ratio, ett"),
+        ("last", 40, "h", 30, 6, "too few rows: .* no window in the train part .*; 48 rows are needed, there are 40"),
     ],
 )
 def test_bad_splits(split: str, rows: int, freq: str, seq_len: int, horizon: int, message: str) -> None:
@@ -144,7 +151,21 @@ def test_facts_future_and_mase() -> None:
     train = frame["b"].to_numpy()[:280]
     assert data.seasonal_errors[1] == pytest.approx(np.abs(train[24:] - train[:-24]).mean())
     frame["b"] = 3.0
-    assert np.isnan(data_of(frame).seasonal_errors[1])
+    assert np.isnan(SeriesData(read_table(frame), seq_len=48, horizon=12, constant="keep").seasonal_errors[1])
+
+
+def test_a_constant_series_is_refused_unless_kept(tmp_path: Path) -> None:
+    frame = hourly()
+    frame.loc[:279, "b"] = 3.0
+    frame.loc[:3, "b"] = np.nan
+    message = r"series 'b' has the value 3 in every row of the training part \(2020-01-01 04:00 to .*\(1 such series\)"
+    with pytest.raises(DataError, match=message):
+        data_of(frame)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    kept = SeriesFile(str(tmp_path / "t.csv"), seq_len=48, horizon=12, constant="keep")
+    assert kept.scaler.std[1] == 1.0 and kept.scaler.mean[1] == 3.0
+    frame.loc[5, "b"] = 3.001
+    data_of(frame)
 
 
 def test_a_series_without_training_values_is_refused() -> None:

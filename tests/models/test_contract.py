@@ -17,6 +17,8 @@ from selectra.registry import models
 from selectra.spec import Spec
 
 NAMES = [name for name in models.names("series") if name.endswith("_smoke")]
+# Those that scan along the series, whose order their forecasts therefore depend on.
+SCANS_SERIES = {"tsm2", "s_mamba", "timemachine"}
 EACH = pytest.mark.parametrize("name", NAMES)
 SHAPES = pytest.mark.parametrize(("seq_len", "horizon", "n_series"), [(24, 8, 3), (17, 5, 1), (8, 1, 2), (31, 37, 4)])
 
@@ -87,12 +89,55 @@ def test_the_horizon_is_not_seen(name):
 def test_what_is_not_observed_has_no_effect(name):
     model, (x, observed) = build(name), window()
     y = model(x, observed=observed)
-    for beneath in (7.0, math.nan):
+    for beneath in (7.0, math.nan, 1e30, -1e30, math.inf):
         assert torch.equal(model(x.masked_fill(~observed, beneath), observed=observed), y)
-    poisoned = x.masked_fill(~observed, math.nan).requires_grad_()
-    model(poisoned, observed=observed).sum().backward()
-    assert poisoned.grad is not None and (poisoned.grad[~observed] == 0).all()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    gradients = []
+    for beneath in (0.0, math.nan, 1e30):
+        poisoned = x.masked_fill(~observed, beneath).requires_grad_()
+        model.zero_grad()
+        model(poisoned, observed=observed).sum().backward()
+        assert poisoned.grad is not None and (poisoned.grad[~observed] == 0).all()
+        gradients.append([poisoned.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for other in gradients[1:]:
+        assert all(torch.equal(*pair) for pair in zip(gradients[0], other, strict=True))
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+
+
+@EACH
+def test_a_closed_form_does_not_see_what_is_not_observed(name):
+    if not hasattr(build(name), "solve"):
+        pytest.skip("is not solved")
+    (x, observed), y = window(32), torch.randn(32, 8, 3)
+    seen = torch.rand_like(y) > 0.3
+    solved = []
+    for beneath in (0.0, math.nan, 1e30):
+        model: Any = build(name)
+        model.solve([Batch(x.masked_fill(~observed, beneath), observed, y.masked_fill(~seen, beneath), seen)])
+        solved.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for other in solved[1:] for a, b in zip(solved[0], other, strict=True))
+
+
+@EACH
+def test_the_order_of_the_series_matters_to_scans_across_them_alone(name):
+    n_series = 11  # no other axis of a smoke size has this length
+    model, (x, observed) = build(name, n_series=n_series), window(n_series=n_series)
+    order = torch.randperm(n_series)
+    y = model(x, observed=observed)[..., order]
+    changed = model(x[..., order], observed=observed[..., order])
+    if name.removesuffix("_smoke") in SCANS_SERIES:
+        assert not torch.allclose(changed, y, atol=1e-4)
+        return
+    with torch.no_grad():
+        own = [p for p in model.parameters() if n_series in p.shape]
+        for parameter in own:
+            # Not the same for all series, as after training.
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        y = model(x, observed=observed)[..., order]
+        for parameter in own:
+            for axis in (axis for axis, length in enumerate(parameter.shape) if length == n_series):
+                parameter.copy_(parameter.index_select(axis, order))
+        changed = model(x[..., order], observed=observed[..., order])
+    assert torch.allclose(changed, y, rtol=0, atol=1e-5)
 
 
 @EACH
@@ -107,6 +152,11 @@ def test_window_norms_are_the_same_for_all(name):
         pytest.skip("has none")
     x, observed = window()
     for mode in get_args(WindowNorm):
+        if mode == "revin" and hasattr(build(name), "solve"):
+            # Nothing in it is learned by gradient.
+            with pytest.raises(ConfigError, match="revin"):
+                build(name, window_norm=mode)
+            continue
         model = build(name, window_norm=mode)
         y = model(x, observed=observed)
         follows = torch.allclose(model(x + 5, observed=observed)[1:], y[1:] + 5, rtol=1e-3, atol=1e-3)

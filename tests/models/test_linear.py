@@ -9,7 +9,9 @@ from torch import Tensor
 
 from selectra.data.series import SeriesFile
 from selectra.data.windows import SeriesBatch
+from selectra.errors import ConfigError
 from selectra.forecaster.scoring import build_model, build_task, in_batches, score
+from selectra.layers.revin import WindowNorm
 from selectra.models import linear
 from selectra.models.linear import Linear
 from selectra.spec import Run, Spec
@@ -32,8 +34,8 @@ def pieces(batch: SeriesBatch, size: int) -> list[SeriesBatch]:
     return [SeriesBatch(*part) for part in zip(*parts, strict=True)]
 
 
-def solved(batches: list[SeriesBatch]) -> Tensor:
-    model = Linear(seq_len=L, horizon=H)
+def solved(batches: list[SeriesBatch], window_norm: WindowNorm = "last") -> Tensor:
+    model = Linear(seq_len=L, horizon=H, window_norm=window_norm)
     model.solve(batches)
     return torch.cat([model.proj.weight, model.proj.bias[:, None]], 1).detach().double()
 
@@ -65,6 +67,50 @@ def test_solution_is_that_of_least_squares_on_observed_targets(missing: float) -
         gram += 1e-6 * gram.diagonal().mean() * np.eye(L + 1)
         expected = np.linalg.solve(gram, rows.T @ y[seen[:, step], step])
         np.testing.assert_allclose(found[step], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("mode", ["none", "last", "mean", "instance"])
+@pytest.mark.parametrize("missing", [0.0, 0.2])
+def test_every_norm_gives_the_least_squared_error_of_the_forecast(mode: WindowNorm, missing: float) -> None:
+    """Any step away from the solution raises the error on the windows that it was solved on."""
+    batch = windows(120, missing)
+    assert batch.y is not None and batch.y_observed is not None
+    model = Linear(seq_len=L, horizon=H, window_norm=mode).double()
+    model.solve(pieces(batch, 50))
+    exact = SeriesBatch(batch.x.double(), batch.observed, batch.y.double(), batch.y_observed)
+
+    def error() -> Tensor:
+        return (model(exact.x, observed=exact.observed) - exact.y)[exact.y_observed].square().mean()
+
+    least = error()
+    least.backward()
+    for parameter in model.parameters():
+        # The ridge alone keeps the gradient from 0.
+        assert parameter.grad is not None and parameter.grad.abs().max() < 1e-4 * least.item()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            kept = parameter.clone()
+            for _ in range(3):
+                parameter.add_(0.01 * torch.randn_like(parameter))
+                assert error() > least
+                parameter.copy_(kept)
+
+
+def test_flat_windows_do_not_decide_the_instance_norm() -> None:
+    """Their deviation is the norm's epsilon, by which a target would be divided."""
+    batch = windows(120)
+    assert batch.y is not None
+    flat = SeriesBatch(
+        torch.cat([batch.x, torch.zeros(1, L, S)]),
+        torch.cat([batch.observed, torch.ones(1, L, S, dtype=torch.bool)]),
+        torch.cat([batch.y, torch.full((1, H, S), 0.1)]),
+    )
+    torch.testing.assert_close(solved([flat], "instance"), solved([batch], "instance"), atol=5e-3, rtol=0)
+
+
+def test_revin_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"no window_norm 'revin'.*Take 'instance', or the model rlinear"):
+        Linear(seq_len=L, horizon=H, window_norm="revin")
 
 
 def test_batches_do_not_matter() -> None:

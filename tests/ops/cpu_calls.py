@@ -2,14 +2,18 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from selectra.ops import causal_conv1d, selective_scan
-from selectra.ops.native.library import library
+from selectra.ops.native.library import Library, library
 from tests.ops import cases
+
+# Where a scan's call holds its pieces of time, as in call.h.
+PIECES_WORD = 8
 
 # Of an output and of a gradient. Some of many cases are sums that cancel: more than 1e-6 of them is rounding. bfloat16
 # results are rounded once, to 8 bits, from float32.
@@ -29,6 +33,24 @@ class Drawn(NamedTuple):
     dtype: torch.dtype
     build: int
     threads: int
+    pieces: int
+
+
+@contextmanager
+def in_pieces(count: int) -> Iterator[None]:
+    """Scans with each sequence cut into `count` pieces of time, or as many as it has chunks; 0: as by itself."""
+    call = Library.call
+
+    def cut(self: Library, function: str, dtype: torch.dtype, words: list[int]) -> None:
+        if function.startswith("scan"):
+            words[PIECES_WORD] = count
+        call(self, function, dtype, words)
+
+    Library.call = cut  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Library.call = call  # type: ignore[method-assign]
 
 
 def draw(seed: int, builds: list[int]) -> Drawn:
@@ -39,7 +61,9 @@ def draw(seed: int, builds: list[int]) -> Drawn:
     dtype = rng.choice(list(TOLERANCES))
     if dtype == torch.bfloat16:
         case.tensors = {key: rounded(tensor) for key, tensor in case.tensors.items()}
-    return Drawn(seed, name, case, dtype, rng.choice(builds), rng.choice([1, 1, 2, 3]))
+    return Drawn(
+        seed, name, case, dtype, rng.choice(builds), rng.choice([1, 1, 2, 3]), pieces=rng.choice([0, 0, 0, 2, 3, 5])
+    )
 
 
 def rounded(tensor: Tensor) -> Tensor:
@@ -56,7 +80,7 @@ def errors(drawn: Drawn) -> Iterator[tuple[str, float, float]]:
         truth = cases.run(op, drawn.case, torch.float64, drawn.dtype)
     library().build = drawn.build
     torch.set_num_threads(drawn.threads)
-    with op.using("cpu"):
+    with op.using("cpu"), in_pieces(drawn.pieces):
         found = cases.run(op, drawn.case, drawn.dtype)
     torch.set_num_threads(1)
     for got, want, tolerance in zip(found, truth, TOLERANCES[drawn.dtype], strict=True):

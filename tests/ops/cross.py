@@ -61,6 +61,7 @@ def drawn(
     shared: bool = True,
     gate: str | None = None,
     plain: bool = False,
+    seed: int | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of a call in float64, of numbers that `dtype` holds.
 
@@ -69,8 +70,9 @@ def drawn(
         shared: Whether all routes read one u.
         gate: "shared", "own" or None.
         plain: Without skip and bias.
+        seed: Of the numbers; by default the sizes make one.
     """
-    generator = torch.Generator().manual_seed(sum(shape) + 7 * d + n)
+    generator = torch.Generator().manual_seed(sum(shape) + 7 * d + n if seed is None else seed)
 
     def normal(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator)

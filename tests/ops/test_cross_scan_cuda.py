@@ -23,7 +23,7 @@ __all__ = ["emulated_gpu"]
 
 def scan(**arguments: Any) -> Any:
     """The operator on the emulated device."""
-    return registration.run(prepare(**arguments))
+    return registration.run(prepare(**arguments), "cuda")
 
 
 @pytest.fixture(autouse=True)

@@ -1,11 +1,13 @@
 """What is the compiled library's own: its builds, threads and fork."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,22 +27,24 @@ from tests.ops.compiled import (
 __all__ = ["loaded"]
 
 # A kernel starts as many threads as there are 100000 vector operations for: here enough for five.
-LARGE = {"batch": 4, "length": 1000, "d": 1100}
+LARGE: dict[str, Any] = {"batch": 4, "length": 1000, "d": 1100}
 # Where a call holds the number of threads, as in call.h.
 THREADS_WORD = {"scan_forward": 7, "scan_backward": 7, "conv_forward": 6, "conv_backward": 6}
 
 
-def scan_results(dtype: torch.dtype, batch: int = 3, length: int = 75, d: int = 134) -> list[Tensor]:
+def scan_results(
+    dtype: torch.dtype, batch: int = 3, length: int = 75, d: int = 134, groups: int = 2, reverse: bool = False
+) -> list[Tensor]:
     """Outputs and all gradients of a scan with every optional argument."""
     torch.manual_seed(0)
-    groups, n = 2, 7
+    n = 7
     shape = (batch, length, d)
     u, delta, z, dy = (torch.randn(shape, dtype=dtype) for _ in range(4))
     A = -torch.rand(d, n, dtype=dtype)
     B, C = (torch.randn(batch, length, groups, n, dtype=dtype) for _ in range(2))
     D, bias = (torch.randn(d, dtype=dtype) for _ in range(2))
     initial, dfinal = (torch.randn(batch, d, n, dtype=dtype) for _ in range(2))
-    inputs = (u, delta, A, B, C, D, z, bias, initial, None, None, True, False)
+    inputs = (u, delta, A, B, C, D, z, bias, initial, None, None, True, reverse)
     y, final, checkpoints = scan.forward(*inputs, dtype, True)
     return [y, final, *scan.backward(dy, dfinal, checkpoints, *inputs)]
 
@@ -81,6 +85,78 @@ def test_thread_count_does_not_change_a_bit(results) -> None:
         torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir() or not Path("/proc/self/smaps").is_file(),
+    reason="needs a system with large pages",
+)
+@pytest.mark.parametrize(("numbers", "asked"), [(1 << 23, True), (1 << 12, False)])
+def test_large_results_ask_for_large_pages(numbers: int, asked: bool, loaded: Library) -> None:
+    tensor = loaded.room((numbers,), torch.float32)
+    middle, inside, flags = tensor.data_ptr() + tensor.nbytes // 2, False, []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if found:
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags"):
+            flags = line.split()
+    assert flags and ("hg" in flags) == asked
+    assert not loaded.room((numbers,), torch.float32, zeros=True).any()
+
+
+# One block of channels in every build: the threads that there are share it by time alone.
+ONE_BLOCK: dict[str, Any] = {"batch": 1, "length": 9000, "d": 4, "groups": 1}
+
+
+@needs_library
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("pieces", [2, 7, 10**6])
+def test_pieces_of_time_agree_with_the_whole(pieces: int, reverse: bool, loaded: Library) -> None:
+    sizes: dict[str, Any] = {"batch": 2, "length": 1003, "d": 38, "reverse": reverse}
+    for build in (build for build, runs in enumerate(loaded.runs) if runs):
+        loaded.build = build
+        for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-5)):
+            whole = scan_results(dtype, **sizes)
+            with cpu_calls.in_pieces(pieces):
+                found = scan_results(dtype, **sizes)
+            for i, (got, want) in enumerate(zip(found, whole, strict=True)):
+                assert (got - want).abs().max() <= tolerance * want.abs().max(), (loaded.isas[build], dtype, i)
+
+
+@needs_library
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two cores or more"
+)
+def test_threads_without_tasks_cut_time_and_the_same_way_every_time() -> None:
+    with cpu_calls.in_pieces(2):
+        expected = scan_results(torch.float32, **ONE_BLOCK)
+    threads, whole = torch.get_num_threads(), scan_results(torch.float32, **ONE_BLOCK)
+    try:
+        torch.set_num_threads(2)
+        found = [scan_results(torch.float32, **ONE_BLOCK) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    for results in found:
+        assert all(torch.equal(got, want) for got, want in zip(results, expected, strict=True))
+    assert not all(torch.equal(got, want) for got, want in zip(whole, expected, strict=True))
+
+
+@needs_library
+def test_slow_decays_over_many_pieces_do_not_drift() -> None:
+    torch.manual_seed(0)
+    length, d, n = 40_000, 8, 2
+    u, B = torch.randn(1, length, d), torch.randn(1, length, 1, n)
+    delta, A, initial = torch.rand(1, length, d) / 500, -torch.rand(d, n) / 10, torch.randn(1, d, n)
+
+    def final(dtype: torch.dtype) -> Tensor:
+        a, b, c, e, h = (tensor.to(dtype) for tensor in (u, delta, A, B, initial))
+        return scan.forward(a, b, c, e, e, None, None, None, h, None, None, False, False, dtype, False)[1].double()
+
+    exact = final(torch.float64)
+    with cpu_calls.in_pieces(16):
+        assert (final(torch.float32) - exact).abs().max() < 3e-6 * exact.abs().max()
 
 
 def threads_started(kernel: str, wanted: int, cores: int | None = None) -> int:

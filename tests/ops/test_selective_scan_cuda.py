@@ -295,10 +295,7 @@ def test_many_blocks(n: int, gpu: EmulatedGpu) -> None:
     ],
 )
 @pytest.mark.parametrize("layout", ["channels", "time"])
-def test_thin_warps(
-    n: int, flags: dict[str, Any], layout: str, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wide, "FEWEST_STEPS_OF_CHUNK", 64)
+def test_thin_warps(n: int, flags: dict[str, Any], layout: str, gpu: EmulatedGpu) -> None:
     gpu.multiprocessors, gpu.seed = 40, 3
     tensors = drawn(1, 261, 24, n, torch.bfloat16)
     if "delta_softplus" in flags:
@@ -310,9 +307,39 @@ def test_thin_warps(
         tensors |= {name: tensors[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("u", "delta", "z")}
     compare(tensors, torch.bfloat16, **flags)
     (plan,) = cuda.forward_plans.values()
-    assert plan is not None and plan.words[plans.PLACES["n_chunks"]] > 1
-    assert plan.passes[-1].threads == geometry.THIN_LAYOUT.threads
+    assert plan is not None and plan.passes[-1].threads == geometry.THIN_LAYOUT.threads
     assert any(kernel.shared_bytes == geometry.thin_shared(geometry.THIN_LAYOUT) for kernel in gpu.kernels)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "processors", "flags"),
+    [
+        (torch.bfloat16, 1, {"reverse": True}),
+        (torch.float32, 1, {"mask": torch.arange(3 * 197).view(3, 197) % 5 > 0}),
+        (torch.bfloat16, 40, {}),
+    ],
+)
+def test_the_backward_in_slices(
+    dtype: torch.dtype, processors: int, flags: dict[str, Any], gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide, "FEWEST_STEPS_OF_CHUNK", 64)
+    gpu.multiprocessors = processors
+    tensors = drawn(3, 197, 16, 12, dtype, groups=2)
+    whole = compare(tensors, dtype, **flags)
+    forget_plans()
+    monkeypatch.setattr(wide, "FEWEST_BYTES_OF_SUMS", 1)
+    monkeypatch.setattr(wide, "SHARE_OF_SUMS", 24)
+    monkeypatch.setattr(wide, "FEWEST_STEPS_OF_SLICE", 32)
+    slices = compare(tensors, dtype, **flags)
+    (plan,) = cuda.backward_plans.values()
+    assert plan is not None
+    parts = {one.part for one in plan.passes if one.part.steps}
+    assert len({part.first_step for part in parts}) > 1
+    chunks = plan.words[plans.PLACES["n_chunks"]]
+    assert (len({part.first_sequence for part in parts}) > 1, chunks > 1) == (processors == 1, processors > 1)
+    # The same sums in the same order, but for those of a thread's own steps.
+    for name in whole.keys() - {"D", "delta_bias"}:
+        assert torch.equal(whole[name], slices[name]), name
 
 
 @pytest.mark.parametrize("n", [3, 16])

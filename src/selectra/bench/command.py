@@ -18,6 +18,7 @@ from selectra.bench.block import CPU_STUDY, BlockStudy, bench_block
 from selectra.bench.block_parts import bench_block_parts
 from selectra.bench.cpu_parts import bench_cpu_parts
 from selectra.bench.cross import CASES as CROSS_CASES
+from selectra.bench.cross import CPU_CASES as CPU_CROSS_CASES
 from selectra.bench.cross import TINY_CASES as TINY_CROSS_CASES
 from selectra.bench.cross import bench_cross
 from selectra.bench.docs import filled, read_record
@@ -93,8 +94,9 @@ def _lengths(wish: Wish, device: torch.device, console: Console, save: Save) -> 
 
 def _cross(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     # On a CPU the shapes of a GPU take minutes.
-    known = CROSS_CASES if device.type == "cuda" else TINY_CROSS_CASES
-    bench_cross(device, _seconds(wish, device), console, save, chosen_cases(wish.only, known))
+    usual = CROSS_CASES if device.type == "cuda" else CPU_CROSS_CASES
+    cases = usual if wish.only is None else chosen_cases(wish.only, (*usual, *TINY_CROSS_CASES))
+    bench_cross(device, _seconds(wish, device), console, save, cases)
 
 
 def _block(wish: Wish, device: torch.device, console: Console, save: Save) -> None:

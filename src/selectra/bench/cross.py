@@ -1,5 +1,6 @@
-"""`selectra bench cross`: scans along routes through a grid in one launch, against what is done without."""
+"""`selectra bench cross`: scans along routes through a grid in one call, against what is done without."""
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -66,6 +67,16 @@ CASES = (
     CrossCase("ss2d-n16", 32, 56, 56, 192, 16),
     CrossCase("vim-t", 128, 1, 197, 384, 16, PAIR, gate=True),
     CrossCase("vim-s-1248", 8, 1, 6085, 384, 16, PAIR, gate=True),
+)
+# On a CPU: batches and grids that it takes in milliseconds, in float32 as it is used there.
+CPU_CASES = (
+    CrossCase("grid-28", 2, 28, 28, 192, 1, dtype="fp32"),
+    CrossCase("grid-28-n16", 2, 28, 28, 192, 16, dtype="fp32"),
+    CrossCase("grid-28-bf16", 2, 28, 28, 192, 1),
+    CrossCase("vmamba-s1", 1, 56, 56, 192, 1, dtype="fp32"),
+    CrossCase("vmamba-s3", 2, 14, 14, 768, 1, dtype="fp32"),
+    CrossCase("vim-t", 2, 1, 197, 384, 16, PAIR, gate=True, dtype="fp32"),
+    CrossCase("vim-t-1024", 1, 1, 1024, 384, 16, PAIR, gate=True, dtype="fp32"),
 )
 # For trying the benchmark out.
 TINY_CASES = (CrossCase("tiny", 1, 3, 5, 8, 1), CrossCase("tiny-pair", 2, 1, 9, 8, 4, PAIR, gate=True))
@@ -208,7 +219,8 @@ def bench_cross(
     watch = Stopwatch(device)
     record: dict[str, Any] = {
         "benchmark": "cross",
-        "what": "scans along routes, added: forward without gradient, and forward with all gradients, by events",
+        "what": "scans along routes, added: forward without gradient, and forward with all gradients, "
+        + ("by events" if watch.cuda else "wall clock, in turn"),
         "environment": environment(),
         "device": str(device),
         "seeds": {"inputs": SEED, "gate": gate.SEED},
@@ -216,9 +228,13 @@ def bench_cross(
         "gate": gated,
         "rows": [],
     }
+    if not watch.cuda:
+        record["load before"] = os.getloadavg()
     for case in cases:
         record["rows"].append(measure(case, seconds, watch))
         record["seconds"] = time.perf_counter() - started
+        if not watch.cuda:
+            record["load after"] = os.getloadavg()
         save(record)
     console.print(cross_table(record), highlight=False, soft_wrap=True)
     return record

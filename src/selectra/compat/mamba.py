@@ -17,6 +17,8 @@ from selectra.compat.layout import at_least_float32
 from selectra.compat.pickled import completed
 from selectra.compat.state_update import selective_state_update
 from selectra.errors import ConfigError
+from selectra.mixers.inner import Weights, mixed_at_once
+from selectra.mixers.projections import linear_halves
 from selectra.ops import causal_conv1d
 
 TYPES = ("none", "v1", "v2", "v3")
@@ -163,7 +165,7 @@ class Mamba(nn.Module):
         if inference_params is not None:
             out = self._cached(hidden_states, inference_params)
         else:
-            x, z = self.in_proj(hidden_states).chunk(2, -1)
+            x, z = linear_halves(self.in_proj, hidden_states)
             out = self.out_proj(self._directions(x, z) if self.use_fast_path else self._mixed(x, z, ""))
         return out if self.init_layer_scale is None else out * self.gamma
 
@@ -183,8 +185,13 @@ class Mamba(nn.Module):
     def _mixed(self, x: Tensor, z: Tensor, suffix: str, *, reverse: bool = False) -> Float[Tensor, "b l d"]:
         """One direction with its own convolution and selection."""
         conv, dt_proj = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
+        D, x_proj = getattr(self, f"D{suffix}"), getattr(self, f"x_proj{suffix}").weight
+        if x.shape[1] > 1:
+            own = Weights(conv.weight, conv.bias, x_proj, dt_proj.weight, dt_proj.bias, self._decay_log(suffix), D)
+            y = mixed_at_once(x, z, own, reverse=reverse)
+            if y is not None:
+                return y
         chosen = self._selected(convolved(x, conv.weight, conv.bias, reverse=reverse), suffix)
-        D = getattr(self, f"D{suffix}")
         return scanned(chosen, self._decay(suffix), D, z, dt_proj.bias, reverse=reverse)
 
     def _selected(self, u: Tensor, suffix: str) -> Any:
@@ -192,7 +199,10 @@ class Mamba(nn.Module):
         return select(u, x_proj.weight, dt_proj.weight, self.d_state)
 
     def _decay(self, suffix: str) -> Float[Tensor, "d n"]:
-        return -torch.exp(at_least_float32(getattr(self, f"A{suffix}_log" if suffix else "A_log")))
+        return -torch.exp(at_least_float32(self._decay_log(suffix)))
+
+    def _decay_log(self, suffix: str) -> Tensor:
+        return getattr(self, f"A{suffix}_log" if suffix else "A_log")
 
     def _over_slices(self, x: Tensor, z: Tensor) -> Float[Tensor, "b l d"]:
         """SegMamba's third path: position j of every slice, then position j + 1 of every slice."""

@@ -1,10 +1,10 @@
-"""`mamba_ssm.ops.triton.layer_norm` and `.layernorm`: addition to the residual and normalisation, in plain PyTorch.
+"""`mamba_ssm.ops.triton.layer_norm` and `.layernorm`: addition to the residual and normalisation.
 
 Arithmetic is float32 (float64 for float64). The result has x's type; the residual its own type, or float32 where
 `residual_in_fp32` asks for that and there is none yet.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,10 @@ from torch.nn import functional as F
 
 from selectra.compat.pickled import completed
 from selectra.errors import ConfigError
+from selectra.ops import add_norm
+
+# float64 goes with itself alone, and is rare here.
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def layer_norm_fn(
@@ -57,6 +61,11 @@ def layer_norm_fn(
     if x1 is not None and rowscale is not None:
         raise ConfigError("rowscale goes with one input; x1 was given too.")
     stream = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
+    whole = (x1, rowscale, weight1) == (None, None, None) and not (dropout_p or return_dropout_mask)
+    if whole and x.dtype in _NARROW and all(t is None or t.dtype in _NARROW for t in (weight, bias, residual)):
+        kind: Literal["rms", "layer"] = "rms" if is_rms_norm else "layer"
+        y, total = add_norm(x, residual, weight, bias, eps, kind=kind, residual_dtype=stream)
+        return (y, total) if prenorm else y
     # What is added is rounded once.
     wide = x.dtype if x1 is None and rowscale is None else torch.promote_types(x.dtype, torch.float32)
     total, mask = _dropped(x.to(wide) if rowscale is None else x.to(wide) * rowscale[..., None], dropout_p)

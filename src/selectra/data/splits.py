@@ -22,6 +22,7 @@ SPLITS = {
     "ratio": "70 % training, 10 % validation, 20 % test",
     "ett": "12/4/4 months of 30 days, rows after that unused",
     "fit": "90 % training, 10 % validation, no test",
+    "last": "the last horizon is the test, the one before it validation, as in the M4 competition",
 }
 
 
@@ -64,6 +65,17 @@ def _fit(rows: int) -> Borders:
     return Borders(int(rows * 0.9), rows, rows)
 
 
+def _last(rows: int, horizon: int) -> Borders:
+    return Borders(rows - 2 * horizon, rows - horizon, rows)
+
+
+def _of_rows(split: str, rows: int, horizon: int) -> Borders:
+    """The borders of the splits that follow from the number of rows."""
+    if split == "last":
+        return _last(rows, horizon)
+    return _ratio(rows) if split == "ratio" else _fit(rows)
+
+
 def borders_of(split: str, rows: int, freq: str, seq_len: int, horizon: int) -> Borders:
     """The borders, where every part has a window; otherwise an error that says how many rows are needed."""
     for name, value in (("look-back", seq_len), ("horizon", horizon)):
@@ -76,8 +88,8 @@ def borders_of(split: str, rows: int, freq: str, seq_len: int, horizon: int) -> 
             raise DataError(
                 f"split 'ett' needs {borders.test:,} rows at {freq!r}, there are {rows:,}; use split 'ratio'"
             )
-    elif split in ("ratio", "fit"):
-        borders = _ratio(rows) if split == "ratio" else _fit(rows)
+    elif split in SPLITS:
+        borders = _of_rows(split, rows, horizon)
     else:
         raise DataError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     short: list[Part] = [part for part in parts_of(split) if borders.windows(part, seq_len, horizon) < 1]
@@ -102,10 +114,9 @@ def parts_of(split: str) -> tuple[Part, ...]:
 
 def rows_needed(split: str, seq_len: int, horizon: int) -> int:
     """The smallest number of rows from which on every part has a window, however the parts are rounded."""
-    make = _fit if split == "fit" else _ratio
     # Enough for the rounding of every part: look-back and horizon in 70 %, the horizon in 10 %.
-    rows = 10 + max(2 * (seq_len + horizon), 10 * horizon)
-    while all(make(rows - 1).windows(part, seq_len, horizon) > 0 for part in parts_of(split)):
+    rows = 10 + max(2 * (seq_len + 2 * horizon), 10 * horizon)
+    while all(_of_rows(split, rows - 1, horizon).windows(part, seq_len, horizon) > 0 for part in parts_of(split)):
         rows -= 1
     return rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -215,7 +216,7 @@ def alias_of(offset: BaseOffset) -> str:
     return offset.freqstr
 
 
-def infer_frequency(index: pd.DatetimeIndex) -> BaseOffset:
+def infer_frequency(index: pd.DatetimeIndex, place: Callable[[pd.Timestamp], str] | None = None) -> BaseOffset:
     """The frequency whose regular axis holds every stamp with the fewest rows; gaps do not disturb it."""
     unique = index.unique().sort_values()
     if len(unique) < 3:
@@ -242,7 +243,7 @@ def infer_frequency(index: pd.DatetimeIndex) -> BaseOffset:
         return min(fits, key=lambda fit: fit[0])[1]
     assert usual is not None
     # Raises with the first stamp that is off the usual axis.
-    regular_grid(unique, usual, named=False)
+    regular_grid(unique, usual, named=False, place=place)
     raise DataError(f"no regular frequency fits the time stamps (most are {alias_of(usual)} apart); name it (freq=...)")
 
 
@@ -257,8 +258,18 @@ def _span(index: pd.DatetimeIndex, offset: BaseOffset) -> pd.DatetimeIndex | Non
     return pd.date_range(index[0], index[-1], freq=offset)
 
 
-def regular_grid(index: pd.DatetimeIndex, offset: BaseOffset, *, named: bool) -> pd.DatetimeIndex:
-    """Every stamp from first to last; a stamp of the file that is not among them is an error."""
+def regular_grid(
+    index: pd.DatetimeIndex,
+    offset: BaseOffset,
+    *,
+    named: bool,
+    place: Callable[[pd.Timestamp], str] | None = None,
+) -> pd.DatetimeIndex:
+    """Every stamp from first to last; a stamp of the file that is not among them is an error.
+
+    Args:
+        place: Says where in the file a stamp stands.
+    """
     grid = _span(index, offset)
     if grid is None:
         raise DataError(
@@ -268,9 +279,11 @@ def regular_grid(index: pd.DatetimeIndex, offset: BaseOffset, *, named: bool) ->
     outside = ~index.isin(grid)
     if outside.any():
         origin = "named" if named else "most usual"
+        first = index[outside][0]
+        where = f" ({place(first)})" if place else ""
         raise DataError(
             f"{int(outside.sum())} time stamps do not fit the {origin} frequency {alias_of(offset)!r}, the first is "
-            f"{index[outside][0]}. Name another (freq=...), or resample the file."
+            f"{first}{where}. Name another (freq=...), or resample the file."
         )
     return grid
 

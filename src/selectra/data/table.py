@@ -21,6 +21,15 @@ import numpy as np
 import pandas as pd
 import pyarrow
 
+from selectra.data.irregular import (
+    Place,
+    daylight,
+    place_in,
+    refuse_going_back,
+    refuse_mixed,
+    refuse_mixed_series,
+    refuse_repeats,
+)
 from selectra.data.stamps import alias_of, infer_frequency, named_frequency, parse_stamps, regular_grid, time_column
 from selectra.errors import DataError
 
@@ -32,6 +41,8 @@ SEPARATORS = (",", ";", "\t", "|")
 UNNAMED = re.compile(r"(Unnamed: \d+)?")
 # A value this many times the range of all others away from them is reported as a probable code for "missing".
 CODE_DISTANCE = 3.0
+# The square of anything larger, of which a standard deviation is made, may overflow.
+LARGEST = 1e150
 
 
 @dataclass(frozen=True)
@@ -156,19 +167,35 @@ def read_table(
     if len(repeated):
         raise DataError(f"the column name {repeated[0]!r} occurs more than once")
     frame, dropped = _without_numbering(frame, time)
-    if set(LONG_COLUMNS) <= set(frame.columns):
-        wide, index, notes = _from_long(frame, freq)
+    if "unique_id" in frame.columns:
+        wide, index, notes, place = _from_long(frame, freq)
         layout, time_name = "long", "ds"
     else:
         layout, time_name = "wide", time_column(frame, time)
         index, notes = parse_stamps(frame[time_name], time_name, freq=freq, years=time is not None)
-        wide = _numbers(frame.drop(columns=time_name))
+        wide, place = _numbers(frame.drop(columns=time_name)), place_in(time_name, index)
+        if stamps != "order":
+            refuse_repeats(index, time_name, several="y" in wide)
+            refuse_going_back(index, time_name)
     if wide.shape[1] == 0:
         raise DataError(f"there is only the time column {time_name!r}; at least one column of numbers is needed")
-    return _regular(wide, index, freq, stamps, dropped + notes, time_name=time_name, layout=layout)
+    return _regular(wide, index, freq, stamps, dropped + notes, place, time_name=time_name, layout=layout)
 
 
-def _from_long(frame: pd.DataFrame, freq: str | None) -> tuple[pd.DataFrame, pd.DatetimeIndex, list[str]]:
+def _require_long_columns(frame: pd.DataFrame) -> None:
+    absent = [name for name in LONG_COLUMNS if name not in frame.columns]
+    if absent:
+        others = [name for name in frame.columns if name not in LONG_COLUMNS]
+        close = difflib.get_close_matches(absent[0], others, n=1) or others[:1]
+        hint = f"; if it is {close[0]!r}, rename that" if close else ""
+        raise DataError(
+            f"a table with the column 'unique_id' is long and has the columns {', '.join(LONG_COLUMNS)}; there is no "
+            f"column {absent[0]!r}{hint}"
+        )
+
+
+def _from_long(frame: pd.DataFrame, freq: str | None) -> tuple[pd.DataFrame, pd.DatetimeIndex, list[str], Place]:
+    _require_long_columns(frame)
     nameless = np.flatnonzero(frame["unique_id"].isna().to_numpy())
     if len(nameless):
         raise DataError(
@@ -182,15 +209,21 @@ def _from_long(frame: pd.DataFrame, freq: str | None) -> tuple[pd.DataFrame, pd.
     keys = pd.DataFrame({"unique_id": frame["unique_id"].astype(str).to_numpy(), "ds": index})
     twice = keys.duplicated()
     if twice.any():
-        first = keys[twice].iloc[0]
+        row = int(np.flatnonzero(twice)[0])
+        first = keys.iloc[row]
+        same = pd.DatetimeIndex(keys.loc[keys["unique_id"] == first["unique_id"], "ds"])
         raise DataError(
             f"{int(twice.sum())} rows repeat a stamp of their own series; the first is "
-            f"{first['ds']} of {first['unique_id']!r}. Keep one row for each series and stamp."
+            f"{first['ds']} of {first['unique_id']!r} (column 'ds', row {row + 1} below the header). {daylight(same)}"
+            "Keep one row for each series and stamp."
         )
+    if freq is None:
+        refuse_mixed_series(keys)
     keys["y"] = _numbers(frame[["y"]])["y"].to_numpy()
     order = list(dict.fromkeys(keys["unique_id"]))
     wide = keys.pivot(index="ds", columns="unique_id", values="y")[order]
-    return wide.reset_index(drop=True), pd.DatetimeIndex(wide.index), notes
+    place = place_in("ds", index, keys["unique_id"])
+    return wide.reset_index(drop=True), pd.DatetimeIndex(wide.index), notes, place
 
 
 def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -200,6 +233,9 @@ def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
         column = frame[name]
         if pd.api.types.is_datetime64_any_dtype(column):
             raise DataError(f"column {name!r} holds dates; a table has one time column and numbers beside it")
+        if pd.api.types.is_complex_dtype(column) or pd.api.types.is_timedelta64_dtype(column):
+            what = "complex numbers" if pd.api.types.is_complex_dtype(column) else "durations"
+            raise DataError(f"column {name!r} holds {what}; write them as numbers, or remove the column")
         numbers = pd.to_numeric(column, errors="coerce")
         text = column.notna() & numbers.isna()
         if column.dtype == object or isinstance(column.dtype, pd.StringDtype):
@@ -211,7 +247,18 @@ def _numbers(frame: pd.DataFrame) -> pd.DataFrame:
                 f"({int(text.sum())} such values). Correct them, leave them empty, or remove the column."
             )
         columns[name] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
+        _refuse_unbounded(name, columns[name])
     return pd.DataFrame(columns)
+
+
+def _refuse_unbounded(name: str, values: np.ndarray) -> None:
+    large = np.flatnonzero(np.abs(values) > LARGEST)
+    if len(large):
+        row = int(large[0])
+        raise DataError(
+            f"column {name!r}, row {row + 1} below the header: {values[row]:g} is infinite or too large to be squared "
+            f"({len(large)} such values). Leave it empty if it stands for 'missing', or correct it."
+        )
 
 
 def _regular(
@@ -220,6 +267,7 @@ def _regular(
     freq: str | None,
     stamps: str,
     notes: list[str],
+    place: Place,
     *,
     time_name: str,
     layout: str,
@@ -231,15 +279,13 @@ def _regular(
         grid = pd.date_range(index[0], periods=len(index), freq=offset)
         notes.append("stamps are counted from the first row on; those in the file are not used")
     else:
-        values, index = _sorted(values, index, notes)
-        offset = named_frequency(freq) if freq else infer_frequency(index)
-        grid = regular_grid(index, offset, named=freq is not None)
+        if freq is None:
+            refuse_mixed(index, place)
+        offset = named_frequency(freq) if freq else infer_frequency(index, place)
+        grid = regular_grid(index, offset, named=freq is not None, place=place)
         placed = np.full((len(grid), len(names)), np.nan)
         placed[grid.get_indexer(index)] = values
         values = placed
-    if np.isinf(values).any():
-        notes.append(f"{int(np.isinf(values).sum())} infinite values are treated as missing")
-        values[np.isinf(values)] = np.nan
     observed = ~np.isnan(values)
     empty = [name for name, any_value in zip(names, observed.any(0), strict=True) if not any_value]
     if empty:
@@ -247,21 +293,6 @@ def _regular(
     notes += _codes(names, values)
     gaps = () if stamps == "order" else _gaps(grid, index)
     return Table(names, grid, values, observed, alias_of(offset), len(wide), gaps, tuple(notes), time_name, layout)
-
-
-def _sorted(values: np.ndarray, index: pd.DatetimeIndex, notes: list[str]) -> tuple[np.ndarray, pd.DatetimeIndex]:
-    if not index.is_monotonic_increasing:
-        order = np.argsort(index.to_numpy(), kind="stable")
-        values, index = values[order], index[order]
-        notes.append("rows were not in order of time and are sorted")
-    twice = index.duplicated()
-    if twice.any():
-        shown = ", ".join(str(stamp) for stamp in index[twice].unique()[:3])
-        raise DataError(
-            f"{int(twice.sum())} rows repeat a time stamp: {shown}{', ...' if twice.sum() > 3 else ''}. Keep one row "
-            "for each stamp, or read rows as evenly spaced, whatever their stamps, with stamps=order."
-        )
-    return values, index
 
 
 def _gaps(grid: pd.DatetimeIndex, index: pd.DatetimeIndex) -> tuple[tuple[pd.Timestamp, int], ...]:

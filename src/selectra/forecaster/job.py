@@ -49,8 +49,8 @@ class ForecastJob(BaseModel):
     """Rows that a model sees."""
     horizon: int = 24
     """Rows that it forecasts."""
-    split: Literal["ratio", "ett"] = "ratio"
-    """70/10/20 % of the rows, or the months of the ETT benchmark."""
+    split: Literal["auto", "ratio", "ett", "last"] = "auto"
+    """70/10/20 % of the rows, the months of the ETT benchmark, the last horizon; "auto" as the public set's papers."""
     target: str | None = None
     """The series that is trained on and scored; None is all of them."""
     time: str | None = None

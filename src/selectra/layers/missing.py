@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def carry_forward(
-    x: Float[Tensor, "b l s"], observed: Bool[Tensor, "b l s"] | None, axis: int = 1
-) -> Float[Tensor, "b l s"]:
+    x: Float[Tensor, "b l *s"], observed: Bool[Tensor, "b l *s"] | None, axis: int = 1
+) -> Float[Tensor, "b l *s"]:
     """Replace what is not observed by the last observed value before it along `axis`.
 
     Where nothing was observed before, the first observed value stands; a series without any gets 0, the mean of

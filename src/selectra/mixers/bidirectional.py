@@ -63,8 +63,8 @@ class Bidirectional(nn.Module):
         # On a GPU two small launches would leave it half empty; elsewhere putting both side by side is lost time.
         if x.is_cuda and mask is None and cu_seqlens is None and self._is_plain():
             return self.out_proj(self._mix_at_once(u, z))
-        ahead, _ = self.ahead.mix(u, z, mask=mask, cu_seqlens=cu_seqlens)
-        back, _ = self.back.mix(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)
+        ahead = self.ahead.mix_whole(u, z, mask=mask, cu_seqlens=cu_seqlens)
+        back = self.back.mix_whole(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)
         y = self.out_proj(ahead + back)
         return y if self.out_proj.bias is None else zero_absent(y, mask)
 

@@ -4,7 +4,6 @@ PyTorch's own backward of a map whose output is cut in parts first joins the par
 of a tensor with two uses adds two tensors. Here products add up in place instead.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from selectra.ops import selective_scan
 from selectra.ops.transforms import is_batched
 
 # Where memory's speed bounds what is saved here.
@@ -32,25 +30,14 @@ def linear_halves(
     return _Halves.apply(*_cast(x, _weight(linear)))  # pyright: ignore[reportReturnType]
 
 
-def select(
-    x_proj: nn.Module, dt_proj: nn.Module, u: Float[Tensor, "b l e"], sizes: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """u, the step before its bias, B and C of a selective scan: `x_proj(u)`, cut by `sizes`, and `dt_proj`."""
-    # The reference's gradients are autograd's, which may share memory; a kernel's are new. Autocast rounds what goes
-    # into a product, and u goes into the scan too.
-    if selective_scan.wish() == "reference" or u.dtype != _product_dtype(u) or not _in_place(u, x_proj, dt_proj):
-        dt, B, C = x_proj(u).split(list(sizes), dim=-1)
-        return u, F.linear(dt, _weight(dt_proj)), B, C
-    return _Selection.apply(*_cast(u, _weight(x_proj), _weight(dt_proj)), tuple(sizes))  # pyright: ignore[reportReturnType]
-
-
-def _in_place(x: Tensor, *linears: nn.Module) -> bool:
-    """Whether gradients are asked for by a plain backward pass, and the maps are what they seem to be."""
+def _in_place(x: Tensor, linear: nn.Module) -> bool:
+    """Whether gradients are asked for by a plain backward pass, and the map is what it seems to be."""
     return (
         x.device.type in _DEVICES
         and torch.is_grad_enabled()
         and x.requires_grad
-        and all(is_plain(linear) and _weight(linear).requires_grad for linear in linears)
+        and is_plain(linear)
+        and _weight(linear).requires_grad
         # A recorded program cannot hold a function of Python.
         and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         and _functorch.maybe_current_level() is None
@@ -74,17 +61,12 @@ def _weight(linear: nn.Module) -> Tensor:
     return linear.weight  # pyright: ignore[reportReturnType]
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which x goes into a product: autocast's where it is on."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _cast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As autocast does: what is saved for the backward shall have the type of the product."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, *weights
-    return tuple(tensor.to(_product_dtype(x)) for tensor in (x, *weights))
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return x, weight
+    return x.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -116,26 +98,3 @@ class _Halves(torch.autograd.Function):
             for grad, part in zip((first, second), dweight.chunk(2), strict=True):
                 torch.mm(grad.mT, x, out=part)
         return dx.view(whole.shape), dweight
-
-
-class _Selection(torch.autograd.Function):
-    @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, u: Tensor, x_proj: Tensor, dt_proj: Tensor, sizes: tuple[int, ...]
-    ) -> tuple[Tensor, ...]:
-        dt, B, C = F.linear(u, x_proj).split(list(sizes), dim=-1)
-        ctx.save_for_backward(u, x_proj, dt_proj, dt)
-        return u.view_as(u), F.linear(dt, dt_proj), B, C
-
-    @staticmethod
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
-        u, x_proj, dt_proj, dt = ctx.saved_tensors
-        flat, grad = _flat(u), _flat(ddelta)
-        dprojected = torch.cat([grad @ dt_proj, _flat(dB), _flat(dC)], dim=-1)
-        ddt_proj, dx_proj = grad.mT @ _flat(dt), dprojected.mT @ flat
-        if not _is_plain_backward(du):
-            return (_flat(du) + dprojected @ x_proj).view(u.shape), dx_proj, ddt_proj, None
-        # The scan made this gradient for this function alone.
-        return _flat(du).addmm_(dprojected, x_proj).view(u.shape), dx_proj, ddt_proj, None

@@ -13,10 +13,12 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.layers.norm import AddNorm
-from selectra.mixers.projections import linear_halves, select
+from selectra.mixers.inner import Weights, mixed_at_once
+from selectra.mixers.projections import is_plain, linear_halves
 from selectra.mixers.sizes import mixer_sizes, require_sizes
 from selectra.mixers.streaming import quick_step
 from selectra.ops import causal_conv1d, checks, selective_scan
@@ -106,11 +108,10 @@ class SelectivePath(nn.Module):
         u, conv = self.convolve(
             u, None if state is None else state.conv, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens
         )
-        sizes = (self.dt_rank, self.d_state, self.d_state)
-        u, delta, B, C = select(self.x_proj, self.dt_proj, u, sizes)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, ssm = selective_scan(
             u,
-            delta,
+            F.linear(dt, self.dt_proj.weight),
             -at_least_float32(self.A_log).exp(),
             B,
             C,
@@ -126,6 +127,26 @@ class SelectivePath(nn.Module):
             cu_seqlens=cu_seqlens,
         )
         return y, State(conv, ssm)
+
+    def mix_whole(
+        self,
+        u: Float[Tensor, "b l d_inner"],
+        z: Float[Tensor, "b l d_inner"] | None = None,
+        *,
+        reverse: bool = False,
+        mask: Bool[Tensor, "b l"] | None = None,
+        cu_seqlens: Int32[Tensor, " borders"] | None = None,
+    ) -> Float[Tensor, "b l d_inner"]:
+        """`mix` from an empty past, without the state that follows, in one node of autograd where that can be."""
+        if is_plain(self.x_proj) and is_plain(self.dt_proj):
+            y = mixed_at_once(u, z, self._weights(), reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
+            if y is not None:
+                return y
+        return self.mix(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)[0]
+
+    def _weights(self) -> Weights:
+        conv, dt_proj = self.conv1d, self.dt_proj
+        return Weights(conv.weight, conv.bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
 
     def convolve(
         self,
@@ -207,13 +228,16 @@ class S6(SelectivePath):
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
     ) -> Float[Tensor, "b l d_model"]:
         """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
-        return self._block(x, None, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)[0]
+        u, z = self._halves(x, mask, cu_seqlens)
+        return self._projected(self.mix_whole(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens), mask)
 
     def scan(
         self, x: Float[Tensor, "b l d_model"], state: State, *, mask: Bool[Tensor, "b l"] | None = None
     ) -> tuple[Float[Tensor, "b l d_model"], State]:
         """Mix the next chunk, of any length, and return the state to continue from; gradients flow through it."""
-        return self._block(x, state, mask=mask)
+        u, z = self._halves(x, mask)
+        y, after = self.mix(u, z, state, mask=mask)
+        return self._projected(y, mask), after
 
     def step_(self, x: Float[Tensor, "b l d_model"], state: State) -> Float[Tensor, "b l d_model"]:
         """Like `scan`, usually of one position, but overwrites the state's tensors; without gradient."""
@@ -242,20 +266,14 @@ class S6(SelectivePath):
             tensor.copy_(value)
         return y
 
-    def _block(
-        self,
-        x: Tensor,
-        state: State | None,
-        *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        reverse: bool = False,
-    ) -> tuple[Tensor, State]:
+    def _halves(self, x: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The path's input and the gate."""
         require_input(x, self.d_model, mask, cu_seqlens)
-        u, z = linear_halves(self.in_proj, zero_absent(x, mask))
-        y, state = self.mix(u, z, state, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
+        return linear_halves(self.in_proj, zero_absent(x, mask))
+
+    def _projected(self, y: Tensor, mask: Tensor | None) -> Tensor:
         y = self.out_proj(y)
-        return (y if self.out_proj.bias is None else zero_absent(y, mask)), state
+        return y if self.out_proj.bias is None else zero_absent(y, mask)
 
 
 def require_input(x: Tensor, d_model: int, mask: Tensor | None, cu_seqlens: Tensor | None = None) -> None:

@@ -51,6 +51,5 @@ class SelectiveChannel(nn.Module):
         """Mix across `s`. Absent channels (`mask` False) influence nothing and give 0."""
         require_input(x, self.d_model, mask)
         u_ahead, u_back, z = self.in_proj(zero_absent(x, mask)).chunk(3, dim=-1)
-        ahead, _ = self.ahead.mix(u_ahead, z, mask=mask)
-        back, _ = self.back.mix(u_back, z, reverse=True, mask=mask)
-        return self.out_proj(ahead + back)
+        ahead = self.ahead.mix_whole(u_ahead, z, mask=mask)
+        return self.out_proj(ahead + self.back.mix_whole(u_back, z, reverse=True, mask=mask))

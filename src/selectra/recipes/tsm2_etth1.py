@@ -5,11 +5,11 @@ from selectra.spec import Optim, Run, Spec, Train
 
 
 @recipes.register("tsm2_etth1", kind="series", source="arXiv:2403.19888")
-def tsm2_etth1(path: str = "ETTh1.csv", horizon: int = 96) -> Run:
+def tsm2_etth1(path: str = "ETTh1", horizon: int = 96) -> Run:
     """TSM2 on ETTh1: 12, 4 and 4 months, look-back 96.
 
-    The file is ETTh1.csv of the ETT data set, gzipped or not:
-    `selectra train tsm2_etth1 data.path=ETTh1.csv.gz data.horizon=336`.
+    The set is found where SELECTRA_DATA says or where `selectra data get ETTh1` puts it; a file elsewhere, gzipped or
+    not, is named: `selectra train tsm2_etth1 data.path=ETTh1.csv.gz data.horizon=336`.
     """
     return Run(
         name="tsm2_etth1",

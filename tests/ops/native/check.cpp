@@ -19,6 +19,8 @@ int selectra_cpu_scan_backward(int build, int is_double, const int64_t* call);
 int selectra_cpu_conv_forward(int build, int is_double, const int64_t* call);
 int selectra_cpu_conv_backward(int build, int is_double, const int64_t* call);
 int selectra_cpu_step(int build, int is_double, const int64_t* call);
+int selectra_cpu_cross_forward(int build, int is_double, const int64_t* call);
+int selectra_cpu_cross_backward(int build, int is_double, const int64_t* call);
 }
 
 using namespace selectra;
@@ -99,13 +101,12 @@ static void compare(const char* what, const char* build, const Tensor& got, cons
     if (!isnan(error) && !(difference <= error)) error = difference;
   }
   ++comparisons;
-  if (!(error <= tolerance[got.kind] * largest)) {
-    printf("%s (%s, storage %d): off by %g of %g\n", what, build, got.kind, error, largest);
-    ++failures;
-  }
+  if (error <= tolerance[got.kind] * largest) return;
+  printf("%s (%s, storage %d): off by %g of %g\n", what, build, got.kind, error, largest);
+  ++failures;
 }
 
-static const int64_t b = 2, l = 37, d = 38, n = 7, groups = 2, width = 4;
+static const int64_t b = 2, l = 71, d = 38, n = 7, groups = 2, width = 4;
 
 static void check_scan(int build, Tensor::Kind kind, bool reverse) {
   const char* name = selectra_cpu_build_name(build);
@@ -171,8 +172,9 @@ static void check_scan(int build, Tensor::Kind kind, bool reverse) {
       tdB(kind, B, rows), tdC(kind, B, rows), tdD(own, Numbers(d), {d}), tdbias(own, Numbers(d), {d}),
       tdh0(own, h0, state);
   const Operand none = {nullptr, {0, 0, 0, 0}, kWhole};
-  for (int64_t threads = 1; threads <= 3; threads += 2) {
-    ScanCall call = {b, l, d, n, groups, 1, reverse, threads, tu.operand(), tdelta.operand(), tA.operand(),
+  const int64_t rounds[][2] = {{1, 0}, {1, 2}, {3, 3}};
+  for (const auto& [threads, pieces] : rounds) {
+    ScanCall call = {b, l, d, n, groups, 1, reverse, threads, pieces, 0, 0, tu.operand(), tdelta.operand(), tA.operand(),
                      tB.operand(), tC.operand(), tD.operand(), tz.operand(), tbias.operand(), th0.operand(), none, none,
                      tlast.operand(), saved.operand(), ty.operand()};
     failures += selectra_cpu_scan_forward(build, is_double, (const int64_t*)&call) != 0;
@@ -191,6 +193,125 @@ static void check_scan(int build, Tensor::Kind kind, bool reverse) {
     compare("gradient of z", name, tdz, dz);
     compare("gradient of the bias", name, tdbias, dbias);
     compare("gradient of the initial state", name, tdh0, dh0);
+  }
+}
+
+// Routes through a grid against the plain scan, which is checked above, on copies in the routes' orders.
+struct Route {
+  Numbers delta, A, B, C, D, bias;
+};
+
+// A call of several routes as the library takes it.
+template <typename Call>
+static int run_routes(int (*run)(int, int, const int64_t*), int build, bool is_double, const std::vector<Call>& calls) {
+  std::vector<int64_t> words(1 + calls.size() * sizeof(Call) / 8);
+  words[0] = (int64_t)calls.size();
+  memcpy(&words[1], calls.data(), calls.size() * sizeof(Call));
+  return run(build, is_double, words.data());
+}
+
+static void check_cross(int build, Tensor::Kind kind, int64_t height, int64_t width, int64_t threads) {
+  const char* name = selectra_cpu_build_name(build);
+  const bool is_double = kind == Tensor::kDouble;
+  const Tensor::Kind own = is_double ? Tensor::kDouble : Tensor::kFloat;
+  const int64_t length = height * width, chunk = selectra_cpu_chunk(), lanes = selectra_cpu_lanes(build, is_double);
+  const int64_t saved_size = b * ((length + chunk - 1) / chunk) * ((d + lanes - 1) / lanes) * lanes * n;
+  const Operand none = {nullptr, {0, 0, 0, 0}, kWhole};
+  const std::vector<int64_t> wide = {b, length, d}, rows = {b, length, 1, n};
+  const Numbers u = random_numbers(b * length * d, -1, 1), z = random_numbers(b * length * d, -2, 2),
+                dy = random_numbers(b * length * d, -1, 1);
+  // u is a part of a grid with two more columns.
+  Numbers around(b * height * (width + 2) * d, NAN);
+  for (int64_t i = 0; i < b * length * d; ++i) {
+    const int64_t row = i / (width * d);
+    around[(row * (width + 2) + 1) * d + i % (width * d)] = u[i];
+  }
+  Tensor taround(kind, around, {b, height, width + 2, d}), tz(kind, z, wide), tdy(kind, dy, wide);
+  const int64_t pitch = (width + 2) * d;
+  const Operand tu = {taround.bytes.data() + d * (kind == Tensor::kDouble ? 8 : kind == Tensor::kFloat ? 4 : 2),
+                      {height * pitch, d, 1, 0},
+                      kind == Tensor::kBfloat16 ? kHalved : kWhole,
+                      pitch - width * d};
+  Tensor ty(kind, u, wide), ty_sum(own, u, wide), tdu(kind, u, wide), tdu_sum(own, u, wide), tdz(kind, u, wide),
+      tdz_sum(own, u, wide);
+  Numbers y(u.size()), du(y), dz(y);
+  struct Tensors {
+    Tensor delta, A, B, C, D, bias, saved, ddelta, dA, dB, dC, dD, dbias;
+  };
+  std::vector<Tensors> held;
+  std::vector<Tensors> plain;
+  const int64_t routes = 4;
+  for (int64_t i = 0; i < routes; ++i) {
+    const Route route = {random_numbers(b * length * d, -2, 2), random_numbers(d * n, -2, -.1),
+                         random_numbers(b * length * n, -1, 1), random_numbers(b * length * n, -1, 1),
+                         random_numbers(d, -1, 1),              random_numbers(d, -1, 1)};
+    // The position of a step.
+    auto at = [&](int64_t t) {
+      const int64_t s = i % 2 ? length - 1 - t : t;
+      return i < 2 ? s : s % height * width + s / height;
+    };
+    auto walked = [&](const Numbers& x, int64_t size, bool back) {
+      Numbers out(x.size());
+      for (int64_t r = 0; r < b * length; ++r) {
+        const int64_t there = (r / length * length + at(r % length)) * size, here = r * size;
+        for (int64_t c = 0; c < size; ++c) (back ? out[there + c] : out[here + c]) = x[(back ? here : there) + c];
+      }
+      return out;
+    };
+    auto tensors = [&](Tensor::Kind kind, bool walk) {
+      auto order = [&](const Numbers& x, int64_t size) { return walk ? walked(x, size, false) : x; };
+      return Tensors{{kind, order(route.delta, d), wide}, {own, route.A, {d, n}},
+                     {kind, order(route.B, n), rows},     {kind, order(route.C, n), rows},
+                     {own, route.D, {d}},                 {own, route.bias, {d}},
+                     {own, Numbers(saved_size), {1}},     {kind, route.delta, wide},
+                     {own, Numbers(d * n), {d, n}},       {kind, route.B, rows},
+                     {kind, route.B, rows},               {own, Numbers(d), {d}},
+                     {own, Numbers(d), {d}}};
+    };
+    held.push_back(tensors(kind, false));
+    Tensors t = tensors(own, true);
+    Tensor wu(own, walked(u, d, false), wide), wz(own, walked(z, d, false), wide), wdy(own, walked(dy, d, false), wide),
+        wy(own, u, wide), wdu(own, u, wide), wdz(own, u, wide), last(own, Numbers(b * d * n), {b, d, n});
+    const ScanCall call = {b, length, d, n, 1, 1, 0, 1, 0, 0, 0, wu.operand(), t.delta.operand(), t.A.operand(),
+                           t.B.operand(), t.C.operand(), t.D.operand(), wz.operand(), t.bias.operand(), none, none, none,
+                           last.operand(), t.saved.operand(), wy.operand(), none};
+    const ScanBackwardCall back = {call, wdy.operand(), none, wdu.operand(), t.ddelta.operand(), t.dA.operand(),
+                                   t.dB.operand(), t.dC.operand(), t.dD.operand(), wdz.operand(), t.dbias.operand(),
+                                   none, none, none};
+    failures += selectra_cpu_scan_forward(build, is_double, (const int64_t*)&call) != 0;
+    failures += selectra_cpu_scan_backward(build, is_double, (const int64_t*)&back) != 0;
+    const Numbers of_y = walked(wy.numbers(), d, true), of_u = walked(wdu.numbers(), d, true),
+                  of_z = walked(wdz.numbers(), d, true);
+    for (size_t j = 0; j < y.size(); ++j) y[j] += of_y[j], du[j] += of_u[j], dz[j] += of_z[j];
+    t.ddelta = Tensor(own, walked(t.ddelta.numbers(), d, true), wide);
+    t.dB = Tensor(own, walked(t.dB.numbers(), n, true), rows);
+    t.dC = Tensor(own, walked(t.dC.numbers(), n, true), rows);
+    plain.push_back(t);
+  }
+  std::vector<ScanCall> calls;
+  std::vector<ScanBackwardCall> backs;
+  for (int64_t i = 0; i < routes; ++i) {
+    Tensors& t = held[i];
+    const bool first = i == 0, last = i == routes - 1;
+    calls.push_back({b, length, d, n, 1, 1, i % 2, threads, 0, width, i > 1, tu, t.delta.operand(), t.A.operand(),
+                     t.B.operand(), t.C.operand(), t.D.operand(), tz.operand(), t.bias.operand(), none, none, none, none,
+                     t.saved.operand(), (last ? ty : ty_sum).operand(), first ? none : ty_sum.operand()});
+    backs.push_back({calls.back(), tdy.operand(), none, (last ? tdu : tdu_sum).operand(), t.ddelta.operand(),
+                     t.dA.operand(), t.dB.operand(), t.dC.operand(), t.dD.operand(), (last ? tdz : tdz_sum).operand(),
+                     t.dbias.operand(), none, first ? none : tdu_sum.operand(), first ? none : tdz_sum.operand()});
+  }
+  failures += run_routes(selectra_cpu_cross_forward, build, is_double, calls) != 0;
+  failures += run_routes(selectra_cpu_cross_backward, build, is_double, backs) != 0;
+  compare("sum over routes", name, ty, y);
+  compare("routes' gradient of u", name, tdu, du);
+  compare("routes' gradient of z", name, tdz, dz);
+  for (int64_t i = 0; i < routes; ++i) {
+    compare("a route's gradient of delta", name, held[i].ddelta, plain[i].ddelta.numbers());
+    compare("a route's gradient of A", name, held[i].dA, plain[i].dA.numbers());
+    compare("a route's gradient of B", name, held[i].dB, plain[i].dB.numbers());
+    compare("a route's gradient of C", name, held[i].dC, plain[i].dC.numbers());
+    compare("a route's gradient of D", name, held[i].dD, plain[i].dD.numbers());
+    compare("a route's gradient of the bias", name, held[i].dbias, plain[i].dbias.numbers());
   }
 }
 
@@ -391,6 +512,9 @@ int main() {
       check_scan(build, kind, false);
       check_scan(build, kind, true);
       check_conv(build, kind);
+      check_cross(build, kind, 5, 7, 1);
+      check_cross(build, kind, 17, 3, 3);
+      check_cross(build, kind, 1, 33, 2);
       check_steps(build, kind);
     }
     printf("%s\n", selectra_cpu_build_name(build));

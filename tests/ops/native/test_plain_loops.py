@@ -46,11 +46,12 @@ def test_the_arm_build_agrees_with_plain_loops_on_an_emulated_machine(tmp_path: 
     kernels = [
         compiled(
             ARM_COMPILER,
-            tmp_path / f"{number}.o",
-            *("-c", str(SOURCE / "kernels.cpp"), "-fno-exceptions", "-fno-rtti"),
+            tmp_path / f"{source}_{number}.o",
+            *("-c", str(SOURCE / f"{source}.cpp"), "-fno-exceptions", "-fno-rtti"),
             *(f"-DSELECTRA_REAL={number}", f"-DSELECTRA_KERNELS=baseline_{number}"),
         )
         for number in ("float", "double")
+        for source in ("kernels", "cross")
     ]
     sources = [HERE / "check.cpp", SOURCE / "library.cpp", SOURCE / "threads.cpp"]
     check = compiled(ARM_COMPILER, tmp_path / "check", "-static", *(str(file) for file in (*sources, *kernels)))

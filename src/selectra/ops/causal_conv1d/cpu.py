@@ -104,7 +104,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 def _new_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for a result, in the type of `x` if the kernels write it."""
-    return torch.empty(x.shape, dtype=x.dtype if is_readable(x.dtype, dtype) else dtype)
+    return library().room(x.shape, x.dtype if is_readable(x.dtype, dtype) else dtype)
 
 
 def _inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

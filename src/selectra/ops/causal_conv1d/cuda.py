@@ -102,13 +102,14 @@ def forward(
     cu_seqlens: Int[Tensor, " n_seqs_plus_1"] | None,
     silu: bool,
     reverse: bool,
-) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "s d k"]]:
+    return_final_state: bool = True,
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "s d k"] | None]:
     """Run the convolution.
 
     Borders are not brought to the host: where they are none (not rising from 0 to l), every result is NaN.
 
     Returns:
-        The output in the type of `x`, and the final state in float32: the last k inputs of the run.
+        The output in the type of `x`, and, where asked for, the final state in float32: the last k inputs of the run.
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
@@ -116,17 +117,20 @@ def forward(
     device = x.device
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     y = torch.empty((batch, length, channels), dtype=x.dtype, device=device)
-    final_state = torch.empty((n_states, channels, taps), dtype=torch.float32, device=device)
+    final_state = None
+    if return_final_state:
+        final_state = torch.empty((n_states, channels, taps), dtype=torch.float32, device=device)
     vector, along_time = _layout(x, forward_tuning(taps).most_channels)
     launch = forward_launch(
         Shape(
             x.dtype, device.index, batch, length, channels, n_states, taps, vector, along_time, False, silu,
-            mask is not None, cu_seqlens is not None, True,
+            mask is not None, cu_seqlens is not None, return_final_state,
         )
     )  # fmt: skip
     if launch is not None:
         words = _words(launch, n_states, reverse, x, weight, bias, initial_state, mask, cu_seqlens)
-        launch.kernel.launch(launch.grid, THREADS, (*words, y.data_ptr(), final_state.data_ptr()))
+        final_pointer = 0 if final_state is None else final_state.data_ptr()
+        launch.kernel.launch(launch.grid, THREADS, (*words, y.data_ptr(), final_pointer))
     return y, final_state
 
 

@@ -1,6 +1,6 @@
 """The causal convolution as an operator of PyTorch; as `selective_scan/registration.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from selectra.ops.autocast import keep_types_under_autocast
 from selectra.ops.causal_conv1d import cpu, cuda, portable
 from selectra.ops.causal_conv1d.call import ConvCall
 from selectra.ops.dispatch import say_slow_path
-from selectra.ops.transforms import refuse_tangents, refuse_transforms, register_refusals
+from selectra.ops.transforms import is_batched, needs_dispatcher, refuse_tangents, refuse_transforms, register_refusals
 
 TENSORS = "Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, Tensor? mask, Tensor? cu_seqlens"
 N_DIFFERENTIABLE, N_TENSORS = 4, 6
@@ -28,13 +28,16 @@ library.define(
 class Kernel(NamedTuple):
     """What a registered backend provides."""
 
-    forward: Callable[[ConvCall], tuple[Tensor, Tensor]]
+    forward: Callable[[ConvCall], tuple[Tensor, Tensor | None]]
+    """y, and the final state, which may be None where the call does not ask for it."""
     backward: Callable[[ConvCall, Tensor, Tensor | None], tuple[Tensor | None, ...]]
     needs: Literal["cpu", "cuda"] | None = None
+    direct: bool = False
+    """Whether a plain call may go past PyTorch's dispatcher."""
 
 
-def _cuda_forward(call: ConvCall) -> tuple[Tensor, Tensor]:
-    return cuda.forward(*call[:-1])
+def _cuda_forward(call: ConvCall) -> tuple[Tensor, Tensor | None]:
+    return cuda.forward(*call)
 
 
 def _cuda_backward(call: ConvCall, dy: Tensor, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -62,17 +65,55 @@ def _state_gradient(call: ConvCall, dfinal: Tensor | None) -> Tensor:
 
 
 KERNELS = {
-    "cuda": Kernel(_cuda_forward, _cuda_backward, needs="cuda"),
-    "cpu": Kernel(_cpu_forward, _cpu_backward, needs="cpu"),
+    "cuda": Kernel(_cuda_forward, _cuda_backward, needs="cuda", direct=True),
+    "cpu": Kernel(_cpu_forward, _cpu_backward, needs="cpu", direct=True),
     "portable": Kernel(portable.forward, _portable_backward),
 }
 
 
 def run(call: ConvCall, backend: str) -> Any:
-    """Run a call on a registered backend."""
-    refuse_transforms("causal_conv1d", call.tensors)
-    y, state = torch.ops.selectra.causal_conv1d(*call[:-1], backend)
+    """Run a call on a registered backend.
+
+    A plain call goes to its kernel without PyTorch's dispatcher, which takes longer than all else on the way.
+    """
+    tensors = call[:N_TENSORS]
+    if not KERNELS[backend].direct or needs_dispatcher(tensors):
+        refuse_transforms("causal_conv1d", call.tensors)
+        y, state = torch.ops.selectra.causal_conv1d(*call[:-1], backend)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors):
+        return _apply(call, backend, *call.tensors)
+    else:
+        y, state = _run_kernel(KERNELS[backend], call)
     return (y, state) if call.return_final_state else y
+
+
+class _Conv(torch.autograd.Function):
+    """A plain call with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, call: ConvCall, backend: str, *differentiable: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run the call, whose tensors that can have a gradient come once more: autograd sees these alone."""
+        y, state = _run_kernel(KERNELS[backend], call)
+        ctx.save_for_backward(*call[:N_TENSORS])
+        # No zeros are made for the gradient of an output that nobody uses.
+        ctx.set_materialize_grads(False)
+        ctx.flags = (*call[N_TENSORS:-1], backend)
+        return (y, state) if call.return_final_state else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs = ctx.saved_tensors
+        batched = is_batched(dy) or is_batched(dfinal)
+        # A gradient that shall have one itself is refused in words by the registration.
+        if torch.is_grad_enabled() or batched or needs_dispatcher((dy, dfinal, *inputs)):
+            return (None, None, *_registered_gradients(dy, dfinal, inputs, ctx.flags))
+        *flags, backend = ctx.flags
+        grads = KERNELS[backend].backward(ConvCall._make((*inputs, *flags, True)), _output_gradient(dy, inputs), dfinal)
+        return (None, None, *(None if x is None else grad for x, grad in zip(inputs, grads, strict=False)))
+
+
+# Without what `Function.apply` does for transforms of torch.func, which never come here: a tenth of a call's time.
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Conv).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _kernel(call: ConvCall, backend: str) -> Kernel:
@@ -88,10 +129,17 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     *fields, backend = args
     call = ConvCall._make((*fields, True))
     kernel = _kernel(call, backend)
-    if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
-        checks.sequence_borders(call.cu_seqlens, call.x.shape[1])
     if backend == "portable":
         say_slow_path("causal_conv1d", backend, call, call.x.device.type)
+    y, state = _run_kernel(kernel, call)
+    assert state is not None
+    return y, state
+
+
+def _run_kernel(kernel: Kernel, call: ConvCall) -> tuple[Tensor, Tensor | None]:
+    # Kernels trust the borders; reading them on a GPU would stall it, so there the caller answers for them.
+    if call.cu_seqlens is not None and call.cu_seqlens.device.type == "cpu":
+        checks.sequence_borders(call.cu_seqlens, call.x.shape[1])
     return kernel.forward(call)
 
 
@@ -126,12 +174,25 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
-    refuse_tangents("causal_conv1d", (dy, dfinal, *inputs))
-    if dy is None:
-        dy = inputs[0].new_zeros(inputs[0].shape)
-    grads = torch.ops.selectra.causal_conv1d_backward(dy, dfinal, *inputs, *ctx.flags)
-    kept = [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
+    kept = _registered_gradients(dy, dfinal, inputs, ctx.flags)
     return (*kept, *[None] * (len(inputs) + len(ctx.flags) - len(kept)))
+
+
+def _output_gradient(dy: Tensor | None, inputs: Sequence[Tensor | None]) -> Tensor:
+    """The output's gradient, zero where nobody uses the output."""
+    x = inputs[0]
+    assert x is not None
+    return x.new_zeros(x.shape) if dy is None else dy
+
+
+def _registered_gradients(
+    dy: Tensor | None, dfinal: Tensor | None, inputs: Sequence[Tensor | None], flags: Sequence[Any]
+) -> list[Tensor | None]:
+    """The gradients of the first inputs by way of the dispatcher, None for those that are None."""
+    refuse_tangents("causal_conv1d", (dy, dfinal, *inputs))
+    dy = _output_gradient(dy, inputs)
+    grads = torch.ops.selectra.causal_conv1d_backward(dy, dfinal, *inputs, *flags)
+    return [None if x is None else grad for x, grad in zip(inputs, grads, strict=False)]
 
 
 torch.library.register_autograd("selectra::causal_conv1d", _autograd, setup_context=_setup_context, lib=library)

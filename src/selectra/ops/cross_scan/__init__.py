@@ -2,17 +2,16 @@
 
 from functools import partial
 
-from selectra.ops.cross_scan import composite, cuda, registration
+from selectra.ops.cross_scan import composite, cpu, cuda, registration
 from selectra.ops.cross_scan.call import CrossScan, prepare
 from selectra.ops.dispatch import Backend
-from selectra.ops.selective_scan import cpu
 
 cross_scan = CrossScan(
     "cross_scan",
     prepare,
     [
-        Backend("cuda", cuda.refuse, registration.run),
-        Backend("cpu", cpu.refuse, partial(composite.run, backend="cpu")),
+        Backend("cuda", cuda.refuse, partial(registration.run, backend="cuda")),
+        Backend("cpu", cpu.refuse, partial(registration.run, backend="cpu")),
         Backend("portable", composite.refuse, partial(composite.run, backend="portable")),
         Backend("reference", composite.refuse, partial(composite.run, backend="reference"), only_when_asked=True),
     ],

@@ -1,4 +1,4 @@
-"""The cross-scan as one selective scan a route: what every backend but `cuda` runs, and what `cuda` is held to.
+"""The cross-scan as one selective scan a route: the backends of plain PyTorch, and what the kernels are held to.
 
 Rows need nothing but the scan's `reverse`; walks by columns go through a copy of their tensors, columns first.
 """

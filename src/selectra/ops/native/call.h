@@ -7,7 +7,7 @@
 
 namespace selectra {
 
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 4;
 
 // Steps between two checkpoints of the scan's state, and the height of every tile. With 32 the backward's tiles leave
 // the first cache and it takes a fifth longer; with 16 the checkpoints are twice as many: n / 16 numbers for each of u.
@@ -32,18 +32,27 @@ struct Operand {
   void* data;
   int64_t stride[4];
   int64_t storage;
+  // Of a tensor over a grid, whose l positions are rows of `width`: elements from where a row ends to where the next
+  // one begins, beyond the stride of a position; 0 where the rows lie one after another.
+  int64_t jump = 0;
 };
 
 // Of a scan's tensors u, delta, B, C, z, y and their gradients may be halved; of a convolution's x, y and theirs.
 struct ScanCall {
   // `sequences` is the batch size, or with borders (packed sequences, batch 1) their number.
   int64_t sequences, length, channels, states, groups, softplus, reverse, threads;
+  // Pieces of time that each sequence is cut into, or 0: as the sizes and threads ask for.
+  int64_t pieces;
+  // Of a route alone: positions in a row of the grid; whether it is walked column by column.
+  int64_t width, by_columns;
   // (b, l, d), (b, l, d), (d, n), (b, l, g, n), (b, l, g, n), (d,), (b, l, d), (d,)
   Operand u, delta, A, B, C, D, z, bias;
   // (sequences, d, n), (b, l) bytes, (sequences + 1,) 32-bit integers
   Operand initial, mask, borders;
   // (sequences, d, n); a flat buffer of one state (lanes, padded to vectors) for every chunk, absent when no backward follows; (b, l, d)
   Operand final, checkpoints, y;
+  // (b, l, d): what y is added to, where it is there.
+  Operand onto;
 };
 
 // The gradient of every tensor of the call; those of absent tensors are absent.
@@ -51,6 +60,8 @@ struct ScanBackwardCall {
   ScanCall forward;
   Operand dy, dfinal;
   Operand du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial;
+  // (b, l, d): what du and dz are added to, where they are there.
+  Operand du_onto, dz_onto;
 };
 
 struct ConvCall {
@@ -100,6 +111,10 @@ struct Kernels {
   int (*conv_forward)(const ConvCall&);
   int (*conv_backward)(const ConvBackwardCall&);
   int (*step)(const StepCall&);
+  // The scans of `count` routes through one grid, one call each, of equal sizes: what a route writes, a later one may
+  // read as what its own is added to. Groups, states at the ends, masks and borders there are none.
+  int (*cross_forward)(const ScanCall* routes, int64_t count);
+  int (*cross_backward)(const ScanBackwardCall* routes, int64_t count);
 };
 
 // Runs body(context, 0) ... body(context, tasks - 1) on up to `threads` threads, the calling one among them.
@@ -108,6 +123,9 @@ void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* contex
 
 // The wanted number of threads, or that of the cores that this process may use: more only wait for each other.
 int64_t useful_threads(int64_t wanted);
+
+// Returns when another thread has set the flag, which it is about to do.
+void await_flag(const int32_t* flag);
 
 // Scratch memory of the calling thread, aligned for any vector; kept until the thread ends or asks for more.
 void* thread_workspace(uint64_t bytes);

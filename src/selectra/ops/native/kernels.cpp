@@ -1,5 +1,6 @@
 // One build of every kernel: for the instruction set that the compiler is told, and the number type SELECTRA_REAL.
 #include "conv_backward.h"
+#include "cross.h"
 #include "scan_backward_tasks.h"
 #include "scan_forward.h"
 #include "step.h"
@@ -7,6 +8,7 @@
 namespace selectra {
 
 extern const Kernels SELECTRA_KERNELS;
-const Kernels SELECTRA_KERNELS = {kLanes, scan_forward, scan_backward, conv_forward, conv_backward, step};
+const Kernels SELECTRA_KERNELS = {kLanes,        scan_forward, scan_backward,         conv_forward,
+                                  conv_backward, step,         SELECTRA_CROSS(forward), SELECTRA_CROSS(backward)};
 
 }  // namespace selectra

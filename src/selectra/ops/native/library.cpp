@@ -3,6 +3,10 @@
 
 #include "call.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #ifdef _WIN32
 #define SELECTRA_EXPORT extern "C" __declspec(dllexport)
 #else
@@ -83,6 +87,18 @@ void* thread_workspace(uint64_t bytes) { return thread_memory.at_least(bytes + 6
 
 }  // namespace selectra
 
+// Asks for pages of 2 MiB, of those that lie wholly in the memory: a wish that the system may refuse.
+SELECTRA_EXPORT void selectra_cpu_large_pages(void* memory, uint64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)memory + kPage - 1) / kPage * kPage;
+  const uintptr_t end = ((uintptr_t)memory + bytes) / kPage * kPage;
+  if (end > begin) madvise((void*)begin, end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 SELECTRA_EXPORT int selectra_cpu_abi_version(void) { return selectra::kAbiVersion; }
 
 SELECTRA_EXPORT int selectra_cpu_build_count(void) { return selectra::kBuildCount; }
@@ -115,4 +131,13 @@ SELECTRA_EXPORT int selectra_cpu_conv_backward(int build, int is_double, const i
 
 SELECTRA_EXPORT int selectra_cpu_step(int build, int is_double, const int64_t* call) {
   return selectra::kernels_of(build, is_double).step(*(const selectra::StepCall*)call);
+}
+
+// The number of routes, then one call each.
+SELECTRA_EXPORT int selectra_cpu_cross_forward(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).cross_forward((const selectra::ScanCall*)(call + 1), call[0]);
+}
+
+SELECTRA_EXPORT int selectra_cpu_cross_backward(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).cross_backward((const selectra::ScanBackwardCall*)(call + 1), call[0]);
 }

@@ -10,7 +10,7 @@ import importlib
 import importlib.resources
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +23,29 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 2
+ABI_VERSION = 4
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
     "or a wheel for this platform, brings it"
 )
 NO_AVX2 = "this processor has no AVX2, with which a scan takes about half as long; the baseline build runs"
-FUNCTIONS = ("scan_forward", "scan_backward", "conv_forward", "conv_backward", "step")
-QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes")
+FUNCTIONS = (
+    "scan_forward",
+    "scan_backward",
+    "conv_forward",
+    "conv_backward",
+    "step",
+    "cross_forward",
+    "cross_backward",
+)
+QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes", "large_pages")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
-ABSENT = (0, 0, 0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
 WHOLE, HALVED = 0, 1
+LARGE_BYTES = 1 << 21
+"""As much as one large page holds."""
 logger = logging.getLogger("selectra")
 
 
@@ -76,6 +86,9 @@ class Library:
         self.runs = tuple(bool(handle.selectra_cpu_build_runs(build)) for build in range(len(self.isas)))
         self.build = max(build for build, runs in enumerate(self.runs) if runs)
         self._lanes = handle.selectra_cpu_lanes
+        self._large_pages = handle.selectra_cpu_large_pages
+        self._large_pages.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+        self._large_pages.restype = None
         self._functions = {}
         for function in FUNCTIONS:
             entry = getattr(handle, f"selectra_cpu_{function}")
@@ -85,6 +98,26 @@ class Library:
     def lanes(self, dtype: torch.dtype) -> int:
         """Channels in a vector of the instruction set in use."""
         return self._lanes(self.build, int(dtype == torch.float64))
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype, zeros: bool = False) -> Tensor:
+        """A new tensor for a kernel to write.
+
+        Large ones ask the system for large pages: the first write to a page of fresh memory makes the system fetch and
+        clear it, which with pages of 4 KiB takes as long as a whole call's arithmetic.
+
+        Args:
+            shape: Its sizes.
+            dtype: The type of its numbers.
+            zeros: Whether it has to be zero, where a kernel leaves places out.
+        """
+        tensor = self.in_large_pages(torch.empty(shape, dtype=dtype, device="cpu"))
+        return tensor.zero_() if zeros else tensor
+
+    def in_large_pages(self, tensor: Tensor) -> Tensor:
+        """The same new tensor, large pages asked for as in `room`."""
+        if tensor.nbytes >= LARGE_BYTES:
+            self._large_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
 
     def call(self, function: str, dtype: torch.dtype, words: list[int]) -> None:
         """Run one kernel on the words of `call.h`.
@@ -108,12 +141,12 @@ class Library:
 
 
 def operand(tensor: Tensor | None) -> tuple[int, ...]:
-    """The words of one tensor: address, strides padded to four, and storage; zeros for None."""
+    """The words of one tensor: address, strides padded to four, storage, and 0 for a line; zeros for None."""
     if tensor is None:
         return ABSENT
     stride = tensor.stride()
     storage = HALVED if tensor.dtype == torch.bfloat16 else WHOLE
-    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage)
+    return (tensor.data_ptr(), *stride, *PADDING[len(stride) + 1], storage, 0)
 
 
 def readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:

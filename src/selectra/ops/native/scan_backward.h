@@ -7,7 +7,7 @@
 
 #include <initializer_list>
 
-#include "scan_tiles.h"
+#include "scan_time.h"
 
 namespace selectra {
 namespace {
@@ -16,6 +16,12 @@ namespace {
 // channels: a pair of blocks halves the traffic on the sums of their gradients.
 constexpr int kPair = kVectorRegisters >= 32 ? 2 : 1;
 constexpr int kBackwardStates = 4;
+
+// States in registers at once where a stretch's effect is wanted.
+constexpr int kEffectStates = kVectorRegisters >= 32 ? 16 : 8;
+
+// The time that a stretch's effect takes over that of its gradients.
+constexpr double kBackwardEffect = 0.2;
 
 // One block's tiles of a chunk, one vector a step.
 struct BlockTiles {
@@ -46,6 +52,8 @@ struct BackwardWorkspace {
   Vector *decay, *decayed;
   // The gradients of B and C by lane, summed over blocks: by register block of states, then [step][B or C][state].
   Vector* lane_sums;
+  // Of every block: the sum of dt, where a stretch's effect is wanted.
+  LongSum* stretch;
   // B and C of a chunk; one row of their gradients by register block.
   Real *rows, *sums;
   BlockTiles tiles[2];
@@ -62,6 +70,7 @@ struct BackwardWorkspace {
         decay(arena.take<Vector>(kPair * kChunk * kBackwardStates)),
         decayed(arena.take<Vector>(kPair * kChunk * kBackwardStates)),
         lane_sums(arena.take<Vector>(kChunk * 2 * states)),
+        stretch(arena.take<LongSum>(blocks)),
         rows(arena.take<Real>(kChunk * 2 * states)),
         sums(arena.take<Real>(kChunk * 2 * kBackwardStates)),
         tiles{BlockTiles(arena), BlockTiles(arena)} {}
@@ -169,7 +178,8 @@ SELECTRA_INLINE void carry_back(int count, const BlockTiles* tiles, const Vector
 }
 
 // Loads a block's tiles and takes the gradient of y back through the gate.
-SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequence& sequence, const AnySteps& steps,
                                       Block block, Vector bias, Vector skip, const BlockTiles& tiles) {
   const ScanCall& forward = call.forward;
   load_block(forward.delta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
@@ -194,7 +204,8 @@ SELECTRA_INLINE void prepare_backward(const ScanBackwardCall& call, const Sequen
 }
 
 // From the sums over the states to the gradients of u, delta, z, D and the bias.
-SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequence& sequence, const AnySteps& steps,
                                      Block block, Vector skip, Vector& dskip, Vector& dbias, const BlockTiles& tiles) {
   Vector skip_sum = dskip, bias_sum = dbias;
   for (int t = 0; t < steps.count; ++t) {
@@ -207,14 +218,17 @@ SELECTRA_INLINE void finish_backward(const ScanBackwardCall& call, const Sequenc
   }
   dskip = skip_sum;
   dbias = bias_sum;
+  add_onto(call.du_onto, sequence, block, steps, tiles.dinput, tiles.u);
   store_block(call.du, sequence.batch, block.channel, block.lanes, steps, tiles.u);
   store_block(call.ddelta, sequence.batch, block.channel, block.lanes, steps, tiles.delta);
   if (!call.forward.z.data) return;
   for (int t = 0; t < steps.count; ++t) tiles.gate[t] *= tiles.y[t];
+  add_onto(call.dz_onto, sequence, block, steps, tiles.y, tiles.gate);
   store_block(call.dz, sequence.batch, block.channel, block.lanes, steps, tiles.gate);
 }
 
-// What the next band will read and write, asked for while the one before it runs.
+// What the next band will read and write, asked for while the one before it runs; without `Whole` what an effect needs.
+template <bool Whole, typename AnySteps>
 SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
                                 const BlockRange& range, BandStep now, Ahead& ahead) {
   const ScanCall& forward = call.forward;
@@ -222,22 +236,24 @@ SELECTRA_INLINE void look_ahead(const ScanBackwardCall& call, const Layout& layo
   BandStep next = now;
   next.advance(range, true);
   if (next.chunk < 0) return;
-  Steps steps;
+  AnySteps steps;
   sequence.chunk(next.chunk, steps);
   const int64_t first = range.first + next.index, blocks = next.blocks(range);
   const int64_t channel = layout.block(range.group, first).channel;
-  for (const Operand* tensor : {&forward.delta, &forward.u, &call.dy, &forward.z, &call.du, &call.ddelta, &call.dz}) {
+  for (const Operand* tensor : {&forward.delta, &call.dy, &forward.z, &forward.u, &call.du, &call.ddelta, &call.dz}) {
+    if (!Whole && tensor == &forward.u) break;
     ahead.add_rows(*tensor, sequence.batch, channel, blocks * kLanes, steps);
   }
+  if (!Whole) return ahead.spread(kChunk * now.blocks(range) * ceil_divide(forward.states, kEffectStates));
   ahead.add(checkpoint_of(forward, layout, sequence.chunk_offset + next.chunk, range.group, first),
             blocks * forward.states * (int64_t)sizeof(Vector));
   ahead.spread(2 * kChunk * ceil_divide(now.blocks(range), kPair) * ceil_divide(forward.states, kBackwardStates));
 }
 
 // `Blocks` neighbouring blocks of the range, from `index` on, through one chunk.
-template <int Blocks>
+template <int Blocks, typename AnySteps>
 static void blocks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
-                            const Steps& steps, int64_t chunk, const BlockRange& range, int index,
+                            const AnySteps& steps, int64_t chunk, const BlockRange& range, int index,
                             const BackwardWorkspace& work, Ahead& ahead) {
   const ScanCall& forward = call.forward;
   const int states = (int)forward.states;
@@ -287,28 +303,29 @@ SELECTRA_INLINE void write_row_gradients(const ScanCall& forward, const Operand&
     const Vector* lanes = work.lane_sums + (int64_t)n * 2 * kChunk;
     for (int i = 0; i < steps.count * 2 * kStates; i += kLanes) store(work.sums + i, sum_lanes(lanes + i));
     for (int t = 0; t < steps.count; ++t) {
-      for (int m = 0; m < kStates; ++m) {
-        to_B[steps.position[t] * dB.stride[1] + n + m] = work.sums[2 * t * kStates + m];
-        to_C[steps.position[t] * dC.stride[1] + n + m] = work.sums[(2 * t + 1) * kStates + m];
-      }
+      const Real* const sums = work.sums + 2 * t * kStates;
+      memcpy(to_B + steps.position[t] * dB.stride[1] + n, sums, sizeof(Real) * kStates);
+      memcpy(to_C + steps.position[t] * dC.stride[1] + n, sums + kStates, sizeof(Real) * kStates);
     }
   });
 }
 
-SELECTRA_INLINE void sequence_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
-                                       const BlockRange& range, const Operand& dB, const Operand& dC,
-                                       const BackwardWorkspace& work) {
-  Steps steps;
+// Walks back through some chunks, from the last to the first.
+template <typename AnySteps = Steps>
+static void chunks_backward(const ScanBackwardCall& call, const Layout& layout, const Sequence& sequence,
+                            const BlockRange& range, const Operand& dB, const Operand& dC,
+                            const BackwardWorkspace& work, int64_t first, int64_t end) {
+  AnySteps steps;
   Ahead ahead;
   const int band = range.band();
-  for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
+  for (int64_t c = end - 1; c >= first; --c) {
     const int64_t chunk = sequence.chunk_offset + c;
     sequence.chunk(c, steps);
     pack_input_output_rows(call.forward, sequence, range.group, steps, work.rows);
     memset(work.lane_sums, 0, sizeof(Vector) * kChunk * 2 * call.forward.states);
     int index = 0;
     for (; index + kPair <= range.count(); index += kPair) {
-      if (index % band == 0) look_ahead(call, layout, sequence, range, {c, index}, ahead);
+      if (index % band == 0) look_ahead<true, AnySteps>(call, layout, sequence, range, {c, index}, ahead);
       blocks_backward<kPair>(call, layout, sequence, steps, chunk, range, index, work, ahead);
     }
     if (index < range.count()) blocks_backward<1>(call, layout, sequence, steps, chunk, range, index, work, ahead);

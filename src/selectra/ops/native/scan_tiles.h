@@ -37,7 +37,8 @@ SELECTRA_INLINE void for_state_blocks(int states, const Body& body) {
 }
 
 // B and C of a chunk, one row a step in the order of the run: states numbers of B, then states numbers of C.
-SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const AnySteps& steps,
                                int states, Real* rows) {
   with_storage(tensor, [&](auto storage) {
     using Storage = decltype(storage);
@@ -45,7 +46,7 @@ SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, 
         (const typename Storage::Number*)tensor.data + sequence.batch * tensor.stride[0] + group * tensor.stride[2];
     const int64_t stride = tensor.stride[3];
     for (int t = 0; t < steps.count; ++t) {
-      const auto* from = base + steps.position[t] * tensor.stride[1];
+      const auto* from = base + steps.offset(tensor, t);
       Real* row = rows + (int64_t)t * 2 * states;
       int n = 0;
       if (stride == 1) {
@@ -56,8 +57,9 @@ SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, 
   });
 }
 
+template <typename AnySteps>
 SELECTRA_INLINE void pack_input_output_rows(const ScanCall& call, const Sequence& sequence, int64_t group,
-                                            const Steps& steps, Real* rows) {
+                                            const AnySteps& steps, Real* rows) {
   pack_rows(call.B, sequence, group, steps, (int)call.states, rows);
   pack_rows(call.C, sequence, group, steps, (int)call.states, rows + call.states);
 }
@@ -75,10 +77,28 @@ SELECTRA_INLINE Real* checkpoint_of(const ScanCall& call, const Layout& layout, 
   return (Real*)call.checkpoints.data + row * call.states * kLanes;
 }
 
-// Vector state updates in a call.
+// The grid that a call's positions lie on.
+SELECTRA_INLINE Grid grid_of(const ScanCall& call) {
+  return {call.length / call.width, call.width, call.by_columns != 0};
+}
+
+// Adds to a tile what lies in a tensor, if it is there: the sum over the routes so far. `free_tile` is overwritten.
+template <typename AnySteps>
+SELECTRA_INLINE void add_onto(const Operand& tensor, const Sequence& sequence, Block block, const AnySteps& steps,
+                              Vector* free_tile, Vector* tile) {
+  if constexpr (kOnGrid<AnySteps>) {
+    if (!tensor.data) return;
+    load_block(tensor, sequence.batch, block.channel, block.lanes, steps, free_tile);
+    for (int t = 0; t < steps.count; ++t) tile[t] += free_tile[t];
+  }
+}
+
+// Vector operations in a call, as `threads_for` counts them.
 SELECTRA_INLINE int64_t scan_work(const ScanCall& call, const Layout& layout) {
+  // The exponential of a state update alone takes as long as these.
+  constexpr int64_t kOperations = 6;
   const int64_t batch = call.borders.data ? 1 : call.sequences;
-  return batch * call.length * call.groups * layout.blocks_per_group * (call.states + 2);
+  return kOperations * batch * call.length * call.groups * layout.blocks_per_group * (call.states + 2);
 }
 
 }  // namespace

@@ -17,6 +17,28 @@ struct Steps {
   // 1 or -1: each position is this far from the one before; 0: no such order.
   int direction;
   int64_t position[kChunk];
+
+  // Elements from the first position of a tensor to that of step t.
+  int64_t offset(const Operand& tensor, int t) const { return position[t] * tensor.stride[1]; }
+};
+
+// Steps on a grid. What is compiled for these takes rows that lie apart, and sums over the routes; what is compiled for
+// a line pays for neither.
+struct GridSteps : Steps {
+  int32_t row[kChunk];
+
+  int64_t offset(const Operand& tensor, int t) const {
+    return position[t] * tensor.stride[1] + row[t] * tensor.jump;
+  }
+};
+
+template <typename AnySteps>
+constexpr bool kOnGrid = std::is_same<AnySteps, GridSteps>::value;
+
+// A grid of `height` rows of `width` positions, walked row by row or column by column.
+struct Grid {
+  int64_t height, width;
+  bool by_columns;
 };
 
 struct Sequence {
@@ -27,6 +49,7 @@ struct Sequence {
   int direction;
   // Positions of the steps where they are not first, first + direction, ...
   const int32_t* positions;
+  Grid grid;
 
   int64_t chunks() const { return ceil_divide(count, kChunk); }
 
@@ -42,7 +65,25 @@ struct Sequence {
     }
   }
 
-  void chunk(int64_t index, Steps& out) const {
+  // The rows of the steps' positions, and in a walk by columns the positions themselves.
+  void steps(int64_t from, int64_t count_wanted, GridSteps& out) const {
+    out.count = (int)count_wanted;
+    // Along the walk: lines of `across` positions, the step's line and its place on it.
+    const int64_t across = grid.by_columns ? grid.height : grid.width;
+    const int64_t begin = first + direction * from;
+    int64_t line = begin / across, place = begin % across;
+    for (int t = 0; t < out.count; ++t) {
+      out.row[t] = (int32_t)(grid.by_columns ? place : line);
+      out.position[t] = grid.by_columns ? place * grid.width + line : begin + direction * t;
+      place += direction;
+      if (place == across) place = 0, ++line;
+      if (place < 0) place = across - 1, --line;
+    }
+    out.direction = grid.by_columns ? 0 : direction;
+  }
+
+  template <typename AnySteps>
+  void chunk(int64_t index, AnySteps& out) const {
     const int64_t from = index * kChunk;
     steps(from, smaller<int64_t>(kChunk, count - from), out);
   }
@@ -55,8 +96,12 @@ SELECTRA_INLINE bool present(const Operand& mask, int64_t batch, int64_t positio
 // All sequences of a call.
 class Sequences {
  public:
-  Sequences(int64_t sequences, int64_t length, bool reverse, const Operand& borders)
-      : count(sequences), length_(length), direction_(reverse ? -1 : 1), borders_((const int32_t*)borders.data) {}
+  Sequences(int64_t sequences, int64_t length, bool reverse, const Operand& borders, Grid grid = {})
+      : count(sequences),
+        length_(length),
+        direction_(reverse ? -1 : 1),
+        borders_((const int32_t*)borders.data),
+        grid_(grid) {}
   ~Sequences() {
     free(positions_);
     free(present_count_);
@@ -103,6 +148,7 @@ class Sequences {
       sequence.chunk_offset = s * ceil_divide(length_, kChunk);
     }
     sequence.direction = direction_;
+    sequence.grid = grid_;
     sequence.first = direction_ > 0 ? start : end - 1;
     sequence.count = end - start;
     if (positions_) {
@@ -118,6 +164,7 @@ class Sequences {
   const int64_t length_;
   const int direction_;
   const int32_t* const borders_;
+  const Grid grid_;
   int32_t* positions_ = nullptr;
   int64_t* present_count_ = nullptr;
 };

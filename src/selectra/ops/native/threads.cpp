@@ -6,9 +6,23 @@
 // Linux a second OpenMP beside torch's can crash.
 #include "call.h"
 
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
 #include <sched.h>
 #endif
+
+namespace selectra {
+namespace {
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+}  // namespace selectra
 
 #if defined(_OPENMP)
 
@@ -40,14 +54,6 @@ namespace {
 
 // Looks before a waiting thread goes to sleep: some tens of microseconds, about what waking it takes.
 constexpr int kLooks = 1000;
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 class Pool {
  public:
@@ -146,6 +152,16 @@ void run_tasks(int64_t tasks, int64_t threads, TaskBody body, const void* contex
 #endif
 
 namespace selectra {
+
+void await_flag(const int32_t* flag) {
+  // The other thread runs, or waits for this core.
+  for (int look = 0; !__atomic_load_n(flag, __ATOMIC_ACQUIRE); ++look) {
+    pause();
+#if defined(__unix__) || defined(__APPLE__)
+    if (look % 256 == 255) sched_yield();
+#endif
+  }
+}
 
 int64_t useful_threads(int64_t wanted) {
 #if defined(__linux__)

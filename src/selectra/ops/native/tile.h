@@ -170,18 +170,41 @@ SELECTRA_INLINE void store_tile(const Strip<Storage>& strip, const Steps& steps,
   }
 }
 
+// The offsets of the steps in the place of their positions, for a tensor of another stride from row to row.
+SELECTRA_INLINE Steps offsets(const Operand& tensor, const GridSteps& steps) {
+  Steps out = {steps.count, 0, {}};
+  for (int t = 0; t < steps.count; ++t) out.position[t] = steps.offset(tensor, t);
+  return out;
+}
+
 // A tile of a (b, l, d) tensor, whatever its storage.
-SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const Steps& steps,
+template <typename AnySteps>
+SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const AnySteps& steps,
                                 Vector* tile) {
   with_storage(tensor, [&](auto storage) {
-    load_tile(strip_of<decltype(storage)>(tensor, batch, channel, lanes), steps, tile);
+    auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
+    if constexpr (kOnGrid<AnySteps>) {
+      if (tensor.jump) {
+        strip.step_stride = 1;
+        return load_tile(strip, offsets(tensor, steps), tile);
+      }
+    }
+    load_tile(strip, steps, tile);
   });
 }
 
-SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const Steps& steps,
-                                 const Vector* tile) {
+template <typename AnySteps>
+SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
+                                 const AnySteps& steps, const Vector* tile) {
   with_storage(tensor, [&](auto storage) {
-    store_tile(strip_of<decltype(storage)>(tensor, batch, channel, lanes), steps, tile);
+    auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
+    if constexpr (kOnGrid<AnySteps>) {
+      if (tensor.jump) {
+        strip.step_stride = 1;
+        return store_tile(strip, offsets(tensor, steps), tile);
+      }
+    }
+    store_tile(strip, steps, tile);
   });
 }
 
@@ -229,11 +252,12 @@ class Ahead {
   }
 
   // Rows of some channels of a (b, l, d) tensor.
-  void add_rows(const Operand& tensor, int64_t batch, int64_t channel, int64_t channels, const Steps& steps) {
+  template <typename AnySteps>
+  void add_rows(const Operand& tensor, int64_t batch, int64_t channel, int64_t channels, const AnySteps& steps) {
     if (!tensor.data || tensor.stride[2] != 1) return;
     const int64_t size = tensor.storage == kHalved ? 2 : sizeof(Real);
     const char* base = (const char*)tensor.data + (batch * tensor.stride[0] + channel) * size;
-    for (int t = 0; t < steps.count; ++t) add(base + steps.position[t] * tensor.stride[1] * size, channels * size);
+    for (int t = 0; t < steps.count; ++t) add(base + steps.offset(tensor, t) * size, channels * size);
   }
 
   // Spreads the lines over so many calls of ask.

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from selectra.ops import native
-from selectra.ops.native.library import is_readable, library, n_sequences, operand, readable, refusal, threads
+from selectra.ops.native.library import ABSENT, is_readable, library, n_sequences, operand, readable, refusal, threads
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -84,11 +84,12 @@ def forward(
     n_seqs = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     final_state = u.new_empty((n_sequences(u.shape[0], cu_seqlens), *A.shape), dtype=dtype)
     # Packed sequences leave a part of the upper bound unused.
-    new = u.new_empty if n_seqs is None else u.new_zeros
-    checkpoints = new(checkpoint_shape(u, A, B.shape[2], n_seqs) if save else (0,), dtype=dtype)
+    checkpoints = library().room(
+        checkpoint_shape(u, A, B.shape[2], n_seqs) if save else (0,), dtype, zeros=n_seqs is not None
+    )
     y = _new(u, out_dtype, dtype, inputs)
     words = _words(inputs, B.shape[2], delta_softplus, reverse)
-    words += (*operand(final_state), *operand(checkpoints if save else None), *operand(y))
+    words += (*operand(final_state), *operand(checkpoints if save else None), *operand(y), *ABSENT)
     library().call("scan_forward", dtype, words)
     return y.to(out_dtype), final_state, checkpoints
 
@@ -131,14 +132,14 @@ def backward(
     dbias = None if delta_bias is None else torch.zeros(delta_bias.shape, dtype=dtype)
     dinitial = None if initial_state is None else torch.empty(initial_state.shape, dtype=dtype)
     words = _words(inputs, B.shape[2], delta_softplus, reverse)
-    for tensor in (None, checkpoints, None, dy, dfinal, du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial):
+    results = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
+    for tensor in (None, checkpoints, None, None, dy, dfinal, *results, None, None):
         words += operand(tensor)
     library().call("scan_backward", dtype, words)
-    gradients = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     sources = (u, delta, A, B, C, D, z, delta_bias, initial_state)
     return tuple(
         u.new_empty(0, dtype=dtype) if gradient is None or source is None else gradient.to(source.dtype)
-        for gradient, source in zip(gradients, sources, strict=True)
+        for gradient, source in zip(results, sources, strict=True)
     )
 
 
@@ -156,8 +157,7 @@ def _inputs(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
 def _new(shape_of: Tensor, wanted: torch.dtype, dtype: torch.dtype, inputs: Sequence[Tensor | None]) -> Tensor:
     """Room for a result, in the type that is wanted if the kernels write it; zeros where they leave positions out."""
     mask = inputs[-2]
-    make = torch.empty if mask is None else torch.zeros
-    return make(shape_of.shape, dtype=wanted if is_readable(wanted, dtype) else dtype)
+    return library().room(shape_of.shape, wanted if is_readable(wanted, dtype) else dtype, zeros=mask is not None)
 
 
 def _words(inputs: Sequence[Tensor | None], groups: int, delta_softplus: bool, reverse: bool) -> list[int]:
@@ -175,6 +175,11 @@ def _words(inputs: Sequence[Tensor | None], groups: int, delta_softplus: bool, r
         int(delta_softplus),
         int(reverse),
         threads(),
+        # Pieces of time: as the kernels see fit.
+        0,
+        # No grid.
+        0,
+        0,
     ]
     for tensor in (u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens):
         words += operand(tensor)

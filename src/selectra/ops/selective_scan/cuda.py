@@ -16,6 +16,7 @@ from selectra.errors import BackendError
 from selectra.ops import cuda
 from selectra.ops.selective_scan import geometry, parts
 from selectra.ops.selective_scan.call import ScanCall
+from selectra.ops.selective_scan.passes import Slice
 from selectra.ops.selective_scan.plans import (
     PLACES,
     TYPES,
@@ -60,11 +61,14 @@ class Ends(NamedTuple):
 
     gradients: tuple[int, ...]
     chunk: int
+    part: slice
 
     @staticmethod
     def of(places: Places) -> "Ends":
         """With the members of ScanCall at these places."""
-        return Ends(tuple(places[name] for name in GRADIENTS), places["chunk"])
+        first = places["first_sequence"]
+        part = slice(first, first + len(Slice._fields))
+        return Ends(tuple(places[name] for name in GRADIENTS), places["chunk"], part)
 
 
 _ENDS = Ends.of(PLACES)
@@ -86,7 +90,7 @@ def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gate
     With more states than a block holds, those of all parts one after the other.
     """
     if A.shape[1] > geometry.MOST_STATES_AT_ONCE:
-        return parts.checkpoint_shape(u, A, n_seqs)
+        return parts.checkpoint_shape(u, A, n_seqs, gated)
     return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
 
 
@@ -121,7 +125,7 @@ def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor) ->
     """
     n = call.A.shape[1]
     if n > geometry.MOST_STATES_AT_ONCE:
-        return parts.backward(call, dy, dfinal, checkpoints, forward_at_once, backward_at_once)
+        return parts.backward(call, dy, dfinal, checkpoints, backward_at_once)
     interval = _interval(call.u.dtype, n, call.z is not None)
     return backward_at_once(call, dy, dfinal, checkpoints, interval)
 
@@ -226,8 +230,9 @@ def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | 
             words[place] = grad.data_ptr()
     if plan.fault.word.value:
         plan.fault.report()
-    for kernel, grid, threads, chunk in plan.passes:
+    for kernel, grid, threads, chunk, part in plan.passes:
         words[ends.chunk] = chunk
+        words[ends.part] = part
         kernel.launch(grid, threads, words)
 
 

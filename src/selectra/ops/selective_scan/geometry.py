@@ -78,10 +78,12 @@ def interval(item_bytes: int, n: int, gated: bool) -> int:
 # By warps along the states: of the layouts that were tried on an H100 the fastest; then those that need less memory.
 FORWARD_LAYOUTS = {
     1: (Layout(4, 1, resident=3),),
-    2: (Layout(2, 2, resident=4),),
+    2: (Layout(2, 2, resident=4, unrolled=4),),
     4: (Layout(2, 2, state_tiles=2, resident=2),),
     8: (Layout(2, 2, state_tiles=4, resident=2), Layout(1, 4, state_tiles=2, resident=2)),
 }
+# Where the outputs keep float32's digits, of which a lane sums those of all its states first.
+EXACT_LAYOUTS = {2: (Layout(2, 1, state_tiles=2, resident=4),)}
 # Where channels are few, for 9 to 16 states in bfloat16: twice the warps.
 THIN_LAYOUT = Layout(2, 2, thin=2, resident=3)
 # Many channels in a block, for each block costs a partial sum of B's and C's gradients.
@@ -93,9 +95,14 @@ BACKWARD_LAYOUTS = {
 }
 
 
-def forward_layout(n: int, shared_limit: int) -> Layout:
-    """The forward's layout: the first that fits into so many bytes of shared memory, or the smallest."""
-    layouts = FORWARD_LAYOUTS[state_warps(n)]
+def forward_layout(n: int, exact: bool, shared_limit: int) -> Layout:
+    """The forward's layout: the first that fits into so many bytes of shared memory, or the smallest.
+
+    Args:
+        exact: Whether outputs keep float32's digits.
+    """
+    kind = state_warps(n)
+    layouts = EXACT_LAYOUTS[kind] if exact and kind in EXACT_LAYOUTS else FORWARD_LAYOUTS[kind]
     return next((layout for layout in layouts if forward_shared(layout) <= shared_limit), layouts[-1])
 
 
@@ -134,7 +141,7 @@ def thin_shared(layout: Layout) -> int:
     """Bytes of `Shared` in scan_thin_tiles.cuh."""
     steps = STEPS_OF_THIN_TILE
     stage = steps * (8 * (layout.width + 1) + 8 * layout.states + 16)
-    stage += 4 * layout.state_warps * steps * (layout.width + 4) + _alive(layout)
+    stage += 4 * layout.state_warps * steps * (layout.width + 4)
     return 2 * stage + 8 * layout.width
 
 

@@ -33,10 +33,18 @@ def new_checkpoints(call: ScanCall, interval: int) -> Tensor:
     return call.A.new_empty(shape) if n_seqs is None else call.A.new_zeros(shape)
 
 
-def checkpoint_shape(u: Tensor, A: Tensor, n_seqs: int | None) -> tuple[int]:
-    """The shape of the checkpoints of all parts, one after the other."""
+def checkpoint_shape(u: Tensor, A: Tensor, n_seqs: int | None, gated: bool) -> tuple[int]:
+    """The shape of the checkpoints of all parts, one after the other; behind them y before the gate, if there is one.
+
+    That y is small beside B and C of so many states, and all parts would have to run once more for it.
+    """
     shapes = [checkpoints(u, part.stop - part.start, n_seqs, _interval(part)) for part in slices(A.shape[1])]
-    return (sum(count * d * n for count, d, n in shapes),)
+    return (sum(count * d * n for count, d, n in shapes) + (u.numel() if gated else 0),)
+
+
+def _before_gate(call: ScanCall, kept: Tensor) -> Tensor:
+    """y before the gate, where it is kept."""
+    return kept[kept.numel() - call.u.numel() :].view(call.u.shape)
 
 
 def slices(n: int) -> list[slice]:
@@ -83,9 +91,11 @@ def forward(call: ScanCall, save: bool, run: Forward) -> tuple[Tensor, Tensor, T
     n_seqs = None if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
     # Packed sequences leave a part of the upper bound unused.
     make = call.A.new_empty if n_seqs is None else call.A.new_zeros
-    kept = make(checkpoint_shape(call.u, call.A, n_seqs)) if save else None
+    kept = make(checkpoint_shape(call.u, call.A, n_seqs, call.z is not None)) if save else None
     y, final = _run(call, kept, run)
     if call.z is not None:
+        if kept is not None:
+            _before_gate(call, kept).copy_(y)
         y *= F.silu(_present(call, call.z))
     return y.to(call.out_dtype), final, kept
 
@@ -109,19 +119,16 @@ def _present(call: ScanCall, x: Tensor) -> Tensor:
     return x if call.mask is None else x.masked_fill(~call.mask.unsqueeze(-1), 0.0)
 
 
-def backward(
-    call: ScanCall, dy: Tensor, dfinal: Tensor, kept: Tensor, run_forward: Forward, run_backward: Backward
-) -> tuple[Tensor | None, ...]:
+def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, kept: Tensor, run: Backward) -> tuple[Tensor | None, ...]:
     """As `cuda.backward`.
 
     Args:
-        run_forward: The scan of one part.
-        run_backward: Its gradients.
+        run: The gradients of one part.
     """
     dy, dz = _present(call, dy), None
     if call.z is not None:
         z = _present(call, call.z)
-        s, (y, _) = torch.sigmoid(z), _run(call, None, run_forward)
+        s, y = torch.sigmoid(z), _before_gate(call, kept)
         # As it lies in memory: compiled programs rely on it.
         dz = torch.empty_like(call.z).copy_(dy * y * s * (1 + z * (1 - s)))
         dy = dy * z * s
@@ -130,9 +137,7 @@ def backward(
     for part in _parts(call, kept):
         assert part.checkpoints is not None
         of_part = dfinal[..., part.states].contiguous()
-        du, ddelta, dA, dB, dC, _, _, dbias, dinitial = run_backward(
-            part.call, dy, of_part, part.checkpoints, part.interval
-        )
+        du, ddelta, dA, dB, dC, _, _, dbias, dinitial = run(part.call, dy, of_part, part.checkpoints, part.interval)
         for i, grad in enumerate((du, ddelta, dbias)):
             so_far = sums[i]
             sums[i] = grad if so_far is None or grad is None else so_far.add_(grad)

@@ -5,6 +5,17 @@ from typing import Any, NamedTuple
 from selectra.ops.selective_scan.call import ScanCall
 
 
+class Slice(NamedTuple):
+    """The part of the sequences, and of every chunk's steps, that one launch of the backward takes."""
+
+    first_sequence: int = 0
+    sequences: int = 0
+    first_step: int = 0
+    steps: int = 0
+    span: int = 0
+    """Steps of a chunk."""
+
+
 class Pass(NamedTuple):
     """One launch."""
 
@@ -13,6 +24,8 @@ class Pass(NamedTuple):
     threads: int
     chunk: int
     """What the word `chunk` is for it: steps of a chunk; for the last sums blocks of channels of a group."""
+    part: Slice = Slice()
+    """Where launches take slices of the work."""
 
 
 class Launch(NamedTuple):
@@ -24,6 +37,8 @@ class Launch(NamedTuple):
     chunk: int
     """Steps of a chunk of the length."""
     n_chunks: int
+    rows_of_sums: int = 0
+    """Rows of partial sums of B's and C's gradients at a time, where launches take slices of the work; else 0."""
 
 
 class Sizes(NamedTuple):

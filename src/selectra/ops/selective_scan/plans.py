@@ -23,6 +23,7 @@ LARGEST_STRIDE, LARGEST_NARROW_STRIDE = 2**31 - 1, 2**25 - 1
 # The members of ScanCall in scan_call.cuh, in its order, and how many words each has.
 _MEMBERS = {
     **dict.fromkeys(("n_seqs", "length", "channels", "groups", "reverse", "interval", "chunk", "n_chunks"), 1),
+    **dict.fromkeys(("first_sequence", "slice_sequences", "first_step", "slice", "span"), 1),
     **dict.fromkeys(("u", "delta", "z"), 4),
     **dict.fromkeys(("B", "C"), 5),
     "A": 3,
@@ -133,24 +134,26 @@ def plan_backward(
     macros = _macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz), grid)
     if sizes.states <= geometry.NARROW_STATES:
         launch = narrow.backward(sizes, macros, index)
+        passes = (*launch.passes, wide.reduce(sizes, macros, launch.n_blocks, index))
     else:
         launch = wide.backward(sizes, macros, interval, index)
+        passes = launch.passes
     d, n, rows = sizes.channels, sizes.states, sizes.n_seqs * launch.n_chunks
     places = PLACES if grid is None else GRID_PLACES
     room = _Room(places)
-    room.add("partial_bc", sizes.batch * sizes.length * launch.n_blocks * 2 * n)
+    sliced = launch.rows_of_sums > 0
+    room.add("partial_bc", (launch.rows_of_sums or sizes.batch * sizes.length) * launch.n_blocks * 2 * n)
     room.add("partial_a", rows * d * n)
     room.add("partial_d", rows * d)
     room.add("partial_bias", rows * d)
     # Written in any case; a call that wants them puts its own addresses there.
     room.add("dD", d)
     room.add("dbias", d)
-    if launch.n_chunks > 1:
+    if launch.n_chunks > 1 or sliced:
         _add_chunks(room, sizes, launch.n_chunks)
     words = _words(call, sizes, interval, launch, grid)
     for name, tensor in (("dy", dy), ("du", du), ("ddelta", ddelta), ("dz", dz)):
         _set_strides(words, places[name], tensor)
-    passes = (*launch.passes, wide.reduce(sizes, macros, launch.n_blocks, index))
     return Plan(words, passes, room.numbers, tuple(room.words), faults.of(index))
 
 

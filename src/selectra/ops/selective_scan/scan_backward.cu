@@ -204,16 +204,20 @@ struct Block {
     int block, n_blocks, begin, end;
     int64 states_size, chunk_index;
 
-    MEMBER void find(Shared& shared, const ScanCall& call) {
+    // sliced: whether the block takes a slice of its chunk alone.
+    MEMBER void find(Shared& shared, const ScanCall& call, bool sliced) {
         at = find_lane();
         n_blocks = count_blocks<WIDTH>(call);
         block = block_x() % n_blocks;
         channels = find_channels<WIDTH>(call, block);
-        sequence = find_sequence(call, block_x() / n_blocks, channels.group);
+        int index = block_x() / n_blocks + (sliced ? int(call.first_sequence) : 0);
+        sequence = find_sequence(call, index, channels.group);
         elements.find();
         begin = block_y() * int(call.chunk);
         end = sequence.length;
         if (call.n_chunks > 1 && begin + int(call.chunk) < end) end = begin + int(call.chunk);
+        if (sliced) begin += int(call.first_step);
+        if (sliced && begin + int(call.slice) < end) end = begin + int(call.slice);
         states_size = call.channels * STATES;
         chunk_index = int64(sequence.index) * call.n_chunks + block_y();
         for (int i = thread_index(); i < WIDTH; i += THREADS) {
@@ -247,14 +251,16 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Block my;
-    my.find(shared, call);
+    my.find(shared, call, SLICED);
+    // Slices are launched from the last to the first: what one leaves the next one starts with.
+    bool goes_on = SLICED && call.first_step + call.slice < call.span;
     Adjoint adjoint;
     load_decays(adjoint.a, call, my.channels, my.at);
-    const float* after = call.n_chunks > 1 ? call.chunk_state + my.chunk_index * my.states_size
-                         : ROUTES          ? nullptr
-                                           : call.dfinal + my.sequence.index * my.states_size;
+    const float* after = call.n_chunks > 1 || goes_on ? call.chunk_state + my.chunk_index * my.states_size
+                         : ROUTES                     ? nullptr
+                                                      : call.dfinal + my.sequence.index * my.states_size;
     load_states(adjoint.g, after, my.channels, my.at);
-    clear(adjoint.dA);
+    load_states(adjoint.dA, goes_on ? call.partial_a + my.chunk_index * my.states_size : nullptr, my.channels, my.at);
     ChannelSums sums;
     sums.clear();
     sums.keep(shared);
@@ -301,13 +307,15 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_backward(const __grid_constant_
             load<true>(loads, shared, my.elements, call, my.sequence, my.channels, tile);
             synchronize_block();
             finish(shared, my.elements, loads, call, my.sequence, my.channels, tile);
-            finish_projections(shared, call, my.sequence, my.block, my.n_blocks, tile);
+            finish_projections(shared, call, my.sequence, my.block, my.n_blocks, tile, my.begin);
         }
     }
     if (call.dinitial != nullptr && my.begin == 0)
         store_states(call.dinitial + my.sequence.index * my.states_size, adjoint.g, my.channels, my.at);
+    if (SLICED && call.first_step > 0)
+        store_states(call.chunk_state + my.chunk_index * my.states_size, adjoint.g, my.channels, my.at);
     store_states(call.partial_a + my.chunk_index * my.states_size, adjoint.dA, my.channels, my.at);
-    finish_channels(shared, call, my.channels, my.chunk_index);
+    finish_channels(shared, call, my.channels, my.chunk_index, goes_on);
 }
 
 // What a chunk makes of a zero adjoint behind it, and the sum of its steps: from these the chunks are chained. The chunk
@@ -316,7 +324,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_adjoint(const __grid_constant__
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Block my;
-    my.find(shared, call);
+    my.find(shared, call, false);
     States a, g;
     load_decays(a, call, my.channels, my.at);
     clear(g);

@@ -290,9 +290,18 @@ DEVICE void finish(Shared& shared, const Elements& elements, const Loads& loads,
     sums.keep(shared);
 }
 
-// Write a tile's gradients of B and of C, summed over the block's channels.
+// The row of a step's partial sums: by its position, or by its place in the slice, whose first step is `begin`.
+DEVICE int64 row_of_sums(const ScanCall& call, const Sequence& sequence, int position, int step, int begin) {
+#if SLICED
+    return ((sequence.index - call.first_sequence) * call.n_chunks + block_y()) * call.slice + step - begin;
+#else
+    return int64(sequence.batch) * call.length + sequence.start + position;
+#endif
+}
+
+// Write a tile's gradients of B and of C, summed over the block's channels. begin: the block's first step.
 DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const Sequence& sequence, int block,
-                               int n_blocks, const Tile& tile) {
+                               int n_blocks, const Tile& tile, int begin) {
     constexpr int STEP = STATES % 4 == 0 ? 4 : 1, EACH_STEP = 2 * STATES / STEP, COUNT = TILE * EACH_STEP;
 #pragma unroll
     for (int round = 0; round < (COUNT + THREADS - 1) / THREADS; ++round) {
@@ -316,7 +325,7 @@ DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const
         step += tile.first;
         int position = position_in(call, sequence, step);
         if (MASKED && !present(call, sequence, sequence.start + position)) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-        int64 row = int64(sequence.batch) * call.length + sequence.start + position;
+        int64 row = row_of_sums(call, sequence, position, step, begin);
         float* to = call.partial_bc + ((row * n_blocks + block) * 2 + which) * STATES + state;
         float factor = EXACT ? 1.0f : CUT * CUT;
 #if STATES % 4 == 0
@@ -327,8 +336,9 @@ DEVICE void finish_projections(const Shared& shared, const ScanCall& call, const
     }
 }
 
-// Sum over the block's threads, in a fixed order, what each found for its channels.
-DEVICE void finish_channels(const Shared& shared, const ScanCall& call, const Channels& channels, int64 chunk_index) {
+// Sum over the block's threads, in a fixed order, what each found for its channels; add: to what stands there.
+DEVICE void finish_channels(const Shared& shared, const ScanCall& call, const Channels& channels, int64 chunk_index,
+                            bool add) {
     synchronize_block();
     constexpr int HALF = ChannelSums::HALF;
     for (int channel = thread_index(); channel < WIDTH && channels.first + channel < channels.end; channel += THREADS) {
@@ -343,7 +353,8 @@ DEVICE void finish_channels(const Shared& shared, const ScanCall& call, const Ch
             skip += reinterpret_cast<const float*>(&shared.channel_sums[k / 4][thread])[k % 4];
             bias += reinterpret_cast<const float*>(&shared.channel_sums[HALF + k / 4][thread])[k % 4];
         }
-        call.partial_d[chunk_index * call.channels + channels.first + channel] = skip;
-        call.partial_bias[chunk_index * call.channels + channels.first + channel] = bias;
+        int64 place = chunk_index * call.channels + channels.first + channel;
+        call.partial_d[place] = add ? call.partial_d[place] + skip : skip;
+        call.partial_bias[place] = add ? call.partial_bias[place] + bias : bias;
     }
 }

@@ -20,8 +20,12 @@
 //   VECTORS       whether four neighbouring channels lie side by side, aligned, in all activations
 //   ROUTES        whether positions are a grid, of which every group of channels walks its own route; then activations
 //                 are (b, l, g, d / g), and there are neither initial nor final states. 0 where it is not given
+//   SLICED        whether a launch of the backward takes a part of the sequences and of every chunk's steps. 0 likewise
 #ifndef ROUTES
 #define ROUTES 0
+#endif
+#ifndef SLICED
+#define SLICED 0
 #endif
 
 // Whether sums keep float32's digits. bfloat16 has so few that what the tensor cores cut off is lost in its rounding.
@@ -59,6 +63,9 @@ struct ScanCall {
     int64 n_seqs, length, channels, groups, reverse;
     // Positions between two checkpoints; positions of a chunk, a multiple of it; chunks of the longest sequence.
     int64 interval, chunk, n_chunks;
+    // With SLICED, of one launch: its first sequence and how many it takes; its first step in every chunk and how many it
+    // takes, a multiple of the interval; steps of a chunk, or of the only one.
+    int64 first_sequence, slice_sequences, first_step, slice, span;
     Activation<const Number> u, delta, z;
     Projection B, C;
     const float* A;

@@ -4,85 +4,7 @@
 //   UNROLLED      groups of eight steps that are written out one after the other
 //   INTERVAL      steps between two checkpoints
 //   RESIDENT      blocks of a multiprocessor that the registers must suffice for
-#include "scan_tiles.cuh"
-
-// A float32 output keeps its digits whatever comes in.
-#define EXACT_OUTPUT (EXACT || OUT_TYPE == FLOAT32)
-
-constexpr int WARPS = CHANNEL_WARPS * STATE_WARPS;
-constexpr int THREADS = WARP * WARPS;
-constexpr int TILE = 32;
-constexpr int GROUP = 8;
-// A row of the partial outputs: four numbers more than channels, so that a warp's writes meet all banks.
-constexpr int ROW = WIDTH + 4;
-constexpr int HALF_STATES = PADDED_STATES / 2;
-// Four pairs more than states, so that eight rows meet all banks.
-constexpr int C_ROW = HALF_STATES + 4;
-
-struct Shared {
-    // (dt, dt u) of every step and channel: see step_place.
-    float4 steps[TILE * STEP_ROW];
-    // Pairs of neighbouring states.
-    float2 B[TILE * HALF_STATES], C[TILE * C_ROW];
-    float outputs[STATE_WARPS * TILE * ROW];
-    float bias[WIDTH], skip[WIDTH];
-    // Whether a warp's states need what lies further back.
-    int alive[WARPS + 4 - WARPS % 4];
-};
-
-typedef Units<TILE, THREADS> Elements;
-
-// A tile's activations on their way from memory.
-struct Loads {
-    Packed u[Elements::EACH], delta[Elements::EACH];
-#if GATED
-    Packed z[Elements::EACH];
-#endif
-    Projections<TILE, THREADS> projections;
-};
-
-struct Strips {
-    Strip<const Number> u, delta, z;
-    ProjectionStrip B, C;
-    Strip<Output> y;
-};
-
-DEVICE void load(Loads& loads, const Elements& elements, const Strips& strips, const ScanCall& call,
-                 const Sequence& sequence, const Channels& channels, const Tile& tile) {
-#pragma unroll
-    for (int i = 0; i < Elements::EACH; ++i) {
-        const Unit& unit = elements.units[i];
-        Marks marks = find_marks(unit, call, sequence, channels, tile);
-        loads.u[i] = load_unit(strips.u, unit, marks);
-        loads.delta[i] = load_unit(strips.delta, unit, marks);
-#if GATED
-        loads.z[i] = load_unit(strips.z, unit, marks);
-#endif
-    }
-    loads.projections.load(strips.B, strips.C, call, sequence, tile);
-}
-
-// Put dt, dt u, B and C where the warps read them.
-DEVICE void prepare(Shared& shared, const Elements& elements, const Loads& loads, const ScanCall& call,
-                    const Sequence& sequence, const Channels& channels, const Tile& tile) {
-#pragma unroll
-    for (int i = 0; i < Elements::EACH; ++i) {
-        const Unit& unit = elements.units[i];
-        if (!unit.inside) continue;
-        Marks marks = find_marks(unit, call, sequence, channels, tile);
-        float u[UNIT], delta[UNIT], bias[UNIT];
-        unpack(loads.u[i], u);
-        unpack(loads.delta[i], delta);
-        read_channels(bias, shared.bias, unit);
-#pragma unroll
-        for (int k = 0; k < UNIT; ++k) {
-            delta[k] = find_step(delta[k], bias[k], marks.of(k).part);
-            u[k] *= delta[k];
-        }
-        write_steps(shared.steps, delta, u, unit);
-    }
-    loads.projections.store(shared.B, shared.C, C_ROW);
-}
+#include "scan_forward_tiles.cuh"
 
 // A step's decays, of the four numbers of every tile: 2^(dt A log2 e).
 DEVICE void find_decays(States& decay, const States& a, float4 step) {
@@ -93,10 +15,10 @@ DEVICE void find_decays(States& decay, const States& a, float4 step) {
 }
 
 // h = decay h + dt u B.
-DEVICE void advance(States& h, const States& decay, float4 step, const float2* Bs) {
+DEVICE void advance(States& h, const States& decay, float4 step, const float2 (&Bs)[STATE_TILES]) {
 #pragma unroll
     for (int tile = 0; tile < STATE_TILES; ++tile) {
-        float2 B = Bs[4 * tile];
+        float2 B = Bs[tile];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             h[tile][i] = fma(i % 2 ? step.w : step.y, i / 2 ? B.y : B.x, decay[tile][i] * h[tile][i]);
@@ -155,9 +77,26 @@ DEVICE const float4* steps_from(const Shared& shared, const Lane& at, int step) 
     return &shared.steps[step_place(step, at.channel / 2)];
 }
 
-DEVICE const float2* B_from(const Shared& shared, const Lane& at, int step) {
-    return &shared.B[step * HALF_STATES + at.state / 2];
-}
+// B of a step and, with TWO_STEPS, of its neighbour: asked for at every step, the first of a pair reads both.
+struct Feed {
+    float2 B[2][STATE_TILES];
+
+    // Of step from + j; `from` is even.
+    MEMBER void read(const Shared& shared, const Lane& at, int from, int j, bool first) {
+        if (TWO_STEPS && !first) return;
+#pragma unroll
+        for (int tile = 0; tile < STATE_TILES; ++tile) {
+            int pair = at.state / 2 + 4 * tile;
+            if (TWO_STEPS) {
+                float4 both = *reinterpret_cast<const float4*>(&shared.B[B_place(from + j / 2 * 2, pair)]);
+                B[0][tile] = {both.x, both.y};
+                B[1][tile] = {both.z, both.w};
+            } else {
+                B[j % 2][tile] = shared.B[B_place(from + j, pair)];
+            }
+        }
+    }
+};
 
 DEVICE const float2* C_from(const Shared& shared, const Lane& at, int step) {
     return &shared.C[step * C_ROW + at.state / 2];
@@ -173,53 +112,20 @@ DEVICE void run(Shared& shared, States& h, const States& a, const Lane& at, int 
 #pragma unroll UNROLLED
     for (int group = 0; group < end; group += GROUP) {
         const float4* steps = steps_from(shared, at, group);
-        const float2 *Bs = B_from(shared, at, group), *Cs = C_from(shared, at, group);
+        const float2* Cs = C_from(shared, at, group);
+        Feed feed;
         Outputs outputs;
         outputs.begin(Cs, at);
 #pragma unroll
         for (int j = 0; j < GROUP; ++j) {
             States decay;
             float4 step = steps[j * STEP_ROW];
+            feed.read(shared, at, group, j, j % 2 == 0);
             find_decays(decay, a, step);
-            advance(h, decay, step, Bs + j * HALF_STATES);
+            advance(h, decay, step, feed.B[j % 2]);
             outputs.add(h, j, Cs, at);
         }
         outputs.store(outputs_from(shared, at, group), at);
-    }
-}
-
-// Add the states' parts and the skip, gate, and write y. What takes no part has zeros in u, z and C: y is 0 there.
-DEVICE void finish(const Shared& shared, const Elements& elements, const Packed* us, const Packed* zs,
-                   const Strip<Output>& strip, const ScanCall& call, const Sequence& sequence,
-                   const Channels& channels, const Tile& tile) {
-#pragma unroll
-    for (int i = 0; i < Elements::EACH; ++i) {
-        const Unit& unit = elements.units[i];
-        if (!unit.inside) continue;
-        float u[UNIT], z[UNIT], y[UNIT], skip[UNIT];
-        const float* from = &shared.outputs[unit.step * ROW + unit.channel];
-        read_unit(y, from, ROW);
-#pragma unroll
-        for (int warp = 1; warp < STATE_WARPS; ++warp) {
-            float more[UNIT];
-            read_unit(more, from + warp * TILE * ROW, ROW);
-#pragma unroll
-            for (int k = 0; k < UNIT; ++k) y[k] += more[k];
-        }
-        read_channels(skip, shared.skip, unit);
-        unpack(us[i], u);
-        if (GATED) unpack(zs[i], z);
-#pragma unroll
-        for (int k = 0; k < UNIT; ++k) {
-            y[k] = fma(skip[k], u[k], EXACT_OUTPUT ? y[k] : y[k] * CUT);
-            if (GATED) y[k] *= z[k] * sigmoid(z[k]);
-        }
-        Marks marks = find_marks(unit, call, sequence, channels, tile);
-        // A state that is not finite would leave not-a-numbers where nothing is.
-#pragma unroll
-        for (int k = 0; k < UNIT; ++k)
-            if (MASKED && !marks.of(k).part) y[k] = 0.0f;
-        store_unit(strip, y, unit, marks);
     }
 }
 
@@ -252,7 +158,7 @@ struct Block {
     Sequence sequence;
     Channels channels;
     Elements elements;
-    Strips strips;
+    Places places;
     int chunk, begin, end;
     int64 states_size, chunk_index;
 
@@ -268,16 +174,10 @@ struct Block {
         if (call.n_chunks > 1 && begin + int(call.chunk) < end) end = begin + int(call.chunk);
         states_size = call.channels * STATES;
         chunk_index = int64(sequence.index) * call.n_chunks + chunk;
-        strips.u = find_strip(call.u, sequence, channels);
-        strips.delta = find_strip(call.delta, sequence, channels);
-        strips.z = find_strip(call.z, sequence, channels);
-        strips.B = find_strip(call.B, sequence, channels);
-        strips.C = find_strip(call.C, sequence, channels);
-        strips.y = find_strip(call.y, sequence, channels);
         for (int i = thread_index(); i < WIDTH; i += THREADS) {
             bool there = channels.first + i < channels.end;
             shared.bias[i] = there && call.delta_bias != nullptr ? call.delta_bias[channels.first + i] : 0.0f;
-            shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] : 0.0f;
+            shared.skip[i] = there && call.D != nullptr ? call.D[channels.first + i] * (1.0f / WHOLE) : 0.0f;
         }
     }
 };
@@ -296,12 +196,13 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
     Checkpoints checkpoints(call, my.sequence, my.begin);
     Loads loads;
     Tile tile = {my.begin, my.end};
-    if (tile.first < tile.end) load(loads, my.elements, my.strips, call, my.sequence, my.channels, tile);
+    my.places.find(call, my.sequence, my.channels, my.elements, my.begin);
+    if (tile.first < tile.end) my.places.load(loads, my.elements, tile);
     synchronize_block();
 
 #pragma unroll 1
     for (; tile.first < tile.end; tile.first += TILE) {
-        prepare(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+        prepare(shared, my.elements, loads);
         Packed u[Elements::EACH], z[Elements::EACH];
 #pragma unroll
         for (int i = 0; i < Elements::EACH; ++i) {
@@ -311,12 +212,12 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
 #endif
         }
         Tile next = {tile.first + TILE, tile.end};
-        if (next.first < next.end) load(loads, my.elements, my.strips, call, my.sequence, my.channels, next);
+        if (next.first < next.end) my.places.load(loads, my.elements, next);
         synchronize_block();
         checkpoints.save(h, my.channels, my.at);
         run(shared, h, a, my.at, tile.end - tile.first);
         synchronize_block();
-        finish(shared, my.elements, u, z, my.strips.y, call, my.sequence, my.channels, tile);
+        finish(shared, my.elements, u, z, my.places, tile);
     }
     if (!ROUTES && call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
         store_states(call.final_state + my.sequence.index * my.states_size, h, my.channels, my.at);
@@ -338,23 +239,25 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ 
     Loads loads;
     Tile tile = {my.begin + (my.end - my.begin - 1) / TILE * TILE, my.end};
     if (my.end <= my.begin) tile.first = my.begin - TILE;
-    if (tile.first >= my.begin) load(loads, my.elements, my.strips, call, my.sequence, my.channels, tile);
+    my.places.find(call, my.sequence, my.channels, my.elements, tile.first);
+    if (tile.first >= my.begin) my.places.load(loads, my.elements, tile, true);
     synchronize_block();
 
 #pragma unroll 1
     for (; tile.first >= my.begin; tile.first -= TILE) {
-        prepare(shared, my.elements, loads, call, my.sequence, my.channels, tile);
+        prepare(shared, my.elements, loads);
         Tile next = {tile.first - TILE, tile.end};
-        if (next.first >= my.begin) load(loads, my.elements, my.strips, call, my.sequence, my.channels, next);
+        if (next.first >= my.begin) my.places.load(loads, my.elements, next, true);
         synchronize_block();
         const float4* steps = steps_from(shared, my.at, 0);
-        const float2* Bs = B_from(shared, my.at, 0);
+        Feed feed;
 #pragma unroll 8
         for (int j = TILE - 1; j >= 0; --j) {
             float4 step = steps[j * STEP_ROW];
+            feed.read(shared, my.at, 0, j, j % 2 == 1);
 #pragma unroll
             for (int tile = 0; tile < STATE_TILES; ++tile) {
-                float2 B = Bs[j * HALF_STATES + 4 * tile];
+                float2 B = feed.B[j % 2][tile];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     float left = exp2_fast(sums[i % 2] * a[tile][i]) * (i % 2 ? step.w : step.y);

@@ -2,11 +2,27 @@
 // fixed order, which gives the same bits in every run. A warp's threads read neighbouring numbers.
 #include "scan_call.cuh"
 
+#if SLICED
+// The row, and group, of B and C that a row of a slice's partial sums belongs to, or -1 if there is none.
+DEVICE int64 find_row_group(const ScanCall& call, int64 row_group) {
+    int64 row = row_group / call.groups, place = call.first_step + row % call.slice, chunk = row / call.slice;
+    int64 step = chunk % call.n_chunks * call.span + place;
+    if (place >= call.span || step >= call.length) return -1;
+    int64 position = call.reverse ? call.length - 1 - step : step;
+    return ((call.first_sequence + chunk / call.n_chunks) * call.length + position) * call.groups +
+           row_group % call.groups;
+}
+#endif
+
 // The gradients of B and of C: over the blocks of channels of a group.
 DEVICE void reduce_projection(const ScanCall& call, int64 index, int blocks) {
     int state = int(index % STATES), which = int(index / STATES % 2);
     int64 row_group = index / (2 * STATES);
     const float* from = call.partial_bc + (row_group * blocks * 2 + which) * STATES + state;
+#if SLICED
+    row_group = find_row_group(call, row_group);
+    if (row_group < 0) return;
+#endif
     float sum = 0.0f;
     // A state that is not finite would leave not-a-numbers where nothing is.
     if (call.mask != nullptr && call.mask[row_group / call.groups] == 0) blocks = 0;
@@ -27,11 +43,14 @@ DEVICE float reduce_rows(const float* from, int64 rows, int64 stride) {
 KERNEL __launch_bounds__(256) scan_reduce(const __grid_constant__ ScanCall call) {
     int64 index = int64(block_x()) * 256 + thread_index();
     int64 batch = PACKED ? 1 : call.n_seqs, rows = call.n_seqs * call.n_chunks;
-    int64 n_projections = batch * call.length * call.groups * 2 * STATES, n_states = call.channels * STATES;
+    int64 all_rows = SLICED ? call.slice_sequences * call.n_chunks * call.slice : batch * call.length;
+    int64 n_projections = all_rows * call.groups * 2 * STATES, n_states = call.channels * STATES;
     if (index < n_projections) {
         reduce_projection(call, index, int(call.chunk));
         return;
     }
+    // The parameters' come after all slices.
+    if (SLICED && (call.first_step > 0 || call.first_sequence + call.slice_sequences < call.n_seqs)) return;
     index -= n_projections;
     if (index < n_states) {
         call.dA[index] = reduce_rows(call.partial_a + index, rows, n_states);

@@ -13,12 +13,10 @@ struct Checkpoints {
     int64 size;
     int phase;
 
-    // step: where the first tile starts, a multiple of the interval.
-    MEMBER Checkpoints(const ScanCall& call, const Sequence& sequence, int step) {
+    MEMBER Checkpoints(const ScanCall& call, const Sequence& sequence) {
         phase = 0;
         size = call.channels * STATES;
-        int64 index = sequence.first_checkpoint + step / INTERVAL;
-        next = call.checkpoints == nullptr ? nullptr : call.checkpoints + index * size;
+        next = call.checkpoints == nullptr ? nullptr : call.checkpoints + sequence.first_checkpoint * size;
     }
 
     MEMBER void save(const States& h, const Channels& channels, const Lane& at) {
@@ -37,8 +35,7 @@ struct Block {
     Channels channels;
     Elements elements;
     Places places;
-    int chunk, begin, end;
-    int64 states_size, chunk_index;
+    int64 states_size;
 
     MEMBER void find(Shared& shared, const ScanCall& call) {
         int n_blocks = count_blocks<WIDTH>(call);
@@ -46,12 +43,7 @@ struct Block {
         channels = find_channels<WIDTH>(call, block_x() % n_blocks);
         sequence = find_sequence(call, block_x() / n_blocks, channels.group);
         elements.find();
-        chunk = block_y();
-        begin = chunk * int(call.chunk);
-        end = sequence.length;
-        if (call.n_chunks > 1 && begin + int(call.chunk) < end) end = begin + int(call.chunk);
         states_size = call.channels * STATES;
-        chunk_index = int64(sequence.index) * call.n_chunks + chunk;
         for (int i = thread_index(); i < WIDTH; i += THREADS) {
             bool there = channels.first + i < channels.end;
             shared.bias[i] = there && call.delta_bias != nullptr ? call.delta_bias[channels.first + i] : 0.0f;
@@ -74,19 +66,18 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
     load_decays(a, call, my.channels, my.at);
     const float* before =
         call.initial_state == nullptr ? nullptr : call.initial_state + my.sequence.index * my.states_size;
-    if (call.n_chunks > 1) before = call.chunk_state + my.chunk_index * my.states_size;
     load_states(h, before, my.channels, my.at);
-    Checkpoints checkpoints(call, my.sequence, my.begin);
+    Checkpoints checkpoints(call, my.sequence);
     Loads loads;
     Packed u_before[Elements::EACH], u[Elements::EACH], z[Elements::EACH];
     Results results;
-    Tile tile = {my.begin, my.end};
-    my.places.find(call, my.sequence, my.channels, my.elements, my.begin);
+    Tile tile = {0, my.sequence.length};
+    my.places.find(call, my.sequence, my.channels, my.elements, 0);
     my.places.load(loads, my.elements, tile);
     synchronize_block();
 #pragma unroll
     for (int part = 0; part < UNIT / PART; ++part) prepare(shared.stages[0], shared, my.elements, loads, part);
-    store_projections<true>(shared.stages[0], loads);
+    store_projections(shared.stages[0], loads);
 #pragma unroll
     for (int i = 0; i < Elements::EACH; ++i) {
         u_before[i] = z[i] = zeros();
@@ -100,7 +91,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
         Stage &here = shared.stages[turn], &there = shared.stages[1 - turn];
         Tile next = {tile.first + TILE, tile.end};
         // Before the first tile is none.
-        Tile last = {tile.first - TILE, tile.first > my.begin ? tile.end : my.begin - TILE};
+        Tile last = {tile.first - TILE, tile.first > 0 ? tile.end : -TILE};
         Feed feed;
         feed.read(here, my.at, 0);
         feed.read_C(here, my.at, 0);
@@ -117,7 +108,7 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
             if (stretch == from_eighth(3)) my.places.load_gate(z, my.elements, tile);
             if (stretch == from_eighth(5)) prepare(there, shared, my.elements, loads, 0);
             if (stretch == from_eighth(6)) prepare(there, shared, my.elements, loads, 1);
-            if (stretch == STRETCHES - 1) store_projections<true>(there, loads);
+            if (stretch == STRETCHES - 1) store_projections(there, loads);
             // Read before what is written, for the compiler keeps that order.
             if (stretch + 1 < STRETCHES) feed.read(here, my.at, stretch + 1);
             if (stretch + 1 < STRETCHES) feed.read_C(here, my.at, stretch + 1);
@@ -131,63 +122,11 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
         turn = 1 - turn;
         synchronize_block();
     }
-    Tile last = {tile.first - TILE, tile.first > my.begin ? tile.end : my.begin - TILE};
+    Tile last = {tile.first - TILE, tile.first > 0 ? tile.end : -TILE};
 #pragma unroll
     for (int part = 0; part < UNIT / PART; ++part)
         results.find(shared.stages[1 - turn], shared, my.elements, u_before, z, part);
     my.places.store(results.y, my.elements, last);
-    if (!ROUTES && call.final_state != nullptr && my.chunk == last_chunk(call, my.sequence))
+    if (!ROUTES && call.final_state != nullptr)
         store_states(call.final_state + my.sequence.index * my.states_size, h, my.channels, my.at);
-}
-
-// What a chunk makes of a zero state, and the sum of its steps: from these the chunks are chained. The chunk is walked
-// from its end, each step's part decayed by the steps behind it, until nothing of what lies further back is left.
-// Nobody asks what the last chunk makes.
-KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ ScanCall call) {
-    SHARED_MEMORY(memory);
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
-    Block my;
-    my.find(shared, call);
-    if (my.chunk >= last_chunk(call, my.sequence)) return;
-    States a, h;
-    load_decays(a, call, my.channels, my.at);
-    load_states(h, nullptr, my.channels, my.at);
-    float sums[2] = {0.0f, 0.0f};
-    Loads loads;
-    Tile tile = {my.begin + (my.end - my.begin - 1) / TILE * TILE, my.end};
-    my.places.find(call, my.sequence, my.channels, my.elements, tile.first);
-    my.places.load(loads, my.elements, tile, true);
-    synchronize_block();
-#pragma unroll
-    for (int part = 0; part < UNIT / PART; ++part) prepare(shared.stages[0], shared, my.elements, loads, part);
-    store_projections<false>(shared.stages[0], loads);
-    synchronize_block();
-
-    int turn = 0;
-#pragma unroll 1
-    for (; tile.first >= my.begin; tile.first -= TILE) {
-        Stage &here = shared.stages[turn], &there = shared.stages[1 - turn];
-        // Before the chunk's first tile lies none of its steps.
-        Tile next = {tile.first - TILE, tile.first > my.begin ? tile.end : tile.first - TILE};
-        my.places.load(loads, my.elements, next, true);
-#pragma unroll
-        for (int stretch = STRETCHES - 1; stretch >= 0; --stretch) {
-            Feed feed;
-            feed.read(here, my.at, stretch);
-            run_back(h, sums, a, feed);
-            if (stretch == from_eighth(2)) prepare(there, shared, my.elements, loads, 0);
-            if (stretch == from_eighth(1)) prepare(there, shared, my.elements, loads, 1);
-            if (stretch == 0) store_projections<false>(there, loads);
-        }
-        bool decayed = has_decayed(a, sums[0], sums[1], my.channels, my.at);
-        if (my.at.lane == 0) here.alive[thread_index() / WARP] = !decayed;
-        turn = 1 - turn;
-        synchronize_block();
-        int alive = 0;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp) alive |= here.alive[warp];
-        if (!alive) break;
-    }
-    store_states(call.chunk_state + my.chunk_index * my.states_size, h, my.channels, my.at);
-    store_steps(call.chunk_delta + my.chunk_index * call.channels, sums, my.channels, my.at);
 }

@@ -59,14 +59,3 @@ DEVICE void run(Outputs& outputs, States& h, const States& a, const Feed& feed, 
         multiply(outputs.products[pair], states[2 * pair][0], states[2 * pair + 1][0], states[2 * pair][1],
                  states[2 * pair + 1][1], feed.C[0], feed.C[1]);
 }
-
-// The same from the end: what each step adds to the state behind all of them, decayed by those between.
-DEVICE void run_back(States& h, float (&sums)[2], const States& a, const Feed& feed) {
-#pragma unroll
-    for (int j = STRETCH - 1; j >= 0; --j) {
-#pragma unroll
-        for (int i = 0; i < THIN; ++i)
-            h[0][i] = fma(exp2_fast(sums[0] * a[0][i]) * feed.du(j), feed.B_of(j, i), h[0][i]);
-        sums[0] += feed.dt(j);
-    }
-}

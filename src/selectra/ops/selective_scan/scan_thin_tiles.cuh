@@ -27,8 +27,6 @@ struct Stage {
     // B of four neighbouring steps, state by state; C of pairs of neighbouring states.
     float2 B[TILE * HALF_STATES], C[TILE * C_ROW];
     float outputs[STATE_WARPS * TILE * ROW];
-    // Whether a warp's states need what lies further back.
-    int alive[WARPS + 4 - WARPS % 4];
 };
 
 struct Shared {
@@ -104,8 +102,8 @@ struct Places {
         return inside && (Elements::COUNT % THREADS == 0 || unit.inside) && tile.first + unit.step < tile.end;
     }
 
-    // Of the tile that the pointers stand at; then they move to the next, or back.
-    MEMBER void load(Loads& loads, const Elements& elements, const Tile& tile, bool back = false) {
+    // Of the tile that the pointers stand at; then they move to the next.
+    MEMBER void load(Loads& loads, const Elements& elements, const Tile& tile) {
 #pragma unroll
         for (int i = 0; i < Elements::EACH; ++i) {
             bool exists = this->exists(elements.units[i], tile);
@@ -125,10 +123,10 @@ struct Places {
             if (wanted) loads.projections.B[i] = *reinterpret_cast<const Pair*>(B.at + i * B.unit);
             if (wanted) loads.projections.C[i] = *reinterpret_cast<const Pair*>(C.at + i * C.unit);
         }
-        u.at += back ? -u.tile : u.tile;
-        delta.at += back ? -delta.tile : delta.tile;
-        B.at += back ? -B.tile : B.tile;
-        C.at += back ? -C.tile : C.tile;
+        u.at += u.tile;
+        delta.at += delta.tile;
+        B.at += B.tile;
+        C.at += C.tile;
     }
 
     MEMBER void load_gate(Packed (&to)[Elements::EACH], const Elements& elements, const Tile& tile) {
@@ -169,7 +167,7 @@ struct Places {
         y = find_strip(call->y, sequence, channels);
     }
 
-    MEMBER void load(Loads& loads, const Elements& elements, const Tile& tile, bool back = false) {
+    MEMBER void load(Loads& loads, const Elements& elements, const Tile& tile) {
 #pragma unroll
         for (int i = 0; i < Elements::EACH; ++i) {
             const Unit& unit = elements.units[i];
@@ -232,8 +230,7 @@ DEVICE void prepare(Stage& stage, const Shared& shared, const Elements& elements
     }
 }
 
-// The same for B, and for C where it is asked for.
-template <bool WITH_C>
+// The same for B and C.
 DEVICE void store_projections(Stage& stage, const Loads& loads) {
     typedef ProjectionUnits<TILE, THREADS> All;
 #pragma unroll
@@ -245,7 +242,7 @@ DEVICE void store_projections(Stage& stage, const Loads& loads) {
         float* to = reinterpret_cast<float*>(stage.B) + (step / 4 * PADDED_STATES + state) * 4 + step % 4;
         to[0] = B.x;
         to[4] = B.y;
-        if (WITH_C) stage.C[index / HALF_STATES * C_ROW + index % HALF_STATES] = unpack(loads.projections.C[i]);
+        stage.C[index / HALF_STATES * C_ROW + index % HALF_STATES] = unpack(loads.projections.C[i]);
     }
 }
 

@@ -407,6 +407,14 @@ DEVICE Pair load_pair(const ProjectionStrip& strip, int position, int state, boo
     return pair;
 }
 
+// The place of a pair of states of B among a tile's: two neighbouring steps' lie side by side, to be read together,
+// where registers suffice for that.
+constexpr bool TWO_STEPS = STATE_TILES <= 2;
+DEVICE int B_place(int step, int pair) {
+    constexpr int HALF = PADDED_STATES / 2;
+    return TWO_STEPS ? (step / 2 * HALF + pair) * 2 + step % 2 : step * HALF + pair;
+}
+
 // B and C of a tile on their way from memory.
 template <int TILE, int THREADS>
 struct Projections {
@@ -428,7 +436,7 @@ struct Projections {
         }
     }
 
-    // One array of (B, B, C, C), or one of (B, B) and one of (C, C) with rows of C_row.
+    // One array of (B, B, C, C), or one of (B, B), see B_place, and one of (C, C) with rows of C_row.
     MEMBER void store(float4* shared) const {
 #pragma unroll
         for (int i = 0; i < All::EACH; ++i) {
@@ -443,7 +451,7 @@ struct Projections {
         for (int i = 0; i < All::EACH; ++i) {
             int index = thread_index() + i * THREADS;
             if (All::COUNT % THREADS != 0 && index >= All::COUNT) continue;
-            Bs[index] = unpack(B[i]);
+            Bs[B_place(index / All::HALF, index % All::HALF)] = unpack(B[i]);
             Cs[index / All::HALF * C_row + index % All::HALF] = unpack(C[i]);
         }
     }
