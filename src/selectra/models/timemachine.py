@@ -25,8 +25,7 @@ from selectra.layers.head import ForecastHead, require_rate
 from selectra.layers.missing import carry_forward
 from selectra.layers.revin import RevIN, WindowNorm
 from selectra.mixers import S6
-from selectra.mixers.projections import select
-from selectra.mixers.s6 import State, at_least_float32
+from selectra.mixers.s6 import at_least_float32
 from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, reads
 from selectra.ops import selective_scan
@@ -63,27 +62,25 @@ class Lone(S6):
     one token from the empty state is taken without a scan, and one channel of N states as N channels of one state.
     """
 
-    def mix(
+    def mix_whole(
         self,
         u: Float[Tensor, "b l d_inner"],
         z: Float[Tensor, "b l d_inner"] | None = None,
-        state: State | None = None,
         *,
         reverse: bool = False,
         mask: Bool[Tensor, "b l"] | None = None,
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
-    ) -> tuple[Float[Tensor, "b l d_inner"], State]:
-        """As `S6.mix`."""
-        plain = u.is_cuda and state is None and mask is None and cu_seqlens is None
+    ) -> Float[Tensor, "b l d_inner"]:
+        """As `S6.mix_whole`."""
+        plain = u.is_cuda and mask is None and cu_seqlens is None
         if not plain or (u.shape[1] != 1 and u.shape[2] != 1):
-            return super().mix(u, z, state, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
-        u, conv = self.convolve(u, reverse=reverse)
-        u, delta, B, C = select(self.x_proj, self.dt_proj, u, (self.dt_rank, self.d_state, self.d_state))
+            return super().mix_whole(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
+        u, _ = self.convolve(u, reverse=reverse)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         read = one_token if u.shape[1] == 1 else one_channel
         A = -at_least_float32(self.A_log).exp()
-        y, ssm = read(u, delta, A, B, C, self.dt_proj.bias, reverse)
-        y = y + self.D * u
-        return (y if z is None else y * F.silu(z)), State(conv, ssm)
+        y = read(u, F.linear(dt, self.dt_proj.weight), A, B, C, self.dt_proj.bias, reverse) + self.D * u
+        return y if z is None else y * F.silu(z)
 
 
 def one_token(
@@ -94,11 +91,10 @@ def one_token(
     C: Float[Tensor, "b 1 n"],
     bias: Float[Tensor, " d"],
     reverse: bool,
-) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b d n"]]:
+) -> Float[Tensor, "b 1 d"]:
     """A selective scan (without D and z) of one position from the empty state, on which A has nothing to act."""
-    drive = F.softplus(delta + bias) * u
     # A's gradient is 0, as the scan's is, and not absent.
-    return drive * (B * C).sum(-1, keepdim=True) + 0.0 * A.sum(), drive.transpose(1, 2) * B
+    return F.softplus(delta + bias) * u * (B * C).sum(-1, keepdim=True) + 0.0 * A.sum()
 
 
 def one_channel(
@@ -109,15 +105,14 @@ def one_channel(
     C: Float[Tensor, "b l n"],
     bias: Float[Tensor, " 1"],
     reverse: bool,
-) -> tuple[Float[Tensor, "b l 1"], Float[Tensor, "b 1 n"]]:
+) -> Float[Tensor, "b l 1"]:
     """A selective scan (without D and z) of one channel, its states as channels that are driven by B and read by C."""
     n = B.shape[2]
     one = u.new_ones(1, 1, 1).expand(*u.shape[:2], 1)
-    states, last = selective_scan(
-        u * B, delta.expand(-1, -1, n), A.T, one, one, delta_bias=bias.expand(n), delta_softplus=True, reverse=reverse,
-        return_final_state=True,
+    states = selective_scan(
+        u * B, delta.expand(-1, -1, n), A.T, one, one, delta_bias=bias.expand(n), delta_softplus=True, reverse=reverse
     )  # fmt: skip
-    return (states * C).sum(-1, keepdim=True), last.transpose(1, 2)
+    return (states * C).sum(-1, keepdim=True)
 
 
 @models.register(
