@@ -30,6 +30,7 @@ from selectra.compare.forecasting import (
 from selectra.compare.stats import paired
 from selectra.compare.store import Store
 from selectra.errors import ConfigError, DataError
+from selectra.report.forecasting import DATA as SHOWN
 from selectra.report.forecasting import NAMES, page, read_records, write_page
 
 BUDGET_OF_TESTS = Budget(20, 4)
@@ -155,13 +156,14 @@ def test_a_loss_is_said_first(tmp_path: Path) -> None:
 
 
 def test_missing_cells_are_named(tmp_path: Path) -> None:
-    store = filled(tmp_path / "cells.sqlite", leave=1)
+    store = filled(tmp_path / "cells.sqlite", ("a", "b"), leave=1)
     content = export(store)
     missing = content["tables"]["a"]["missing"] + content["tables"]["b"]["missing"]
     assert missing
     text = page(content, "records.json")
     for each in missing:
-        assert f"- {NAMES[each['model']]} on " in text
+        assert f"- {NAMES[each['model']]} on {SHOWN[each['data']]}" in text
+        assert f"{each['horizon']}" in text
     assert "it was too large" in text
 
 

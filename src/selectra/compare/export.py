@@ -190,7 +190,7 @@ def _table(table: Table, rows: list[Row], cells: list[Row]) -> dict[str, Any]:
     if table.name == "c":
         models += [row["model"] for row in rows if row["lookback"] != 96 and row["model"] not in models]
         models = list(dict.fromkeys(models))
-    mine, missing, winners = [], [], []
+    mine, missing = [], []
     for data in table.data:
         for lookback in table.lookbacks:
             for horizon in table.horizons:
@@ -206,11 +206,30 @@ def _table(table: Table, rows: list[Row], cells: list[Row]) -> dict[str, Any]:
                         place = {"data": data, "lookback": lookback, "horizon": horizon, "model": model}
                         why = "; ".join(reasons) or "not run"
                         missing.append({**place, "seeds": n_seeds, "of": wanted, "reason": why})
-                if here:
-                    best = min(here, key=lambda row: row["mse"])
-                    winners.append({"data": data, "lookback": lookback, "horizon": horizon, "model": best["model"],
-                                    "mse": best["mse"]})  # fmt: skip
-    return {"seeds": table.seeds, "models": models, "rows": mine, "missing": missing, "winners": winners}
+    chosen = _chosen(table, mine) if len(table.lookbacks) > 1 else []
+    winners = _best_of(chosen if len(table.lookbacks) > 1 else mine)
+    return {
+        "seeds": table.seeds, "models": models, "rows": mine, "missing": missing, "winners": winners, "chosen": chosen,
+    }  # fmt: skip
+
+
+def _chosen(table: Table, rows: list[Row]) -> list[Row]:
+    """Of every model that ran a cell with all look-backs, the row of the one with the lowest validation error."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["data"], row["horizon"], row["model"]].append(row)
+    return [
+        min(found, key=lambda row: row["val_mse"]) for found in groups.values() if len(found) == len(table.lookbacks)
+    ]  # fmt: skip
+
+
+def _best_of(rows: list[Row]) -> list[Row]:
+    """Who wins each cell."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["data"], row["horizon"]].append(row)
+    best = (min(found, key=lambda row: row["mse"]) for found in groups.values())
+    return [{name: row[name] for name in ("data", "lookback", "horizon", "model", "mse")} for row in best]
 
 
 def verdict(rows: list[Row]) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dic
     return {
         "mean": float(np.mean(ours)), "rival": float(np.mean(theirs)), "difference": float(differences.mean()),
         "low": low, "high": high, "wins": int((differences < 0).sum()), "pairs": len(differences),
+        # In this mean all pairs weigh alike, however large their values are.
+        "ratio": float(np.exp(np.log(np.asarray(ours) / np.asarray(theirs)).mean())),
     }  # fmt: skip
 
 
