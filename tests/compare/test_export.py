@@ -11,7 +11,7 @@ import pytest
 
 from selectra.compare.cells import Cell, differences, require_fair
 from selectra.compare.command import BUDGET
-from selectra.compare.export import export, read_published, write
+from selectra.compare.export import export, read_published, verdict, write
 from selectra.compare.forecasting import (
     DATA,
     HORIZONS,
@@ -153,6 +153,15 @@ def test_a_loss_is_said_first(tmp_path: Path) -> None:
     first = page(export(store), "records.json").splitlines()[2]
     assert first.startswith("**No: the Mamba model chosen on validation")
     assert "DLinear" in first
+
+
+def test_a_model_that_was_not_run_is_left_out_of_the_verdict(tmp_path: Path) -> None:
+    store = filled(tmp_path / "cells.sqlite", ("a", "b"))
+    rows = [row for table in export(store)["tables"].values() for row in table["rows"]]
+    found = verdict([row for row in rows if row["model"] != "timemachine" or row["horizon"] == 96])
+    assert (found["left_out"], found["mamba"], found["cells"]) == (["timemachine"], "tsm2", 24)
+    found = verdict([row for row in rows if row["model"] != "dlinear"])
+    assert found["mamba"] is None
 
 
 def test_missing_cells_are_named(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ from selectra.compare.stats import paired, spread
 from selectra.compare.store import Store
 from selectra.errors import DataError
 
+# Fewer cells than half of tables (a) and (b) together give no verdict.
+FEWEST_CELLS = 12
 RIVALS = ("linear", "dlinear", "patchtst", "itransformer")
 # What of every cell's record is kept; software and hardware are told once.
 KEPT = (
@@ -238,14 +240,15 @@ def verdict(rows: list[Row]) -> dict[str, Any]:
     for row in rows:
         if row["lookback"] == 96 and any(row["data"] in TABLES[name].data for name in "ab"):
             by_cell[_place(row)][row["model"]] = row
-    whole = {place: found for place, found in by_cell.items() if {*MAMBAS, *RIVALS} <= found.keys()}
-    if len(whole) < 3:
-        return {"cells": len(whole), "mamba": None, "pairs": {}}
-    means = {model: fmean(found[model]["val_mse"] for found in whole.values()) for model in MAMBAS}
+    mambas, whole = _whole(by_cell)
+    left_out = [model for model in MAMBAS if model not in mambas]
+    if len(whole) < FEWEST_CELLS:
+        return {"cells": len(whole), "mamba": None, "pairs": {}, "left_out": left_out}
+    means = {model: fmean(found[model]["val_mse"] for found in whole.values()) for model in mambas}
     best = min(means, key=lambda model: means[model])
     by_data = {}
     for data in sorted({place[0] for place in whole}):
-        scores = {m: fmean(f[m]["val_mse"] for p, f in whole.items() if p[0] == data) for m in MAMBAS}
+        scores = {m: fmean(f[m]["val_mse"] for p, f in whole.items() if p[0] == data) for m in mambas}
         by_data[data] = min(scores, key=lambda model: scores[model])
     chosen = {
         "one": [found[best]["mse"] for found in whole.values()],
@@ -258,10 +261,24 @@ def verdict(rows: list[Row]) -> dict[str, Any]:
     everybody = set.intersection(*({*found} for found in whole.values()))
     test = {model: fmean(found[model]["mse"] for found in whole.values()) for model in sorted(everybody)}
     return {
-        "cells": len(whole), "mamba": best, "validation": means, "by_data": by_data, "pairs": pairs, "means": test,
+        "cells": len(whole), "mamba": best, "left_out": left_out, "validation": means, "by_data": by_data,
+        "pairs": pairs, "means": test,
         "wins": all(each["difference"] < 0 for each in pairs["one"].values()),
         "surely": all(each["high"] < 0 for each in pairs["one"].values()),
     }  # fmt: skip
+
+
+def _whole(by_cell: Mapping[Place, Mapping[str, Row]]) -> tuple[list[str], dict[Place, Mapping[str, Row]]]:
+    """The Mamba models, and the cells that hold all of these and all rivals.
+
+    Where these are too few, the Mamba model that ran in the fewest cells is left out.
+    """
+    mambas = sorted(MAMBAS, key=lambda model: -sum(model in found for found in by_cell.values()))
+    while True:
+        whole = {place: found for place, found in by_cell.items() if {*mambas, *RIVALS} <= found.keys()}
+        if len(whole) >= FEWEST_CELLS or len(mambas) == 1:
+            return mambas, whole
+        mambas = mambas[:-1]
 
 
 def targets(rows: list[Row], published: list[Row]) -> dict[str, Any]:
