@@ -196,7 +196,10 @@ def test_version(call):
         ("forecast ECL", "ECL (electricity.csv) is not on this machine; .* selectra data get ECL"),
         ("eval nowhere", "there is no 'nowhere'"),
         ("eval nowhere --split tst", "Invalid value for '--split'"),
-        ("list models --kind serie", "there is no kind 'serie'; there are ['series']. Did you mean 'series'?"),
+        (
+            "list models --kind serie",
+            "there is no kind 'serie'; there are ['image', 'series', 'video']. Did you mean 'series'?",
+        ),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(call, words, message, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from selectra.errors import ConfigError, DataError
-from selectra.forecaster import Forecaster, ForecastJob, forecast_job, job
+from selectra.forecaster import Forecaster, ForecastJob, forecast_job, training
 from selectra.train.stop import StoppedError
 from tests.data.frames import hourly, long
 
@@ -38,7 +38,8 @@ def test_job_writes_everything_and_says_who_wins(file: Path) -> None:
     assert [row["model"] for row in rows] == ["dlinear", "linear", "naive"]
     assert sorted(p.name for p in out.iterdir() if p.is_file()) == FILES
     assert json.loads((out / "metrics.json").read_text()) == rows
-    assert set(rows[0]) == {"model", "mse", "mae", "mase", "params", "seconds"}
+    intervals = {"crps", "coverage-80", "coverage-95", "width-80", "width-95"}
+    assert set(rows[0]) == {"model", "mse", "mae", "mase", "params", "seconds"} | intervals
     for name in ("dlinear", "linear", "naive"):
         assert (out / name / "model.safetensors").is_file()
     best = min(rows, key=lambda row: row["mse"])["model"]
@@ -50,7 +51,12 @@ def test_job_writes_everything_and_says_who_wins(file: Path) -> None:
 def test_forecast_csv_is_the_future_in_units(file: Path) -> None:
     _, out, _ = done(file)
     forecast = pd.read_csv(out / "forecast.csv", parse_dates=["ds"])
-    assert list(forecast.columns) == ["unique_id", "ds", "dlinear", "linear", "naive"]
+    bounds = ["-lo-95", "-lo-80", "-hi-80", "-hi-95"]
+    names = ("dlinear", "linear", "naive")
+    assert list(forecast.columns) == ["unique_id", "ds", *(n + b for n in names for b in ("", *bounds))]
+    for name in names:
+        ordered = forecast[[f"{name}-lo-95", f"{name}-lo-80", name, f"{name}-hi-80", f"{name}-hi-95"]].to_numpy()
+        assert (np.diff(ordered, axis=1) >= 0).all()
     assert len(forecast) == 24 and forecast["ds"].min() == hourly(601)["time"].iloc[-1]
     of_b = forecast[forecast["unique_id"] == "b"]
     # A daily wave of height 2 around 10.
@@ -72,7 +78,7 @@ def test_same_seed_same_figures_and_batch_size_does_not_matter(file: Path) -> No
 
 def test_finished_models_are_not_trained_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[str] = []
-    fit = job.fit
+    fit = training.fit
 
     def watched(model: Any, task: Any, train: Any, val: Any, run: Any, *rest: Any, **more: Any) -> Any:
         if run.name == "naive" and not trained.count("naive"):
@@ -81,7 +87,7 @@ def test_finished_models_are_not_trained_again(file: Path, monkeypatch: pytest.M
         trained.append(run.name)
         return fit(model, task, train, val, run, *rest, **more)
 
-    monkeypatch.setattr(job, "fit", watched)
+    monkeypatch.setattr(training, "fit", watched)
     with pytest.raises(StoppedError, match=r"selectra forecast .*table.csv --model linear,naive"):
         done(file, models=("linear", "naive"))
     assert not (file.parent / "out" / "metrics.json").exists()
@@ -203,14 +209,23 @@ def test_identifiers_and_zones_come_back_as_they_were() -> None:
         ({"h": "4"}, "h must be a whole number of at least 1, got '4'"),
         ({"h": 0}, "h must be a whole number of at least 1, got 0"),
         ({"input_size": -1}, "input_size must be a whole number of at least 1 or None, got -1"),
-        ({"max_steps": 0}, "max_steps must be"),
-        ({"batch_size": True}, "batch_size must be"),
-        ({"early_stop_patience": -1}, "early_stop_patience must be"),
+        ({"train_args": {"max_steps": 0}}, "max_steps must be"),
+        ({"train_args": {"batch_size": True}}, "batch_size must be"),
+        ({"train_args": {"early_stop_patience": -1}}, "early_stop_patience must be"),
+        ({"train_args": {"learning_rate": 0}}, "learning_rate must be a number above 0, got 0"),
+        ({"train_args": {"learning_rate": "fast"}}, "learning_rate must be a number above 0, got 'fast'"),
+        ({"train_args": {"device": 0}}, "device is 0"),
+        ({"train_args": {"batchsize": 8}}, "train_args takes no 'batchsize'.*Did you mean 'batch_size'"),
+        ({"train_args": {"max_steps": 8, "epochs": 2}}, "both 'max_steps' and 'epochs'"),
+        ({"train_args": 3}, "train_args must be a dictionary"),
+        ({"train_args": {"loss": "pinball"}}, "'pinball' needs quantiles"),
+        ({"model_args": [1]}, "model_args must be a dictionary"),
+        ({"model_args": {"quantiles": (0.9, 0.1)}}, "they must rise"),
         ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
-        ({"learning_rate": 0}, "learning_rate must be a number above 0, got 0"),
-        ({"learning_rate": "fast"}, "learning_rate must be a number above 0, got 'fast'"),
+        ({"level": [120]}, r"level=\[120\]: levels are numbers between 0 and 100"),
+        ({"level": ["80"]}, "levels are numbers"),
+        ({"futr_exog_list": "price"}, "must be a list of columns, got 'price'"),
         ({"model": 3}, "model must be a name or a Spec, got 3"),
-        ({"device": 0}, "device must be"),
         ({"freq": 60}, "freq must be"),
     ],
 )
@@ -234,7 +249,11 @@ def test_forecaster_is_an_estimator() -> None:
     assert forecaster.set_params(h=7).h == 7
     with pytest.raises(ConfigError, match="no argument 'horizon'"):
         forecaster.set_params(horizon=3)
+    with pytest.raises(ConfigError, match=r"'max_steps' in train_args: train_args=\{'max_steps': 5\}"):
+        Forecaster("dlinear", max_steps=5)
+    with pytest.raises(ConfigError, match=r"no argument 'hh'.*Did you mean 'h'"):
+        Forecaster("dlinear", hh=5)
     with pytest.raises(ConfigError, match="not fitted"):
         forecaster.predict()
-    fitted = forecaster.set_params(max_steps=5, input_size=24).fit(hourly(200))
+    fitted = forecaster.set_params(train_args={"max_steps": 5}, input_size=24).fit(hourly(200))
     assert fitted is forecaster and "dlinear" in fitted.predict().columns

@@ -17,7 +17,7 @@ from rich.table import Table
 from selectra.errors import BackendError, ConfigError, DataError
 from selectra.spec import Run, Spec, describe_problem, nearest, override
 from selectra.train.stop import DivergedError, StoppedError
-from selectra.usage import describe_usage, with_options
+from selectra.usage import describe_usage, read_levels, read_lookback, with_options
 
 if TYPE_CHECKING:
     from selectra.registry import Registry, Resolved
@@ -260,7 +260,7 @@ def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
             middle = [count, ", ".join(entry.takes) or "-", state]
         table.add_row(name, entry.kind, *middle, entry.source or "-")
     if of_models:
-        table.caption = "Parameters for 7 series, 96 values in and 96 out."
+        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes of images and clips."
     return table
 
 
@@ -313,7 +313,9 @@ def forecast(
         Path | None, typer.Argument(help="CSV or parquet, or a public set such as ETTh1; default: New York weather.")
     ] = None,
     model: Annotated[str, typer.Option(help="Models, separated by commas.")] = FORECAST_MODELS,
-    lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
+    lookback: Annotated[
+        str, typer.Option(help='Rows that a forecast sees; "auto": chosen on validation for each model.')
+    ] = "96",
     horizon: Annotated[int, typer.Option(min=1, help="Rows that are forecast.")] = 24,
     split: Annotated[
         Split, typer.Option(help="ett: 12/4/4 months; ratio: 70/10/20 percent; auto: as the public set's papers.")
@@ -324,6 +326,11 @@ def forecast(
     stamps: Annotated[
         Stamps, typer.Option(help="Place rows by their time stamps, or take them as evenly spaced in file order.")
     ] = Stamps.check,
+    level: Annotated[str, typer.Option(help='Intervals in percent, separated by commas, or "none".')] = "80,95",
+    futr: Annotated[
+        Path | None, typer.Option(help="The next rows of covariates known ahead, in columns that FILE has too.")
+    ] = None,
+    cv: Annotated[int, typer.Option(min=0, help="Forecast also from this many cutoffs in the test part.")] = 0,
     epochs: Annotated[float, typer.Option(help="Most passes over the training windows.")] = 5,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("selectra_forecast"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
@@ -334,7 +341,8 @@ def forecast(
     from selectra.forecaster import ForecastJob, forecast_job  # noqa: PLC0415
 
     job = ForecastJob(
-        file=file, models=tuple(name.strip() for name in model.split(",")), lookback=lookback, horizon=horizon,
+        file=file, models=tuple(name.strip() for name in model.split(",")), horizon=horizon,
+        lookback=read_lookback(lookback), level=read_levels(level), futr=futr, cv=cv,
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
         out=out, seed=seed, batch_size=batch_size, quick=quick,
     )  # fmt: skip

@@ -56,6 +56,22 @@ def reads(source: str) -> Callable[[Reader], Reader]:
     return register
 
 
+def with_options_of(other: Reader) -> Callable[[Reader], Reader]:
+    """Let a reader take, in its `**options`, all options of another one that it does not name itself."""
+
+    def extend(reader: Reader) -> Reader:
+        signature = inspect.signature(reader)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        names = {p.name for p in own}
+        theirs = [p for p in inspect.signature(other).parameters.values() if p.name not in names]
+        annotations = {name: hint for name, hint in reader.__annotations__.items() if name in (*names, "return")}
+        reader.__annotations__ = {**other.__annotations__, **annotations}
+        reader.__signature__ = signature.replace(parameters=[*own, *theirs])  # pyright: ignore[reportFunctionMemberAccess]
+        return reader
+
+    return extend
+
+
 def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Official:
     """Build the official class `source` from our parts, with its weights.
 
@@ -78,8 +94,7 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
     importlib.import_module("selectra.models")
     if source not in readers:
         raise ConfigError(f"'{source}' is not known; there are {', '.join(sorted(readers))}.{nearest(source, readers)}")
-    reader = readers[source]
-    official = reader(**_options(source, reader, config))
+    official = readers[source](**checked_options(source, config))
     if "dtype" not in config or config["dtype"] is None:
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in state_dict.values())
         official.to(torch.float64 if double else torch.float32)
@@ -87,8 +102,13 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
     return official.eval()
 
 
-def _options(source: str, reader: Reader, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration read by the reader's annotations."""
+def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration read by the annotations of the source's reader.
+
+    Raises:
+        ConfigError: An option that is unknown, missing, or has a value that is not supported.
+    """
+    reader = readers[source]
     parameters = inspect.signature(reader).parameters
     hints = get_type_hints(reader)
     for name in config:
@@ -246,6 +266,41 @@ class OfficialEinFFT(Official):
 def read_einfft(*, dim: int) -> OfficialEinFFT:
     """SiMBA's spectral channel mixer."""
     return OfficialEinFFT(EinFFT(dim))
+
+
+# Of mamba_ssm's mixer: what shapes it, and what only says how it starts or which kernel it takes.
+SHAPING = ("d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias")
+STARTING = ("dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor")
+
+
+def mixer_options(option: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a whole model's option for its mixers says about their shape; how steps start has no effect on loaded ones.
+
+    Raises:
+        ConfigError: It has a name that is not supported.
+    """
+    for name in given or {}:
+        if name not in (*SHAPING, *STARTING):
+            raise ConfigError(
+                f"option '{option}' has '{name}'; it takes {', '.join((*SHAPING, *STARTING))}."
+                f"{nearest(name, (*SHAPING, *STARTING))}"
+            )
+    return {name: value for name, value in (given or {}).items() if name in SHAPING}
+
+
+# Of the second direction's parameters, in Vim's fork of mamba_ssm and those made after it.
+BACK = {"A_b_log": "A_log", "D_b": "D", "conv1d_b": "conv1d", "x_proj_b": "x_proj", "dt_proj_b": "dt_proj"}
+
+
+def bidirectional_key(key: str) -> str:
+    """Our key of a two-directional mixer's parameter, which may stand behind a prefix."""
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if part in BACK:
+            return ".".join([*parts[:i], "back", BACK[part], *parts[i + 1 :]])
+        if part in BACK.values():
+            return ".".join([*parts[:i], "ahead", *parts[i:]])
+    return key
 
 
 def read_device(device: str | int | torch.device | None) -> torch.device | None:

@@ -6,6 +6,7 @@ import re
 from enum import StrEnum
 from typing import Any, get_type_hints
 
+from selectra.errors import ConfigError
 from selectra.spec import type_name
 
 
@@ -31,3 +32,31 @@ def _option_type(hint: Any) -> str:
 def with_options(message: str) -> str:
     """A message about the data that names arguments of Python, `freq=...`, with the options of `forecast` instead."""
     return re.sub(r"(?<![\w.'-])(time|freq|stamps|target|split)=(?=[\w.])", r"--\1 ", message)
+
+
+def read_lookback(text: str) -> Any:
+    """A look-back in rows, or "auto".
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if text != "auto" and (not text.isdecimal() or int(text) < 1):
+        raise ConfigError(f"--lookback {text!r}: a whole number of at least 1, or auto")
+    return text if text == "auto" else int(text)
+
+
+def read_levels(text: str) -> tuple[float, ...]:
+    """Levels in per cent from "80,95"; none from "none".
+
+    Raises:
+        ConfigError: A part is no number between 0 and 100.
+    """
+    if text.strip().lower() == "none":
+        return ()
+    try:
+        levels = {float(part) for part in text.split(",")}
+    except ValueError:
+        levels = {0.0}
+    if not all(0 < level < 100 for level in levels):
+        raise ConfigError(f"--level {text!r}: numbers between 0 and 100, as 80,95, or none")
+    return tuple(sorted(levels))

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from selectra.errors import ConfigError
-from selectra.models.simba_series import Monarch, SimbaSeries
+from selectra.mixers import Monarch
+from selectra.models.simba_series import SimbaSeries
 
 SIZES: dict[str, Any] = {
     **{"seq_len": 40, "horizon": 6, "n_series": 3, "d_model": 16, "depth": 2, "d_state": 4},

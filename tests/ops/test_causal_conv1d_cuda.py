@@ -35,7 +35,9 @@ class _Emulated(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         arguments: dict[str, Any] = dict(zip(NAMES, tensors, strict=True))
         ctx.call = prepare(**arguments, **flags)
-        return cuda.forward(*ctx.call[:-1])
+        y, final_state = cuda.forward(*ctx.call[:-1])
+        assert final_state is not None
+        return y, final_state
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

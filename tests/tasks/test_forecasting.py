@@ -1,6 +1,7 @@
 """The forecasting task against utilsforecast's metrics, and what may not change them."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ from selectra.errors import ConfigError
 from selectra.registry import tasks
 from selectra.spec import Spec
 from selectra.tasks import Forecasting
+from selectra.tasks.forecasting import crps_weights, pinball
 from selectra.train.loop import evaluate
 from selectra.train.parallel import World
 from tests.train.tiny import HORIZON, N_SERIES, TinyNaive, windows
@@ -155,3 +157,66 @@ def test_target_that_the_data_does_not_have(index):
     with pytest.raises(ConfigError, match="allowed are numbers from 0 to 2"):
         Forecasting(target_index=index).for_data(data)
     assert Forecasting(target_index=(0, 2)).for_data(data).target_index == (0, 2)
+
+
+class TwoLevels(nn.Module):
+    """Two stored quantiles."""
+
+    def __init__(self, forecast: torch.Tensor) -> None:
+        super().__init__()
+        self.forecast = nn.Parameter(forecast)
+
+    def forward(self, x: torch.Tensor, **_: object) -> torch.Tensor:
+        return self.forecast[: len(x)]
+
+
+def test_pinball_loss_is_utilsforecasts_and_ignores_what_is_hidden():
+    batch, forecast = make_batch()
+    levels = (0.1, 0.7)
+    model = TwoLevels(torch.stack([forecast - 1, forecast + 0.5], -1))
+    found = Forecasting(loss="pinball", quantiles=levels).loss(model, batch)
+    frame = long_frame(batch, forecast, np.ones(3))
+    expected = [
+        losses.quantile_loss(frame.assign(model=frame["model"] + shift), {"model": "model"}, q=level)
+        for level, shift in zip(levels, (-1, 0.5), strict=True)
+    ]
+    counts = frame.groupby("unique_id").size().to_numpy()
+    total = sum((each["model"].to_numpy() * counts).sum() for each in expected) / 2
+    assert found.sum.item() == pytest.approx(total, rel=1e-5)
+    assert found.count == counts.sum()
+    found.sum.backward()
+    assert model.forecast.grad is not None and model.forecast.grad.isfinite().all()
+    assert batch.y_observed is not None
+    assert not model.forecast.grad[~batch.y_observed].any()
+
+
+def test_the_least_pinball_loss_is_at_the_quantile():
+    y = torch.randn(2000, 1, 1)
+    candidates = torch.linspace(-3, 3, 601)[:, None]
+    for level in (0.1, 0.5, 0.9):
+        means = torch.stack([pinball(c.expand(2000, 1, 1, 1), y, [level]).mean() for c in candidates])
+        assert candidates[means.argmin()].item() == pytest.approx(y.quantile(level).item(), abs=0.02)
+
+
+def test_crps_of_a_normal_distribution():
+    # Of N(0, 1) against draws from itself it is 1 / sqrt(pi).
+    levels = tuple(np.arange(1, 100) / 100)
+    y = torch.randn(20_000, 1, 1)
+    forecast = torch.special.ndtri(torch.tensor(levels)).expand(20_000, 1, 1, 99)
+    batch = SeriesBatch(torch.zeros(20_000, 1, 1), torch.ones(20_000, 1, 1).bool(), y, torch.ones_like(y).bool())
+    evaluator = Forecasting(loss="pinball", quantiles=levels).evaluator(std=np.array([3.0]))
+    evaluator.update(Oracle(forecast), batch)
+    metrics = evaluator.compute()
+    assert metrics["crps"] == pytest.approx(3 / np.sqrt(np.pi), rel=0.02)
+    assert metrics["mse"] == pytest.approx(1, rel=0.05) and "mase" not in metrics
+    assert sum(crps_weights(levels)) == pytest.approx(1)
+
+
+def test_quantiles_and_their_loss_come_together():
+    cases: list[dict[str, Any]] = [{"loss": "pinball"}, {"quantiles": (0.5,)}]
+    for arguments in [*cases, {"loss": "pinball", "quantiles": (0.9, 0.1)}]:
+        with pytest.raises(ConfigError, match="quantiles"):
+            Forecasting(**arguments)
+    batch, forecast = make_batch()
+    with pytest.raises(ConfigError, match=r"batch, horizon, series, 2 quantiles"):
+        Forecasting(loss="pinball", quantiles=(0.1, 0.9)).loss(Oracle(forecast), batch)

@@ -268,12 +268,12 @@ def verdict(rows: list[Row]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _whole(by_cell: Mapping[Place, Mapping[str, Row]]) -> tuple[list[str], dict[Place, Mapping[str, Row]]]:
+def _whole(by_cell: Mapping[Place, dict[str, Row]]) -> tuple[list[str], dict[Place, dict[str, Row]]]:
     """The Mamba models, and the cells that hold all of these and all rivals.
 
     Where these are too few, the Mamba model that ran in the fewest cells is left out.
     """
-    mambas = sorted(MAMBAS, key=lambda model: -sum(model in found for found in by_cell.values()))
+    mambas: list[str] = sorted(MAMBAS, key=lambda model: -sum(model in found for found in by_cell.values()))
     while True:
         whole = {place: found for place, found in by_cell.items() if {*mambas, *RIVALS} <= found.keys()}
         if len(whole) >= FEWEST_CELLS or len(mambas) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from selectra.data.covariates import Covariates, CovariateScalers, Standardised
+from selectra.data.panel import read_with_future
 from selectra.data.public import read_public
 from selectra.data.sources import PUBLIC, PublicSet, find_public
-from selectra.data.splits import SPLITS, Part, borders_of, describe, parts_of
+from selectra.data.splits import SPLITS, Borders, Part, borders_of, describe, parts_of
 from selectra.data.stamps import named_frequency, season_of, short
-from selectra.data.table import Table, read_table
+from selectra.data.table import Table, read_file, read_table
 from selectra.data.windows import Scaler, SeriesBatch, Windows
 from selectra.errors import DataError
 from selectra.registry import datasets
@@ -40,12 +43,15 @@ class SeriesData:
         horizon: int,
         split: str = "ratio",
         target: str | None = None,
+        covariates: Covariates | None = None,
+        borders: Borders | None = None,
         constant: Constant = "refuse",
     ) -> None:
         self.table, self.seq_len, self.horizon, self.split = table, seq_len, horizon, split
         self.target = target
         self.target_index = None if target is None else table.index_of(target)
-        self.borders = borders_of(split, table.rows, table.freq, seq_len, horizon)
+        self.borders = borders or borders_of(split, table.rows, table.freq, seq_len, horizon)
+        self.covariates = covariates or Covariates()
         train = slice(0, self.borders.train)
         seen = np.asarray(table.observed[train].any(axis=0))
         absent = [name for name, any_value in zip(table.names, seen, strict=True) if not any_value]
@@ -58,6 +64,19 @@ class SeriesData:
             self._refuse_constants()
         self._check_targets()
         self.scaler = Scaler.fit(table.values[train], table.observed[train])
+        self.covariate_scalers = CovariateScalers.fit(self.covariates, self.borders.train)
+
+    def at(self, seq_len: int) -> SeriesData:
+        """The same data for another look-back."""
+        return SeriesData(
+            self.table,
+            seq_len=seq_len,
+            horizon=self.horizon,
+            split=self.split,
+            target=self.target,
+            constant="keep",
+            covariates=self.covariates,
+        )
 
     def _refuse_constants(self) -> None:
         values = self.table.values[: self.borders.train]
@@ -110,12 +129,16 @@ class SeriesData:
     def facts(self) -> dict[str, int]:
         """What a model's constructor may take from the data."""
         counts = {"n_series": len(self.names), "season": self.season}
-        return {"seq_len": self.seq_len, "horizon": self.horizon, **counts}
+        return {"seq_len": self.seq_len, "horizon": self.horizon, **counts, **self.covariates.facts}
 
     @cached_property
     def _standardised(self) -> np.ndarray:
         values = np.where(self.table.observed, self.scaler.transform(self.table.values), 0.0)
         return values.astype(np.float32)
+
+    @cached_property
+    def _standardised_covariates(self) -> Standardised:
+        return self.covariate_scalers.transform(self.covariates)
 
     def windows(self, part: Part) -> Windows:
         """All windows of "train", "val" or "test"."""
@@ -132,6 +155,7 @@ class SeriesData:
             count=count,
             seq_len=self.seq_len,
             horizon=self.horizon,
+            **self._standardised_covariates._asdict(),
         )
 
     def window_at(self, row: int) -> SeriesBatch:
@@ -142,8 +166,17 @@ class SeriesData:
 
     def future_window(self) -> SeriesBatch:
         """The last `seq_len` rows: the input of the forecast beyond the file."""
-        x = torch.from_numpy(self._standardised[None, -self.seq_len :].copy())
-        return SeriesBatch(x, torch.from_numpy(self.table.observed[None, -self.seq_len :].copy()))
+        first, end = self.table.rows - self.seq_len, self.table.rows + self.horizon
+        past, future, static = self._standardised_covariates
+        if future is not None and len(future) < end:
+            raise DataError(f"the covariates known ahead end {end - len(future)} rows before the forecast does")
+        return SeriesBatch(
+            torch.from_numpy(self._standardised[None, first:].copy()),
+            torch.from_numpy(self.table.observed[None, first:].copy()),
+            past=None if past is None else torch.from_numpy(past[None, first : self.table.rows].copy()),
+            future=None if future is None else torch.from_numpy(future[None, first:end].copy()),
+            static=None if static is None else torch.from_numpy(static[None]),
+        )
 
     def future_stamps(self) -> pd.DatetimeIndex:
         """The `horizon` stamps after the last row."""
@@ -205,6 +238,8 @@ class SeriesFile(SeriesData):
         target: The series that is trained on and scored; all when None. All are inputs.
         stamps: "check" trusts the stamps; "order" counts rows from the first stamp on.
         constant: Whether a series that does not change in the training part is refused or kept; public sets keep it.
+        futr: A file with the next `horizon` rows of covariates; the columns that it shares with `path` are covariates
+            known ahead, and no series.
     """
 
     def __init__(
@@ -219,18 +254,37 @@ class SeriesFile(SeriesData):
         target: str | None = None,
         stamps: Literal["check", "order"] = "check",
         constant: Constant = "refuse",
+        futr: str | None = None,
     ) -> None:
         public = None if path is None or Path(path).expanduser().exists() else find_public(path)
+        covariates = None
+        if futr is not None and (path is None or public is not None):
+            raise DataError("a file of future covariates belongs to a file of one's own; name that too")
         if path is None:
             table = read_table(Path(str(files("selectra") / "examples" / EXAMPLE)))
         elif public is not None:
             table = read_public(public)
+        elif futr is not None:
+            table, covariates = _read_with_future(path, futr, horizon, time, freq, stamps)
         else:
             table = read_table(Path(path).expanduser(), time=time, freq=freq, stamps=stamps)
         if split == "auto":
             split = public.split if public is not None else "ratio"
         constant = "keep" if public is not None else constant
-        super().__init__(table, seq_len=seq_len, horizon=horizon, split=split, target=target, constant=constant)
+        super().__init__(
+            table, seq_len=seq_len, horizon=horizon, split=split, target=target, constant=constant,
+            covariates=covariates,
+        )  # fmt: skip
+
+
+def _read_with_future(
+    path: str, futr: str, horizon: int, time: str | None, freq: str | None, stamps: str
+) -> tuple[Table, Covariates]:
+    if stamps != "check":
+        raise DataError("covariates are placed by their stamps, which stamps=order does not trust; leave one out")
+    frame, future = (read_file(Path(name).expanduser()) for name in (path, futr))
+    table, covariates, notes = read_with_future(frame, future, horizon, time=time, freq=freq)
+    return replace(table, notes=(*table.notes, *notes)), covariates
 
 
 def _register(source: PublicSet) -> type[SeriesData]:
@@ -248,8 +302,9 @@ def _register(source: PublicSet) -> type[SeriesData]:
             target: str | None = None,
         ) -> None:
             named = source.split if split == "auto" else split
-            shape = {"seq_len": seq_len, "horizon": horizon}
-            super().__init__(read_public(source), **shape, split=named, target=target, constant="keep")
+            super().__init__(
+                read_public(source), seq_len=seq_len, horizon=horizon, split=named, target=target, constant="keep"
+            )
 
     Public.__name__ = Public.__qualname__ = source.name
     return datasets.register(source.name.lower(), kind="series", source=source.citation)(Public)

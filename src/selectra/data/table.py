@@ -220,7 +220,7 @@ def _from_long(frame: pd.DataFrame, freq: str | None) -> tuple[pd.DataFrame, pd.
     if freq is None:
         refuse_mixed_series(keys)
     keys["y"] = _numbers(frame[["y"]])["y"].to_numpy()
-    order = list(dict.fromkeys(keys["unique_id"]))
+    order = keys["unique_id"].unique().tolist()
     wide = keys.pivot(index="ds", columns="unique_id", values="y")[order]
     place = place_in("ds", index, keys["unique_id"])
     return wide.reset_index(drop=True), pd.DatetimeIndex(wide.index), notes, place

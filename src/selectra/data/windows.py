@@ -73,8 +73,12 @@ class Windows(Dataset[SeriesBatch]):
         count: int,
         seq_len: int,
         horizon: int,
+        past: Float[np.ndarray, "n c"] | None = None,
+        future: Float[np.ndarray, "n f"] | None = None,
+        static: Float[np.ndarray, "s e"] | None = None,
     ) -> None:
         self.values, self.observed = values, observed
+        self.past, self.future, self.static = past, future, static
         self.first, self.count = first, count
         self.seq_len, self.horizon = seq_len, horizon
 
@@ -98,4 +102,7 @@ class Windows(Dataset[SeriesBatch]):
             observed=observed[:, : self.seq_len],
             y=values[:, self.seq_len :],
             y_observed=observed[:, self.seq_len :],
+            past=None if self.past is None else torch.from_numpy(self.past[rows[:, : self.seq_len]]),
+            future=None if self.future is None else torch.from_numpy(self.future[rows]),
+            static=None if self.static is None else torch.from_numpy(self.static).expand(len(rows), -1, -1),
         )

@@ -3,77 +3,87 @@
 from __future__ import annotations
 
 import inspect
-import math
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
+from selectra.data.panel import Panel, extended, read_again, read_panel, with_future
 from selectra.data.series import SeriesData
+from selectra.data.splits import Borders
 from selectra.data.stamps import season_of
-from selectra.data.table import Table, read_table, to_pandas
 from selectra.errors import ConfigError, DataError
-from selectra.forecaster.files import long_frame
-from selectra.forecaster.scoring import build_model, build_task, forecast_units
-from selectra.spec import Optim, Run, Spec, Train
-from selectra.train.loop import Fitted, fit
+from selectra.forecaster.frames import read_frame
+from selectra.forecaster.intervals import calibrate, check_levels
+from selectra.forecaster.predictor import Predictor
+from selectra.forecaster.scoring import build_model, build_task, quantiles_of, task_of
+from selectra.forecaster.settings import check_count, model_spec, refuse_unknown, run_of
+from selectra.spec import Spec
+from selectra.train.loop import fit
 
 # Nixtla's words at this border, and ours inside.
 WORDS = {"h": "horizon", "input_size": "seq_len"}
+# The part of the rows that is for validation where `fit` is not told.
+VALIDATION = 0.1
 
 
 class Forecaster:
-    """Forecast all series of a data frame with one model.
+    """Forecast all series of a data frame with one model, and say how sure it is.
 
-    The constructor stores its arguments and nothing else, as scikit-learn asks.
+    The constructor stores its arguments and nothing else, as scikit-learn asks; `fit` checks them.
+
+    Frames are pandas, polars or arrow, long (`unique_id, ds, y`) or wide (a time column and a column a series), and
+    results are of the kind that came in. Further columns of a long frame are covariates, numbers all: those in
+    `futr_exog_list` are known ahead, the others up to the last row. Gaps of time and missing values are masked in
+    inputs and targets. Series may begin and end where they like: each is forecast from its own last row.
 
     Args:
         model: A registered name (`selectra list`), or a `Spec` with arguments.
         h: Rows to forecast.
-        input_size: Rows that the model sees; None is the largest of `h`, two seasons and 96.
         freq: pandas' alias of the distance of rows; None infers it.
-        max_steps: Training steps; None is ten passes over the training windows.
-        batch_size: Windows in a training step.
-        learning_rate: Highest learning rate.
-        early_stop_patience: Passes without a better validation error after which training stops.
+        level: Intervals in per cent, such as [80, 95], or None for none. They are split-conformal, of the validation
+            rows' residuals for each series and step; where the model forecasts the quantiles itself
+            (`model_args={"quantiles": (0.1, 0.5, 0.9)}`) they widen or narrow those.
+        input_size: Rows that the model sees; None is the largest of `h`, two seasons and 96.
+        model_args: Arguments of the model, as `selectra show` lists them.
+        train_args: Of the training: max_steps or epochs (default 10), batch_size (windows; 32, and with over 512
+            series fewer), learning_rate (1e-3), early_stop_patience (3; passes without a better validation error),
+            loss ("mse", "mae", "huber"), device ("cpu", "cuda", "auto"), verbose, weight_decay, warmup_steps,
+            schedule, clip, accumulate, eval_every, threads.
         seed: Seed of weights and of the order of windows.
-        device: "cpu", "cuda", or "auto".
-        verbose: Show progress.
+        futr_exog_list: Columns that are known ahead; `predict` asks for their next rows in `futr_df`.
     """
 
     def __init__(
         self,
         model: str | Spec = "tsm2",
         h: int = 96,
-        *,
-        input_size: int | None = None,
         freq: str | None = None,
-        max_steps: int | None = None,
-        batch_size: int = 32,
-        learning_rate: float = 1e-3,
-        early_stop_patience: int = 3,
+        level: Sequence[float] | None = None,
+        input_size: int | None = None,
+        model_args: Mapping[str, Any] = {},
+        train_args: Mapping[str, Any] = {},
         seed: int = 0,
-        device: str = "auto",
-        verbose: bool = False,
+        futr_exog_list: Sequence[str] = (),
+        **moved: Any,
     ) -> None:
+        refuse_unknown(moved, self._names())
         self.model = model
         self.h = h
-        self.input_size = input_size
         self.freq = freq
-        self.max_steps = max_steps
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.early_stop_patience = early_stop_patience
+        self.level = level
+        self.input_size = input_size
+        self.model_args = model_args
+        self.train_args = train_args
         self.seed = seed
-        self.device = device
-        self.verbose = verbose
+        self.futr_exog_list = futr_exog_list
 
     @classmethod
     def _names(cls) -> list[str]:
-        return [name for name in inspect.signature(cls).parameters if name != "self"]
+        parameters = inspect.signature(cls).parameters.values()
+        return [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -81,9 +91,8 @@ class Forecaster:
 
     def set_params(self, **params: Any) -> Self:
         """Change some of the constructor's arguments."""
+        refuse_unknown({name: value for name, value in params.items() if name not in self._names()}, self._names())
         for name, value in params.items():
-            if name not in self._names():
-                raise ConfigError(f"Forecaster takes no argument {name!r}; it takes {self._names()}.")
             setattr(self, name, value)
         return self
 
@@ -95,181 +104,190 @@ class Forecaster:
         """The name of the forecast's column."""
         return self.model if isinstance(self.model, str) else self.model.name
 
-    def fit(self, df: object) -> Self:
-        """Train on a long frame `unique_id, ds, y`, or on a wide one; the last tenth of the rows is for validation.
+    def fit(self, df: object, static_df: object | None = None, val_size: int | None = None) -> Self:
+        """Train on a frame.
+
+        Args:
+            df: Long or wide.
+            static_df: Covariates that are constant in time: `unique_id` and numbers, one row a series.
+            val_size: Rows at the end that choose the weights and calibrate the intervals; None is the last tenth.
 
         Raises:
-            ConfigError: An argument of the constructor is not of its kind.
+            ConfigError: An argument is not of its kind.
             DataError: The frame cannot be used as it is; the message says what to change.
         """
-        self._check()
-        frame = to_pandas(df)
-        table = read_table(frame, freq=self.freq)
-        self.dtypes_ = _Dtypes.of(frame, table)
-        self.data_ = self._data(table)
-        self.model_, self.fitted_ = self._train(self.data_)
+        self._check(val_size)
+        panel = self._read(df, static_df)
+        self._fit(panel, val_size)
+        self.panel_ = panel.tail(self.predictor_.seq_len)
         return self
 
-    def predict(self, df: object | None = None) -> pd.DataFrame:
-        """The `h` rows after the last one, as `unique_id, ds, <model>`.
+    def predict(self, df: object | None = None, futr_df: object | None = None) -> Any:
+        """The `h` rows after the last one of each series, as `unique_id, ds, <model>` and bounds of each level.
 
         Args:
-            df: Rows to forecast from, with the series of `fit` in any order; None takes those of `fit`.
+            df: Rows to forecast from, with the columns and series of `fit` in any order; None goes on from those of
+                `fit` and `update`.
+            futr_df: The next `h` rows of the covariates in `futr_exog_list`.
+
+        Raises:
+            ConfigError: This Forecaster is not fitted.
+            DataError: A frame has other columns or series than that of `fit`, too few rows, or lacks a value.
         """
-        data, dtypes = self._fitted(), self.dtypes_
+        predictor, style = self._fitted(), self.style_
+        panel = self.panel_
         if df is not None:
-            frame = to_pandas(df)
-            table = read_table(frame, freq=data.freq)
-            dtypes = _Dtypes.of(frame, table)
-            data = _Continued(_in_order(table, data.names), data)
-        forecast = forecast_units(self.model_, data, data.future_window())[0]
-        columns = {self.alias: forecast}
-        return dtypes.restored(long_frame(data.names, data.future_stamps(), columns, list(range(len(data.names)))))
+            frame, style = read_frame(df)
+            panel = read_again(frame, panel)
+            if panel.table.rows < predictor.seq_len:
+                raise DataError(f"the model sees {predictor.seq_len} rows, the frame has {panel.table.rows}")
+        panel = with_future(panel, None if futr_df is None else read_frame(futr_df, "futr_df")[0], self.h)
+        return style.restored(predictor.from_ends(panel))
 
-    def cross_validation(self, df: object, n_windows: int = 1, step_size: int | None = None) -> pd.DataFrame:
-        """Forecasts of the last rows from moving cutoffs, as `unique_id, ds, cutoff, y, <model>`.
+    def update(self, new_rows: object, futr_df: object | None = None) -> Any:
+        """Add rows that came after those of `fit`, and forecast from them without training again.
 
-        The model is trained once, on the rows up to the first cutoff.
+        The result is what `predict` gives for the whole longer frame, and what `predict()` gives from here on. Every
+        model reads a window of `input_size` rows that moves on with the data, and most normalise it by its own
+        statistics, so that no state of a model can be carried from one window to the next without changing the
+        forecast: an update reads the new rows alone, and costs one pass of the model over the last window.
 
         Args:
+            new_rows: Rows after the last one of their series, with the columns of `fit`; series may be absent from a
+                long frame, and then stay where they end.
+            futr_df: As for `predict`.
+
+        Raises:
+            DataError: A row is not new, does not fit the frequency, or has other columns or series.
+        """
+        self._fitted()
+        frame, style = read_frame(new_rows, "new_rows")
+        panel = extended(self.panel_, frame)
+        ahead = with_future(panel, None if futr_df is None else read_frame(futr_df, "futr_df")[0], self.h)
+        found = self.predictor_.from_ends(ahead)
+        self.panel_ = panel.tail(self.predictor_.seq_len)
+        return style.restored(found)
+
+    def cross_validation(
+        self,
+        df: object,
+        n_windows: int = 1,
+        step_size: int | None = None,
+        static_df: object | None = None,
+        val_size: int | None = None,
+    ) -> Any:
+        """Forecasts of the last rows from moving cutoffs, as `unique_id, ds, cutoff, y, <model>` and bounds.
+
+        The model is trained once, on the rows up to the first cutoff. Cutoffs are rows of the common axis; a series has
+        no rows after its own end.
+
+        Args:
+            df: As for `fit`.
             n_windows: Number of cutoffs.
             step_size: Rows between cutoffs; `h` when None.
+            static_df: As for `fit`.
+            val_size: As for `fit`; the rows before the first cutoff.
         """
-        self._check()
-        _check_count("n_windows", n_windows)
-        _check_count("step_size", step_size, optional=True)
+        self._check(val_size)
+        check_count("n_windows", n_windows)
+        check_count("step_size", step_size, optional=True)
         step = self.h if step_size is None else step_size
-        frame = to_pandas(df)
-        table = read_table(frame, freq=self.freq)
-        self.dtypes_ = _Dtypes.of(frame, table)
-        first = table.rows - self.h - step * (n_windows - 1)
+        panel = self._read(df, static_df)
+        table, needed = panel.table, self.h + step * (n_windows - 1)
+        first = table.rows - needed
         if first < 2:
-            needed = self.h + step * (n_windows - 1)
             raise DataError(
                 f"{n_windows} windows of {self.h} rows, {step} apart, need more than {needed} rows, "
                 f"there are {table.rows}"
             )
-        self.data_ = self._data(_head(table, first))
-        self.model_, self.fitted_ = self._train(self.data_)
-        whole, parts = _Continued(table, self.data_), []
-        for row in range(first, table.rows - self.h + 1, step):
-            forecast = forecast_units(self.model_, whole, whole.window_at(row))[0]
-            columns = {"y": table.values[row : row + self.h], self.alias: forecast}
-            part = long_frame(table.names, table.stamps[row : row + self.h], columns, list(range(len(table.names))))
-            part.insert(2, "cutoff", table.stamps[row - 1])
-            parts.append(part)
-        return self.dtypes_.restored(pd.concat(parts, ignore_index=True))
+        head = panel.head(first)
+        self._fit(head, val_size)
+        self.panel_ = head.tail(self.predictor_.seq_len)
+        starts = np.arange(first, table.rows - self.h + 1, step)
+        columns = self.predictor_.at(panel, starts)
+        parts = []
+        for i, start in enumerate(starts):
+            rows = start + np.arange(self.h)
+            part = {"unique_id": np.repeat(table.names, self.h), "ds": np.tile(table.stamps[rows], len(table.names))}
+            part |= {"cutoff": table.stamps[start - 1], "y": table.values[rows].T.ravel()}
+            part |= {name: found[i].T.ravel() for name, found in columns.items()}
+            inside = (rows[None] < panel.ends[:, None]).ravel()
+            parts.append(pd.DataFrame(part)[inside])
+        return self.style_.restored(pd.concat(parts, ignore_index=True))
 
-    def _check(self) -> None:
-        """Refuse what no training could use; the constructor itself stores everything."""
-        if not isinstance(self.model, str | Spec):
-            raise ConfigError(f"model must be a name or a Spec, got {self.model!r}")
-        for name in ("h", "batch_size"):
-            _check_count(name, getattr(self, name))
-        for name in ("input_size", "max_steps", "early_stop_patience"):
-            _check_count(name, getattr(self, name), optional=True)
-        _check_count("seed", self.seed, least=0)
-        rate = self.learning_rate
-        if not isinstance(rate, Real) or isinstance(rate, bool) or not 0 < float(rate) < math.inf:
-            raise ConfigError(f"learning_rate must be a number above 0, got {rate!r}")
-        if not isinstance(self.device, str):
-            raise ConfigError(f'device must be "cpu", "cuda" or "auto", got {self.device!r}')
-        if not isinstance(self.freq, str | None):
-            raise ConfigError(f'freq must be an alias of pandas such as "h", or None, got {self.freq!r}')
+    def save(self, path: str | Path) -> None:
+        """Write everything that `predict` and `update` need into a folder: safetensors and JSON, whole or not at all.
 
-    def _data(self, table: Table) -> SeriesData:
-        size = self.input_size
-        if size is None:
-            season = season_of(table.freq)
-            size = max(self.h, 2 * season, 96)
-        lengths: dict[str, Any] = {WORDS["h"]: self.h, WORDS["input_size"]: size}
-        return SeriesData(table, split="fit", **lengths)
+        Raises:
+            ConfigError: Not fitted, or the folder holds something else, or cannot be written.
+        """
+        from selectra.forecaster.storage import save_forecaster  # noqa: PLC0415 - it needs this class
 
-    def _train(self, data: SeriesData) -> tuple[nn.Module, Fitted]:
-        spec = Spec(self.model) if isinstance(self.model, str) else self.model
-        length: dict[str, Any] = {"epochs": 10} if self.max_steps is None else {"steps": self.max_steps}
-        run = Run(
-            model=spec,
-            data=Spec("data_frame"),
-            task=Spec("forecasting"),
-            optim=Optim(lr=self.learning_rate),
-            train=Train(
-                **length,
-                batch_size=self.batch_size,
-                patience=self.early_stop_patience,
-                seed=self.seed,
-                device=self.device,
-            ),
-            name=self.alias,
-        )
-        model = build_model(spec, data, self.seed)
-        task = build_task(run, data)
-        return model, fit(model, task, data.windows("train"), data.windows("val"), run, None, progress=self.verbose)
-
-    def _fitted(self) -> SeriesData:
-        if not hasattr(self, "model_"):
-            raise ConfigError("this Forecaster is not fitted; call fit(df) first")
-        return self.data_
-
-
-def _check_count(name: str, value: object, *, least: int = 1, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        allowed = " or None" if optional else ""
-        raise ConfigError(f"{name} must be a whole number of at least {least}{allowed}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class _Dtypes:
-    """What the user's frame has in the columns that tables hold as text and as stamps in UTC."""
-
-    ids: Any = None
-    zone: Any = None
+        self._fitted()
+        save_forecaster(self, Path(path))
 
     @classmethod
-    def of(cls, frame: pd.DataFrame, table: Table) -> _Dtypes:
-        """Of a frame and the table that was read from it."""
-        dtypes = dict(zip(map(str, frame.columns), frame.dtypes, strict=True))
-        ids = dtypes["unique_id"] if table.layout == "long" else None
-        whole = ids is not None and pd.api.types.is_integer_dtype(ids)
-        return cls(ids if whole else None, getattr(dtypes[table.time_name], "tz", None))
+    def load(cls, path: str | Path) -> Forecaster:
+        """Read what `save` wrote; nothing in it is executed.
 
-    def restored(self, frame: pd.DataFrame) -> pd.DataFrame:
-        """A forecast in the user's types."""
-        if self.ids is not None:
-            frame["unique_id"] = frame["unique_id"].astype("int64").astype(self.ids)
-        if self.zone is not None:
-            for name in {"ds", "cutoff"} & set(frame.columns):
-                frame[name] = frame[name].dt.tz_localize("UTC").dt.tz_convert(self.zone)
-        return frame
+        Raises:
+            DataError: The folder holds no saved Forecaster, or a damaged one.
+        """
+        from selectra.forecaster.storage import load_forecaster  # noqa: PLC0415 - it needs this class
 
+        return load_forecaster(Path(path))
 
-def _in_order(table: Table, names: tuple[str, ...]) -> Table:
-    """The series of a table in the order of `names`."""
-    if set(table.names) != set(names):
-        raise DataError(f"fit saw the series {list(names)[:5]}, this frame has {list(table.names)[:5]}")
-    order = [table.names.index(name) for name in names]
-    return replace(table, names=names, values=table.values[:, order], observed=table.observed[:, order])
+    def _check(self, val_size: int | None) -> None:
+        """Refuse what no training could use; the constructor itself stores everything."""
+        spec = model_spec(self.model, self.model_args)
+        check_count("h", self.h)
+        check_count("input_size", self.input_size, optional=True)
+        check_count("val_size", val_size, optional=True)
+        check_count("seed", self.seed, least=0)
+        check_levels(self.level)
+        run_of(spec, Spec("forecasting"), self.train_args, self.seed, self.alias)
+        if not isinstance(self.freq, str | None):
+            raise ConfigError(f'freq must be an alias of pandas such as "h", or None, got {self.freq!r}')
+        names = self.futr_exog_list
+        if isinstance(names, str) or any(not isinstance(name, str) for name in names):
+            raise ConfigError(f"futr_exog_list must be a list of columns, got {names!r}")
 
+    def _read(self, df: object, static_df: object | None) -> Panel:
+        frame, self.style_ = read_frame(df)
+        static = None if static_df is None else read_frame(static_df, "static_df")[0]
+        return read_panel(frame, freq=self.freq, ahead=list(self.futr_exog_list), static=static)
 
-class _Continued(SeriesData):
-    """Another table of the same series, scaled as the one that the model was trained on."""
+    def _fit(self, panel: Panel, val_size: int | None) -> None:
+        data = self._data(panel, val_size)
+        spec, args = model_spec(self.model, self.model_args), dict(self.train_args)
+        n_series = len(panel.table.names)
+        run = run_of(spec, task_of(spec, args.get("loss")), args, self.seed, self.alias, n_series)
+        model = build_model(spec, data, self.seed)
+        val, levels = data.windows("val"), check_levels(self.level)
+        progress = bool(args.get("verbose", False))
+        self.fitted_ = fit(model, build_task(run, data), data.windows("train"), val, run, None, progress=progress)
+        calibration = calibrate(model, val, levels, quantiles_of(model)) if levels else None
+        self.facts_ = data.facts
+        self.predictor_ = Predictor(
+            model, data.seq_len, data.horizon, data.scaler, data.covariate_scalers, calibration, levels, self.alias
+        )
 
-    def __init__(self, table: Table, fitted: SeriesData) -> None:
-        if table.rows < fitted.seq_len:
-            raise DataError(f"the model sees {fitted.seq_len} rows, the frame has {table.rows}")
-        self.table, self.scaler = table, fitted.scaler
-        self.seq_len, self.horizon, self.target_index = fitted.seq_len, fitted.horizon, fitted.target_index
+    def _data(self, panel: Panel, val_size: int | None) -> SeriesData:
+        table, size = panel.table, self.input_size
+        if size is None:
+            size = max(self.h, 2 * season_of(table.freq), 96)
+        lengths: dict[str, Any] = {WORDS["h"]: self.h, WORDS["input_size"]: size}
+        borders = None
+        if val_size is not None:
+            borders = Borders(table.rows - val_size, table.rows, table.rows)
+            if val_size < self.h or borders.windows("train", size, self.h) < 1:
+                raise DataError(
+                    f"val_size={val_size} leaves no window of {size} rows in and {self.h} out in one of the parts; "
+                    f"between {self.h} and {table.rows - size - self.h} rows fit, there are {table.rows}"
+                )
+        return SeriesData(table, split="fit", covariates=panel.covariates, borders=borders, **lengths)
 
-
-def _head(table: Table, rows: int) -> Table:
-    """The first rows of a table."""
-    return Table(
-        table.names,
-        table.stamps[:rows],
-        np.ascontiguousarray(table.values[:rows]),
-        np.ascontiguousarray(table.observed[:rows]),
-        table.freq,
-        rows,
-    )
+    def _fitted(self) -> Predictor:
+        if not hasattr(self, "predictor_"):
+            raise ConfigError("this Forecaster is not fitted; call fit(df) first")
+        return self.predictor_

@@ -16,12 +16,14 @@ from selectra.data.series import SeriesData
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, replacing
 from selectra.train.record import RECORD
+from selectra.train.same_data import table_fingerprint
 
 METRICS, ERRORS, RUN = "metrics.json", "errors.json", "run.json"
 FORECAST, LAST_WINDOW, RESULT = "forecast.csv", "last_window.csv", "result.json"
+CV = "cross_validation.csv"
 PICTURE, PAGE = "forecast.png", "report.html"
 # What is known only when a job has ended.
-RESULTS = (METRICS, ERRORS, FORECAST, LAST_WINDOW, PICTURE, PAGE)
+RESULTS = (METRICS, ERRORS, FORECAST, LAST_WINDOW, CV, PICTURE, PAGE)
 
 
 def plain(value: Any) -> Any:
@@ -102,6 +104,16 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def data_fingerprint(data: SeriesData) -> str:
+    """A short text that changes when the table or a covariate does."""
+    found, known = table_fingerprint(data.table), data.covariates
+    if not known.facts:
+        return found
+    values = [np.nan_to_num(each, nan=np.inf).tobytes() for each in (known.past, known.future, known.static)]
+    digests = [hashlib.sha256(each).hexdigest() for each in values]
+    return fingerprint(found, known.past_names, known.future_names, known.static_names, digests)
+
+
 def long_frame(
     names: tuple[str, ...], stamps: pd.DatetimeIndex, columns: Mapping[str, np.ndarray], keep: list[int]
 ) -> pd.DataFrame:
@@ -130,3 +142,15 @@ def last_window_frame(data: SeriesData, forecasts: Mapping[str, np.ndarray]) -> 
     history.insert(2, "part", "history")
     truth.insert(2, "part", "truth")
     return pd.concat([history, truth], ignore_index=True)
+
+
+def cutoff_frame(data: SeriesData, cutoffs: Sequence[int], forecasts: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Forecasts `(cutoffs, horizon, s)` from each cutoff, as `unique_id, ds, cutoff, y, ...`."""
+    keep, parts = kept_series(data), []
+    for i, row in enumerate(cutoffs):
+        rows = slice(row, row + data.horizon)
+        columns = {"y": data.table.values[rows], **{name: values[i] for name, values in forecasts.items()}}
+        part = long_frame(data.names, data.ds[rows], columns, keep)
+        part.insert(2, "cutoff", data.ds[row - 1])
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)

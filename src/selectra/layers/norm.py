@@ -1,5 +1,6 @@
 """Norms of the residual stream."""
 
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -102,3 +103,26 @@ class PreNorm(nn.Module):
         with torch.no_grad():
             x, stream = self.norm(x, residual)
         return self.mixer.step_(x, state), stream  # pyright: ignore[reportCallIssue]
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], drops: Iterable[nn.Module], x: Float[Tensor, "b l d"], after: Collection[int]
+) -> list[tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]]:
+    """`PreNorm` blocks one behind the other.
+
+    Args:
+        blocks: The blocks.
+        drops: What each block's output goes through before it is added: `DropPath`.
+        x: What the stream starts with.
+        after: Numbers of the blocks behind which to look.
+
+    Returns:
+        For each of these, in rising order, what is to be added and the stream; an `AddNorm` takes both.
+    """
+    residual, seen = None, []
+    for number, (block, drop) in enumerate(zip(blocks, drops, strict=True)):
+        x, residual = block(x, residual)
+        x = drop(x)
+        if number in after:
+            seen.append((x, residual))
+    return seen

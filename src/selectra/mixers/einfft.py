@@ -50,8 +50,11 @@ class EinFFT(nn.Module):
         wide = at_least_float32(x)
         spectrum = torch.fft.fft2(wide.unflatten(2, (self.n_blocks, -1)), dim=(1, 2), norm="ortho")
         parts = torch.view_as_real(spectrum)  # b l blocks width 2
-        parts = F.relu(complex_block_product(parts, self.complex_weight_1, self.complex_bias_1))
-        parts = complex_block_product(parts, self.complex_weight_2, self.complex_bias_2)
+        # A model's weights may be of half precision as a whole.
+        weights = (self.complex_weight_1, self.complex_bias_1, self.complex_weight_2, self.complex_bias_2)
+        first, first_bias, second, second_bias = map(at_least_float32, weights)
+        parts = F.relu(complex_block_product(parts, first, first_bias))
+        parts = complex_block_product(parts, second, second_bias)
         # Under autocast the products are low in precision, and no complex numbers are.
         spectrum = torch.view_as_complex(F.softshrink(parts.to(wide.dtype), self.threshold))
         return torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(2).to(x.dtype)

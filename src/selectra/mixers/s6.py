@@ -77,7 +77,7 @@ class SelectivePath(nn.Module):
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
-        _init_step(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        start_step(self.dt_proj.weight, self.dt_proj.bias, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         # A = -(1, 2, ..., N) in every channel, the real part of S4D-Lin.
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
@@ -294,18 +294,24 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _init_step(
-    dt_proj: nn.Linear, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float
+def start_step(
+    weight: Float[Tensor, "*k d r"],
+    bias: Float[Tensor, "*k d"],
+    dt_min: float = 0.001,
+    dt_max: float = 0.1,
+    dt_init: str = "random",
+    dt_scale: float = 1.0,
+    dt_init_floor: float = 1e-4,
 ) -> None:
     """Start with steps spread evenly in logarithm over [dt_min, dt_max], whatever the input (Sec. 3.6)."""
-    std = dt_proj.in_features**-0.5 * dt_scale
+    std = weight.shape[-1] ** -0.5 * dt_scale
     if dt_init == "random":
-        nn.init.uniform_(dt_proj.weight, -std, std)
+        nn.init.uniform_(weight, -std, std)
     elif dt_init == "constant":
-        nn.init.constant_(dt_proj.weight, std)
+        nn.init.constant_(weight, std)
     else:
         raise ConfigError(f"dt_init={dt_init!r}: takes 'random' or 'constant'")
     low, high = math.log(dt_min), math.log(dt_max)
-    dt = torch.exp(low + (high - low) * torch.rand(dt_proj.out_features)).clamp(min=dt_init_floor)
+    dt = torch.exp(low + (high - low) * torch.rand(bias.shape)).clamp(min=dt_init_floor)
     # The inverse of the softplus that the scan applies.
-    dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))

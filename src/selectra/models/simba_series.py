@@ -21,10 +21,8 @@ EinFFT's transform along the patches shows each patch those after it: inside the
 Missing values enter as marked gaps.
 """
 
-import math
 from typing import Literal, get_args
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,46 +32,13 @@ from selectra.layers.covariates import refuse_covariates
 from selectra.layers.embed import PatchEmbedSeries
 from selectra.layers.head import ForecastHead, require_rate
 from selectra.layers.revin import RevIN, WindowNorm
-from selectra.mixers import S6, EinFFT
+from selectra.mixers import S6, EinFFT, MonarchMLP
 from selectra.mixers.sizes import require_sizes
-from selectra.ops.spectral import block_product
 from selectra.registry import models
 
 ChannelMixer = Literal["einfft", "monarch", "mlp"]
 # The released block's norm.
 EPS = 1e-6
-
-
-class Monarch(nn.Module):
-    """A linear map as two block-diagonal ones with a transposition after each; every output hears every input.
-
-    Args:
-        d_in: Features in.
-        d_out: Features out.
-        n_blocks: Blocks of both factors; its square divides both widths.
-    """
-
-    def __init__(self, d_in: int, d_out: int, n_blocks: int) -> None:
-        super().__init__()
-        if min(d_in, d_out) % n_blocks**2 or max(d_in, d_out) % n_blocks:
-            raise ConfigError(f"widths {d_in} and {d_out} must be multiples of n_blocks^2 = {n_blocks**2}")
-        between = min(d_in, d_out) // n_blocks
-        self.first = nn.Parameter(_start(n_blocks, d_in // n_blocks, between))
-        self.second = nn.Parameter(_start(n_blocks, between, d_out // n_blocks))
-        self.bias = nn.Parameter(torch.zeros(d_out))
-
-    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l e"]:
-        k = len(self.first)
-        y = block_product(x.unflatten(2, (k, -1)), self.first)
-        y = block_product(y.transpose(2, 3).reshape(y.shape), self.second)
-        return y.transpose(2, 3).flatten(2) + self.bias
-
-
-class MonarchMLP(nn.Sequential):
-    """Two Monarch maps around a GELU."""
-
-    def __init__(self, d_model: int, d_hidden: int, n_blocks: int) -> None:
-        super().__init__(Monarch(d_model, d_hidden, n_blocks), nn.GELU(), Monarch(d_hidden, d_model, n_blocks))
 
 
 class ConvMLP(nn.Module):
@@ -191,8 +156,3 @@ class SimbaSeries(nn.Module):
         tokens = self.embed(x, observed)  # b s p d
         y = self.norm_f(self.layers(tokens.flatten(0, 1))).unflatten(0, tokens.shape[:2])
         return self.revin.inverse(self.head(self.dropout(y).flatten(2)), statistics)
-
-
-def _start(n_blocks: int, d_in: int, d_out: int) -> Float[Tensor, "k d e"]:
-    """As a linear layer of a block's width starts."""
-    return (2 * torch.rand(n_blocks, d_in, d_out) - 1) / math.sqrt(d_in)

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from selectra.report.plots import PICTURE, chosen_series, png, series_figure, step_figure
 from selectra.report.read import Result, read_result, whole
-from selectra.report.tables import COLUMNS, losses, number, ranges, shown_row, verdict
+from selectra.report.tables import columns_of, cutoff_row, losses, number, ranges, shown_row, verdict
 
 MAX_LOSSES = 20
 
@@ -29,8 +29,10 @@ def page(result: Result, picture: bytes) -> str:
         data=result.run["data"],
         main=main,
         best=result.best,
-        columns=COLUMNS,
-        rows=[(row["model"], shown_row(row)) for row in ordered],
+        columns=columns_of(ordered),
+        rows=[(row["model"], shown_row(row, columns_of(ordered))) for row in ordered],
+        levels=[f"{level:g}" for level in result.levels],
+        crossed=[cutoff_row(row, result.levels) for row in ordered if "cv" in row],
         verdict=verdict(result.metrics),
         lost=lost,
         lost_series=[

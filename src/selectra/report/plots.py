@@ -53,6 +53,7 @@ def forecast_figure(result: Result) -> Figure:
     figure = Figure(figsize=(width, 1.5 + (3.6 if rows == 1 else 2.5) * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     styles = colors_of(result.models)
+    color = styles[result.models[0]][0]
     for ax, name in zip(axes, names, strict=False):
         _panel(ax, name, result, styles)
     for ax in axes[len(names) :]:
@@ -61,6 +62,10 @@ def forecast_figure(result: Result) -> Figure:
         Line2D([], [], color=HISTORY, label="history"),
         Line2D([], [], color=TRUTH, label="truth (hidden from the models)"),
         *(Line2D([], [], color=c, linestyle=s, label=name) for name, (c, s) in styles.items()),
+        *(
+            Patch(facecolor=color, alpha=_alpha(result, level), label=f"{level:g} % of {result.models[0]}")
+            for level in result.levels
+        ),
         Patch(color=HELD_OUT, label="last rows of the data"),
         Patch(color=FUTURE, label="beyond the data"),
     ]
@@ -80,6 +85,7 @@ def _panel(ax: Axes, name: str, result: Result, styles: dict[str, tuple[str, str
     for part, color in ((truth, HELD_OUT), (future, FUTURE)):
         ax.axvspan(part["ds"].min() - half, part["ds"].max() + half, color=color, zorder=0)
     ax.plot(history["ds"], history["y"], color=HISTORY, linewidth=1.1)
+    _bands(ax, (truth, future), result, styles[result.models[0]][0])
     marker = "." if len(truth) == 1 else None
     # The main model comes last, and so lies on top.
     for order, (model, (color, style)) in enumerate(reversed(styles.items())):
@@ -92,6 +98,24 @@ def _panel(ax: Axes, name: str, result: Result, styles: dict[str, tuple[str, str
     ax.set_ylabel(unit, fontsize=9)
     _dates(ax)
     ax.margins(x=0)
+
+
+def _bands(ax: Axes, parts: tuple[pd.DataFrame, ...], result: Result, color: str) -> None:
+    """The main model's intervals, the widest below; those of more models would hide each other."""
+    for level in reversed(result.levels):
+        for part in parts:
+            low, high = part[result.bound("lo", level)], part[result.bound("hi", level)]
+            # A single step has no width of its own.
+            if len(part) == 1:
+                ax.vlines(part["ds"], low, high, color=color, alpha=_alpha(result, level), linewidth=6, zorder=1)
+            else:
+                ax.fill_between(part["ds"], low, high, color=color, alpha=_alpha(result, level), linewidth=0, zorder=1)
+
+
+def _alpha(result: Result, level: float) -> float:
+    """Darker for narrower intervals, which lie upon wider ones."""
+    place = result.levels.index(level)
+    return 0.14 + 0.16 * (len(result.levels) - 1 - place) / max(1, len(result.levels) - 1)
 
 
 def _dates(ax: Axes) -> None:

@@ -42,6 +42,15 @@ class Result:
         return min(self.metrics, key=lambda row: row["mse"])["model"]
 
     @property
+    def levels(self) -> list[float]:
+        """The intervals that were forecast, in per cent, rising; none in an older folder."""
+        return sorted(level for level in self.run["job"].get("level", []) if self.bound("lo", level) in self.future)
+
+    def bound(self, side: str, level: float) -> str:
+        """The column of the main model's lower ("lo") or upper ("hi") bound."""
+        return f"{self.models[0]}-{side}-{level:g}"
+
+    @property
     def series(self) -> list[str]:
         """Series that were forecast."""
         return list(self.errors["series"])

@@ -14,10 +14,26 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
-def shown_row(row: Mapping[str, Any]) -> list[str]:
-    """The cells of `COLUMNS`."""
-    errors = [number(row.get("mse")), number(row.get("mae")), number(row.get("mase"), 3)]
-    return [str(row["model"]), *errors, f"{row['params']:,}", f"{row['seconds']:.1f}"]
+COVERAGE = "coverage-"
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The columns that there is something for: look-backs where they were chosen, CRPS and coverage with intervals."""
+    levels = [f"{key.removeprefix(COVERAGE)} %" for key in rows[0] if key.startswith(COVERAGE)]
+    chosen = ["rows in"] if "lookback" in rows[0] else []
+    crps = ["CRPS"] if "crps" in rows[0] else []
+    return (*COLUMNS[:4], *crps, *levels, *chosen, *COLUMNS[4:])
+
+
+def shown_row(row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> list[str]:
+    """The cells of `columns`."""
+    cells = {"model": str(row["model"]), "MSE": number(row.get("mse")), "MAE": number(row.get("mae"))}
+    cells |= {"MASE": number(row.get("mase"), 3), "CRPS": number(row.get("crps"), 3)}
+    cells |= {"rows in": str(row.get("lookback", "-"))}
+    cells |= {"parameters": f"{row['params']:,}", "seconds": f"{row['seconds']:.1f}"}
+    covered = {key.removeprefix(COVERAGE): value for key, value in row.items() if key.startswith(COVERAGE)}
+    cells |= {f"{level} %": "-" if value is None else f"{value:.1%}" for level, value in covered.items()}
+    return [cells[column] for column in columns]
 
 
 def percent(part: float, whole: float) -> str:
@@ -76,3 +92,13 @@ def ranges(numbers: Sequence[int]) -> str:
             runs.append([value, value])
     shown = ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in runs[:6])
     return shown + (", ..." if len(runs) > 6 else "")
+
+
+def cutoff_row(row: Mapping[str, Any], levels: Sequence[float]) -> list[str]:
+    """The cells of a model's cross-validation: name, MSE, MAE, the least and the greatest MSE, coverage of levels."""
+    found = row["cv"]
+    each = [value for value in found["mse_by_cutoff"] if value is not None]
+    spread = f"{number(min(each))} to {number(max(each))}" if each else "-"
+    covered = [found.get(f"{COVERAGE}{level:g}") for level in levels]
+    shown = ["-" if value is None else f"{value:.1%}" for value in covered]
+    return [str(row["model"]), number(found["mse"]), number(found["mae"]), spread, *shown]

@@ -86,3 +86,14 @@ def every_window_once(windows: Windows, batch_size: int, world: World, workers: 
     """This process's share of all windows, in order; the shares overlap nowhere and miss nothing."""
     mine = range(world.rank, len(windows), world.size)
     return _load(windows, list(BatchSampler(mine, batch_size, drop_last=False)), workers)
+
+
+class Passes:
+    """All training windows in batches, once for each time that they are asked for."""
+
+    def __init__(self, windows: Windows, batch_size: int, device: torch.device) -> None:
+        self.windows, self.batch_size, self.device = windows, batch_size, device
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in every_window_once(self.windows, self.batch_size, World()):
+            yield batch.to(self.device)

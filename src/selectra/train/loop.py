@@ -16,7 +16,7 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Task
-from selectra.train.batches import TrainingOrder, Windows, every_window_once
+from selectra.train.batches import Passes, TrainingOrder, Windows, every_window_once
 from selectra.train.checkpoint import CHECKPOINT, writable_folder
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import World, pick_device, wait_for_gradients, wrap
@@ -110,8 +110,7 @@ def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> Non
     """Models that learn nothing by gradient; every process sees all training windows."""
     began, solve = time.monotonic(), getattr(state.model, "solve", None)
     if solve is not None:
-        batches = every_window_once(train, state.run.train.batch_size, World())
-        solve(batch.to(state.world.device) for batch in batches)
+        solve(Passes(train, state.run.train.batch_size, state.world.device))
     if val:
         metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world)
         state.note(metrics, task.score(metrics))

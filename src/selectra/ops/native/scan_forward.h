@@ -228,6 +228,15 @@ static void run_forward_job(const ScanCall& call, const Layout& layout, const Se
   for (int64_t s = first; s < last; ++s) scan_piece(call, layout, sequences, s, range, work, cuts, job);
 }
 
+// Parts of a group's blocks: a task for every thread, and up to `wanted` of them where that leaves each enough blocks.
+SELECTRA_INLINE int64_t forward_slots(const Layout& layout, int64_t tasks, int64_t threads, int64_t wanted) {
+  // With fewer, what each task does once a chunk shows: two blocks a task took a quarter longer.
+  constexpr int64_t kLeastBlocks = 8;
+  const int64_t least = ceil_divide(threads, tasks), more = ceil_divide(wanted, tasks * least);
+  const int64_t times = larger<int64_t>(1, smaller(more, layout.blocks_per_group / (kLeastBlocks * least)));
+  return larger<int64_t>(1, smaller(layout.blocks_per_group, least * times));
+}
+
 static int scan_forward(const ScanCall& call) {
   const Layout layout(call.channels, call.groups);
   Sequences sequences(call.sequences, call.length, call.reverse != 0, call.borders);
@@ -240,7 +249,7 @@ static int scan_forward(const ScanCall& call) {
   // Time is cut in sequences that are a task of their own.
   const int64_t ranges = call.pieces > 0 ? call.sequences : smaller(call.sequences, wanted);
   if (ranges == 0) return kDone;
-  const int64_t slots = larger<int64_t>(1, smaller(layout.blocks_per_group, ceil_divide(wanted, ranges * call.groups)));
+  const int64_t slots = forward_slots(layout, ranges * call.groups, threads, wanted);
   const TimeCuts cuts(call, layout, sequences, ranges, slots * call.groups, threads, kForwardEffect);
   for_each_job(cuts, threads, [&](const Job& job) {
     const int64_t group = job.slot / slots, slot = job.slot % slots;

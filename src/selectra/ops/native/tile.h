@@ -242,7 +242,7 @@ struct BandStep {
 // time. A few at a time, since a full queue of outstanding loads makes the kernel wait.
 class Ahead {
  public:
-  void clear() { count_ = run_ = 0, line_ = lines_ = 0; }
+  void clear() { count_ = each_ = 0, lines_ = 0; }
 
   void add(const void* first, int64_t bytes) {
     if (count_ == kMost || bytes <= 0) return;
@@ -261,16 +261,31 @@ class Ahead {
   }
 
   // Spreads the lines over so many calls of ask.
-  void spread(int64_t calls) { each_ = (int)((lines_ + calls - 1) / larger<int64_t>(1, calls)); }
+  void spread(int64_t calls) {
+    each_ = (int)((lines_ + calls - 1) / larger<int64_t>(1, calls));
+    run_ = -1;
+    next_run();
+  }
 
   void ask() {
-    for (int i = 0; i < each_ && run_ < count_; ++i) {
-      __builtin_prefetch(runs_[run_].first + kLine * line_, 0, 2);
-      if (++line_ == runs_[run_].lines) line_ = 0, ++run_;
+    for (int i = 0; i < each_; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      at_ += kLine;
+      if (__builtin_expect(at_ >= end_, 0)) next_run();
     }
   }
 
  private:
+  // The last run is followed by none: nothing is left to ask for.
+  void next_run() {
+    if (++run_ >= count_) {
+      each_ = 0;
+      return;
+    }
+    at_ = runs_[run_].first;
+    end_ = at_ + kLine * runs_[run_].lines;
+  }
+
   static constexpr int64_t kLine = 64;
   static constexpr int kMost = 8 * kChunk;
   struct Run {
@@ -279,7 +294,8 @@ class Ahead {
   };
   Run runs_[kMost];
   int count_ = 0, run_ = 0, each_ = 0;
-  int64_t line_ = 0, lines_ = 0;
+  int64_t lines_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
 };
 
 // A block of channels of a state, one vector a state; absent states are zero.

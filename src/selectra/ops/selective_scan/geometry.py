@@ -82,8 +82,6 @@ FORWARD_LAYOUTS = {
     4: (Layout(2, 2, state_tiles=2, resident=2),),
     8: (Layout(2, 2, state_tiles=4, resident=2), Layout(1, 4, state_tiles=2, resident=2)),
 }
-# Where the outputs keep float32's digits, of which a lane sums those of all its states first.
-EXACT_LAYOUTS = {2: (Layout(2, 1, state_tiles=2, resident=4),)}
 # Where channels are few, for 9 to 16 states in bfloat16: twice the warps.
 THIN_LAYOUT = Layout(2, 2, thin=2, resident=3)
 # Many channels in a block, for each block costs a partial sum of B's and C's gradients.
@@ -95,14 +93,9 @@ BACKWARD_LAYOUTS = {
 }
 
 
-def forward_layout(n: int, exact: bool, shared_limit: int) -> Layout:
-    """The forward's layout: the first that fits into so many bytes of shared memory, or the smallest.
-
-    Args:
-        exact: Whether outputs keep float32's digits.
-    """
-    kind = state_warps(n)
-    layouts = EXACT_LAYOUTS[kind] if exact and kind in EXACT_LAYOUTS else FORWARD_LAYOUTS[kind]
+def forward_layout(n: int, shared_limit: int) -> Layout:
+    """The forward's layout: the first that fits into so many bytes of shared memory, or the smallest."""
+    layouts = FORWARD_LAYOUTS[state_warps(n)]
     return next((layout for layout in layouts if forward_shared(layout) <= shared_limit), layouts[-1])
 
 

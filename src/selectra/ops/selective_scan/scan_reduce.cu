@@ -76,9 +76,11 @@ DEVICE void chain(const ScanCall& call, const float* begin, bool back) {
     float h = begin == nullptr ? 0.0f : begin[index];
     for (int64 step = 0; step < call.n_chunks; ++step) {
         int64 chunk = sequence * call.n_chunks + (back ? call.n_chunks - 1 - step : step);
-        float end = call.chunk_state[chunk * n_states + place];
+        // What the last one makes nobody asks for, and it may not be there.
+        bool asked = step + 1 < call.n_chunks;
+        float end = asked ? call.chunk_state[chunk * n_states + place] : 0.0f;
         call.chunk_state[chunk * n_states + place] = h;
-        h = fma(exp2_fast(a * call.chunk_delta[chunk * call.channels + channel]), h, end);
+        if (asked) h = fma(exp2_fast(a * call.chunk_delta[chunk * call.channels + channel]), h, end);
     }
 }
 

@@ -48,8 +48,8 @@ def forward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> L
         macros: Constants of scan_call.cuh.
         interval: Steps between two checkpoints.
     """
-    source, exact = FORWARD, not _all_bfloat16(macros)
-    layout = geometry.forward_layout(sizes.states, exact, cuda.shared_limit(device_index))
+    source = FORWARD
+    layout = geometry.forward_layout(sizes.states, cuda.shared_limit(device_index))
     shared = geometry.forward_shared(layout)
     n_blocks, chunk, n_chunks, time = _cut(sizes, layout, interval, FORWARD_COSTS, device_index)
     if _thin_takes(sizes, macros, device_index):

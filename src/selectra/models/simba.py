@@ -1,0 +1,381 @@
+"""SiMBA: a pyramid of Mamba and spectral channel mixers, Patro and Agneeswaran 2024, arXiv:2403.15360.
+
+A convolutional stem makes a grid of tokens; in four stages, with halved sides between them, blocks mix the tokens by a
+Mamba, row by row, and their channels by EinFFT, by Monarch matrices or by an MLP; a class token, the mean of the last
+grid's tokens, passes one more block and is read.
+
+Source: github.com/badripatro/simba, 44865e4: `classification/simba.py`.
+Glossary: D d_model, N d_state; S, B and L are the sizes small, base and large.
+
+Departures, paper and official code against each other and against this:
+  channel mixer  the code has the MLP in place, and EinFFT by an edit (`cm_type`); sizes here are named after theirs,
+                 and those without a name have EinFFT, the paper's. Monarch has no code: two maps around a GELU here
+  FFT axes       the paper's text has it along the channels, its appendix along the tokens, the code along tokens and
+                 blocks of channels, not along rows and columns; so does this
+  directions     the paper's Alg. 1 scans both ways, the code one way; so does this
+  Alg. 1         has no second layer and no soft threshold in one listing; the code has both
+  Eq. 8          is the bilinear rule where the text says zero-order hold; the code has Mamba's, as here
+  results        the text says 82.7 and 83.9 % for S (EinFFT) and L, the tables 81.7 and 84.4 %; published parameter
+                 counts include the auxiliary head (`token_labels=True`)
+  class block    its Mamba sees one token alone, so nothing recurs in it and its A has no effect
+  token labels   training on them mixes tokens and gives scores of every token; here both modes give what the official
+                 evaluation does: class scores plus half of the tokens' greatest
+  start          the official code draws the steps' projections anew and zeroes their bias, so that all steps start at
+                 0.69; here they start as Mamba does (`start="shipped"` for the other)
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from selectra.errors import ConfigError
+from selectra.layers.drop import DropPath, rising_rates
+from selectra.layers.image import ConvNorm, Mlp, convolve, require_image, start_linear
+from selectra.mixers import S6, EinFFT, MonarchMLP
+from selectra.mixers.sizes import require_sizes
+from selectra.official import Official, reads
+from selectra.registry import models
+
+ChannelMixer = Literal["einfft", "monarch", "mlp"]
+# Norms before channel mixers and behind stages; all others have PyTorch's.
+EPS = 1e-6
+
+
+class ConvMlp(Mlp):
+    """Two linear maps around a depthwise 3 x 3 convolution over the grid and a GELU."""
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__(d_model, d_hidden)
+        self.dwconv = nn.Conv2d(d_hidden, d_hidden, 3, padding=1, groups=d_hidden)
+
+    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
+        return self.fc2(F.gelu(convolve(self.dwconv, self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Mamba along the grid's rows, then a mixer of channels, each behind a norm and added to its input."""
+
+    def __init__(self, d_model: int, mamba: S6, channel: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model, eps=EPS)
+        self.mamba, self.channel, self.drop_path = mamba, channel, DropPath(drop_path)
+
+    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
+        grid = x.shape[1:3]
+        x = x + self.drop_path(self.mamba(self.norm1(x).flatten(1, 2)).unflatten(1, grid))
+        y = self.norm2(x)
+        # MLPs stay on the grid; the others mix a sequence of tokens.
+        y = self.channel(y) if isinstance(self.channel, Mlp) else self.channel(y.flatten(1, 2)).unflatten(1, grid)
+        return x + self.drop_path(y)
+
+
+class Stem(nn.Module):
+    """Convolutions with batch norm that bring an image to a quarter of its sides."""
+
+    def __init__(self, in_channels: int, d_hidden: int, d_model: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        widths, shapes = (in_channels, d_hidden, d_hidden, d_hidden), ((7, 2, 3), (3, 1, 1), (3, 1, 1))
+        self.conv = nn.Sequential()
+        for (d_in, d_out), (kernel, stride, padding) in zip(pairwise(widths), shapes, strict=True):
+            self.conv.append(nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=False))
+            self.conv.extend([nn.BatchNorm2d(d_out), nn.ReLU()])
+        self.proj = ConvNorm(d_hidden, d_model, 3, 2, 1)
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
+        require_image(x, self.in_channels)
+        return self.proj(self.conv(x).permute(0, 2, 3, 1))
+
+
+class Stage(nn.Module):
+    """The way to a resolution, blocks at it, and a norm."""
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], d_model: int) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.norm = embed, nn.Sequential(*blocks), nn.LayerNorm(d_model, eps=EPS)
+
+
+SMALL: dict[str, Any] = {}
+BASE: dict[str, Any] = {"d_stem": 64, "dims": (64, 128, 320, 512), "depths": (3, 4, 12, 3)}
+LARGE: dict[str, Any] = {"d_stem": 64, "dims": (96, 192, 384, 512), "depths": (3, 6, 18, 3)}
+
+
+@models.register(
+    "simba",
+    kind="image",
+    source="arXiv:2403.15360",
+    smoke={"d_stem": 4, "dims": (8, 16), "depths": (1, 1), "mlp_ratios": (2, 2), "d_state": 4},
+    small=SMALL,
+    base=BASE,
+    large=LARGE,
+    small_mlp=SMALL | {"channel_mixer": "mlp"},
+    base_mlp=BASE | {"channel_mixer": "mlp"},
+    large_mlp=LARGE | {"channel_mixer": "mlp"},
+    small_monarch=SMALL | {"channel_mixer": "monarch"},
+    base_monarch=BASE | {"channel_mixer": "monarch"},
+    large_monarch=LARGE | {"channel_mixer": "monarch"},
+)
+class Simba(nn.Module):
+    """SiMBA's classifier, for images of any size.
+
+    Args:
+        n_classes: Classes.
+        in_channels: Channels of the image.
+        d_stem: Width inside the stem.
+        dims: Width of every stage.
+        depths: Blocks of every stage.
+        channel_mixer: What mixes the channels of a token.
+        mlp_ratios: Inner width of the MLP or the Monarch maps over the width of each stage.
+        n_blocks: Blocks of EinFFT and of Monarch matrices.
+        d_state: State size per channel of the Mambas.
+        d_conv: Width of their short convolutions.
+        expand: Their inner width over the width of their stage.
+        token_labels: Add half of the tokens' greatest scores, by a head of their own.
+        drop_path: Rate at which the last block's branches are left out in training; earlier ones less often.
+        start: The steps' projections at the start as Mamba has them, or as the official code.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_classes: int = 1000,
+        in_channels: int = 3,
+        d_stem: int = 32,
+        dims: tuple[int, ...] = (64, 128, 320, 448),
+        depths: tuple[int, ...] = (3, 4, 6, 3),
+        channel_mixer: ChannelMixer = "einfft",
+        mlp_ratios: tuple[int | float, ...] = (8, 8, 4, 4),
+        n_blocks: int = 4,
+        d_state: int = 64,
+        d_conv: int = 4,
+        expand: int | float = 2,
+        token_labels: bool = False,
+        drop_path: float = 0.0,
+        start: Literal["mamba", "shipped"] = "mamba",
+    ) -> None:
+        super().__init__()
+        require_sizes(n_classes=n_classes, in_channels=in_channels, d_stem=d_stem)
+        if not dims or not len(dims) == len(depths) == len(mlp_ratios):
+            raise ConfigError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: needs one of each for a stage")
+        self.feature_dims, self.feature_strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+
+        def mamba(d_model: int) -> S6:
+            return S6(d_model, d_state, d_conv, expand)
+
+        def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
+            return _channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
+
+        embeds = [Stem(in_channels, d_stem, dims[0]), *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims))]
+        rates = iter(rising_rates(drop_path, sum(depths)))
+        self.stages = nn.ModuleList(
+            Stage(embed, [Block(d, mamba(d), channel(d, ratio, ConvMlp), next(rates)) for _ in range(depth)], d)
+            for embed, d, depth, ratio in zip(embeds, dims, depths, mlp_ratios, strict=True)
+        )
+        self.class_block = Block(dims[-1], mamba(dims[-1]), channel(dims[-1], mlp_ratios[-1], Mlp))
+        self.head = nn.Linear(dims[-1], n_classes)
+        self.aux_head = nn.Linear(dims[-1], n_classes) if token_labels else None
+        self._start(start)
+
+    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
+        """The normalised grid of every stage, finest first."""
+        grids = self._grids(x)
+        return [*grids[:-1], self._norm(grids[-1])]
+
+    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
+        """What the head reads: the class token."""
+        return self._class_token(self._grids(x)[-1])
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
+        """Scores of the classes, before a softmax."""
+        grid = self._grids(x)[-1]
+        scores = self.head(self._class_token(grid))
+        if self.aux_head is None:
+            return scores
+        return scores + 0.5 * self.aux_head(self._norm(grid)).flatten(1, 2).amax(1)
+
+    def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An official checkpoint's state under our keys."""
+        return _rename(state, len(self.stages))
+
+    def blocks(self) -> list[nn.Module]:
+        """What to shard and to checkpoint."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def _grids(self, x: Tensor) -> list[Tensor]:
+        """Behind every stage; the last one is not normalised, since the class token is made from it before."""
+        grids = []
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            x = stage.blocks(stage.embed(x))
+            if stage is not self.stages[-1]:
+                x = stage.norm(x)
+            grids.append(x)
+        return grids
+
+    def _norm(self, x: Tensor) -> Tensor:
+        last = self.stages[-1]
+        assert isinstance(last, Stage)
+        return last.norm(x)
+
+    def _class_token(self, grid: Float[Tensor, "b h w d"]) -> Float[Tensor, "b d"]:
+        return self._norm(self.class_block(grid.mean((1, 2), keepdim=True)))[:, 0, 0]
+
+    @torch.no_grad()
+    def _start(self, start: str) -> None:
+        mambas = [module for module in self.modules() if isinstance(module, S6)]
+        start_linear(self.modules(), () if start == "shipped" else (mamba.dt_proj for mamba in mambas))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def _channel_mixer(
+    kind: ChannelMixer, d_model: int, d_hidden: int, n_blocks: int, mlp: Callable[[int, int], nn.Module]
+) -> nn.Module:
+    if kind not in get_args(ChannelMixer):
+        raise ConfigError(f"channel_mixer={kind!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
+    if kind == "mlp":
+        return mlp(d_model, d_hidden)
+    return EinFFT(d_model, n_blocks) if kind == "einfft" else MonarchMLP(d_model, d_hidden, n_blocks)
+
+
+class OfficialBlock(Official):
+    """A block alone, on a sequence of tokens; the grid's height and width come with it or with the configuration."""
+
+    model: Block
+
+    def __init__(self, model: Block, height: int | None, width: int | None) -> None:
+        super().__init__(model, _rename_block)
+        self.height, self.width = height, width
+
+    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
+        height, width = (self.height if H is None else H), (self.width if W is None else W)
+        if height is None or width is None or height * width != x.shape[1]:
+            raise ConfigError(f"H={height} and W={width}: x has {x.shape[1]} tokens, which must be H W")
+        return (self.model(x.unflatten(1, (height, width))).flatten(1, 2),)
+
+
+OfficialMixer = Literal["mlp", "EinFFT"]
+# As partial, class or text: "LayerNorm eps=1e-6".
+NormLayer = Any
+
+
+@reads("badripatro/simba:SiMBA")
+def read_simba(
+    *,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    stem_hidden_dim: int = 32,
+    embed_dims: tuple[int, ...] = (64, 128, 320, 448),
+    mlp_ratios: tuple[int | float, ...] = (8, 8, 4, 4),
+    drop_path_rate: float = 0.0,
+    norm_layer: NormLayer = nn.LayerNorm,
+    depths: tuple[int, ...] = (3, 4, 6, 3),
+    sr_ratios: tuple[int, ...] = (4, 2, 1, 1),
+    num_stages: int = 4,
+    token_label: bool = True,
+    cm_type: OfficialMixer = "mlp",
+) -> Official:
+    """The classifier; `cm_type` is what the official code changes by hand, `sr_ratios` has no effect there either."""
+    if not num_stages == len(embed_dims) == len(depths) == len(mlp_ratios):
+        raise ConfigError(f"option 'num_stages' is {num_stages}; embed_dims, depths and mlp_ratios need one for each")
+    model = Simba(
+        n_classes=num_classes,
+        in_channels=in_chans,
+        d_stem=stem_hidden_dim,
+        dims=embed_dims,
+        depths=depths,
+        channel_mixer=_mixer_kind(cm_type),
+        mlp_ratios=mlp_ratios,
+        token_labels=token_label,
+        drop_path=drop_path_rate,
+    )
+    _set_eps(model, norm_layer)
+    return Official(model, partial(_rename, n_stages=num_stages))
+
+
+@reads("badripatro/simba:Block_mamba")
+def read_block(
+    *,
+    dim: int,
+    mlp_ratio: int | float,
+    drop_path: float = 0.0,
+    norm_layer: NormLayer = nn.LayerNorm,
+    sr_ratio: int = 1,
+    cm_type: OfficialMixer = "mlp",
+    H: int | None = None,
+    W: int | None = None,
+    mamba: str = "d_state=64,d_conv=4,expand=2",
+) -> OfficialBlock:
+    """One block; H and W are those of the official forward, `mamba` the sizes that its Mamba was given."""
+    sizes: dict[str, Any] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", mamba)}
+    if set(sizes) - {"d_state", "d_conv", "expand"}:
+        raise ConfigError(f"option 'mamba' is {mamba!r}; it takes d_state=, d_conv= and expand=")
+    channel = _channel_mixer(_mixer_kind(cm_type), dim, int(dim * mlp_ratio), 4, ConvMlp)
+    block = Block(dim, S6(dim, **{"d_state": 64, **sizes}), channel, drop_path)
+    _set_eps(block, norm_layer)
+    return OfficialBlock(block, H, W)
+
+
+def _mixer_kind(cm_type: OfficialMixer) -> ChannelMixer:
+    return "mlp" if cm_type == "mlp" else "einfft"
+
+
+def _set_eps(model: nn.Module, norm_layer: NormLayer) -> None:
+    """Give the norms that the official class takes as an argument its eps."""
+    if isinstance(norm_layer, str):
+        found = re.fullmatch(r"LayerNorm(?:[ (]*eps ?= ?([0-9.e-]+)\)?)?", norm_layer)
+        eps = None if found is None else float(found[1] or 1e-5)
+    else:
+        made = norm_layer(1) if callable(norm_layer) else None
+        eps = made.eps if isinstance(made, nn.LayerNorm) else None
+    if eps is None:
+        raise ConfigError(f"option 'norm_layer' is {norm_layer!r}; it takes LayerNorm, such as 'LayerNorm eps=1e-6'")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.norm2.eps = eps
+        if isinstance(module, Stage):
+            module.norm.eps = eps
+
+
+def _rename(state: dict[str, Tensor], n_stages: int) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        first, _, rest = key.partition(".")
+        kind, stage = first[:-1], int(first[-1]) - 1 if first[-1:].isdigit() else -1
+        if kind == "patch_embed" and stage >= 0:
+            # The norm and the convolution before it are one module here; the stem has others before.
+            own = {"proj": "conv", "norm": "norm"}
+            name, _, last = rest.partition(".")
+            inner = f"{own[name]}.{last}" if name in own else rest
+            ours = f"stages.{stage}.embed.{'proj.' if stage == 0 and name in own else ''}{inner}"
+        elif kind == "block" and stage >= 0:
+            ours = f"stages.{stage}.blocks.{_block_key(rest)}"
+        elif kind == "norm" and stage >= 0:
+            ours = f"stages.{stage}.norm.{rest}"
+        elif key.startswith("post_network.0."):
+            ours = f"class_block.{_block_key(rest.removeprefix('0.'))}"
+        else:
+            ours = key
+        # Whoever changes a state's precision as a whole makes a count of batches a fraction too.
+        renamed[ours] = value.long() if key.endswith("num_batches_tracked") and value.is_floating_point() else value
+    return renamed
+
+
+def _rename_block(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {_block_key(key): value for key, value in state.items()}
+
+
+def _block_key(key: str) -> str:
+    key = key.replace("attn.norm.", "norm1.").replace("attn.mamba.", "mamba.")
+    return key.replace("mlp.dwconv.dwconv.", "channel.dwconv.").replace("mlp.", "channel.")

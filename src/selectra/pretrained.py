@@ -1,0 +1,157 @@
+"""Weights from a file into an image model: read safely, under official or own names, fitted to another task.
+
+A file may hold the state itself or have it under "model", "state_dict" or another usual name, and keys may have the
+prefix of a wrapper. Positions are resized to the model's grid, a head for other classes is left as it starts, and
+filters of other channels are summed or repeated; whatever else does not fit is an error.
+"""
+
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from selectra.errors import DataError
+from selectra.layers.image import resize_positions
+
+# Where files hold the state, in the order in which these are looked for.
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+HEADS = ("head.", "aux_head.")
+MOST_SHOWN = 8
+
+
+class Loaded(NamedTuple):
+    """What became of a model's parameters."""
+
+    resized: tuple[str, ...]
+    """Positions of another grid and filters of other channels."""
+    fresh: tuple[str, ...]
+    """A head for other classes, which stays as it was."""
+
+
+def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:
+    """Load an image model's weights in place.
+
+    Args:
+        model: One of ours.
+        source: A `.safetensors`, `.pth` or `.pt` file, or a state; keys are ours or those of the official code.
+
+    Raises:
+        DataError: The file cannot be read or would run code; the state lacks parameters, or has others or other shapes.
+    """
+    name = "the state" if isinstance(source, Mapping) else str(source)
+    state = strip(dict(source)) if isinstance(source, Mapping) else read_state(Path(source))
+    ours = model.state_dict()
+    if hasattr(model, "from_official_keys"):
+        renamed = model.from_official_keys(state)  # pyright: ignore[reportCallIssue]
+        # Some keys are alike in both: the names of more parameters are the right ones.
+        state = renamed if len(renamed.keys() & ours.keys()) > len(state.keys() & ours.keys()) else state
+    fresh = tuple(sorted(key for key in ours if key.startswith(HEADS) and _differs(state, ours, key)))
+    resized = []
+    for key in sorted(state.keys() & ours.keys() - set(fresh)):
+        if state[key].shape != ours[key].shape:
+            fitted = _fit(model, key, state[key], ours[key])
+            if fitted is not None:
+                state[key] = fitted
+                resized.append(key)
+    _require_fitting(name, type(model).__name__, state, ours, fresh)
+    kept = {key: value for key, value in state.items() if key in ours and key not in fresh}
+    model.load_state_dict(kept, strict=False)
+    return Loaded(tuple(resized), fresh)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A file's state, without wrappers' prefixes. Pickles are read by PyTorch's restricted reader, which runs no code.
+
+    Raises:
+        DataError: It is no such file, is damaged, or would run code.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file '{path}'.")
+    try:
+        if path.suffix == ".safetensors":
+            return strip(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"'{path}' holds more than weights, and reading it could run its code: {reason}") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"'{path}' cannot be read as weights: {str(error).partition(chr(10))[0]}") from error
+    for name in CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise DataError(f"'{path}' holds no state: a mapping of names to tensors, or one of {', '.join(CONTAINERS)}.")
+    return strip({str(key): value for key, value in content.items() if isinstance(value, Tensor)})
+
+
+def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state without prefixes that all of its keys have from wrappers."""
+    for wrapper in WRAPPERS:
+        if state and all(key.startswith(wrapper) for key in state):
+            return strip({key.removeprefix(wrapper): value for key, value in state.items()})
+    return state
+
+
+def _differs(state: dict[str, Tensor], ours: dict[str, Tensor], key: str) -> bool:
+    """Whether a head has no like in the state; also where the state has no head."""
+    return key not in state or state[key].shape != ours[key].shape
+
+
+def _fit(model: nn.Module, key: str, value: Tensor, own: Tensor) -> Tensor | None:
+    """The value in our shape, or None where it has no place."""
+    if key == "pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
+        return _fit_positions(model, value)
+    if key == "time_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
+        return nn.functional.interpolate(value.transpose(1, 2).float(), own.shape[1], mode="linear").transpose(1, 2)
+    if key.startswith(("patch_embed.", "stages.0.embed.")) and value.dim() == own.dim() >= 4:
+        others_fit = value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]
+        return fit_channels(value, own.shape[1]) if others_fit else None
+    return None
+
+
+def _fit_positions(model: Any, table: Float[Tensor, "1 m d"]) -> Tensor | None:
+    """Positions of a square grid at the model's."""
+    slots = model.slots if hasattr(model, "slots") else lambda _: (0,)
+    new = math.prod(model.grid)
+    n_tokens = table.shape[1] - len(slots(new))
+    side = math.isqrt(max(n_tokens, 0))
+    if side == 0 or side * side != n_tokens:
+        return None
+    return resize_positions(table, (side, side), model.grid, slots(n_tokens), slots(new))
+
+
+def fit_channels(weight: Float[Tensor, "d c *k"], in_channels: int) -> Float[Tensor, "d c2 *k"]:
+    """Filters for another number of channels: summed for one, else repeated and scaled so that sums keep their size."""
+    c = weight.shape[1]
+    if in_channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeated = torch.cat([weight] * -(-in_channels // c), dim=1)[:, :in_channels]
+    return repeated * (c / in_channels)
+
+
+def _require_fitting(
+    name: str, kind: str, state: dict[str, Tensor], ours: dict[str, Tensor], fresh: tuple[str, ...]
+) -> None:
+    missing = sorted(ours.keys() - state.keys() - set(fresh))
+    unknown = sorted(key for key in state.keys() - ours.keys() if not key.startswith(HEADS))
+    shapes = [
+        f"'{key}' {tuple(state[key].shape)} for {tuple(ours[key].shape)}"
+        for key in sorted(ours.keys() & state.keys() - set(fresh))
+        if state[key].shape != ours[key].shape
+    ]
+    problems = [
+        f"{what} {', '.join(keys[:MOST_SHOWN])}{f' and {len(keys) - MOST_SHOWN} more' * (len(keys) > MOST_SHOWN)}"
+        for what, keys in (("it lacks", missing), ("it has unknown", unknown), ("shapes differ:", shapes))
+        if keys
+    ]
+    if problems:
+        raise DataError(f"{name} does not fit this {kind}: {'; '.join(problems)}. Is it of another model or size?")

@@ -1,0 +1,155 @@
+"""Weights from files into image models."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from selectra.errors import DataError
+from selectra.models import RSMamba, Simba, VideoMamba, Vim, VMamba
+from selectra.pretrained import fit_channels, load_pretrained, read_state
+
+SMALL: dict[str, Any] = {"d_model": 8, "depth": 2, "d_state": 2, "patch_size": 8, "img_size": 32, "n_classes": 5}
+BACK = {"A_log": "A_b_log", "D": "D_b", "conv1d": "conv1d_b", "x_proj": "x_proj_b", "dt_proj": "dt_proj_b"}
+
+
+def vim(**changes: Any) -> Vim:
+    return Vim(**{**SMALL, **changes}).eval()
+
+
+def official(model: Vim | VideoMamba) -> dict[str, Tensor]:
+    """As the official code names it."""
+    state = {}
+    for key, value in model.state_dict().items():
+        before, back, name = key.partition(".back.")
+        first, dot, rest = name.partition(".")
+        state[f"{before}.{BACK[first]}{dot}{rest}" if back else key.replace(".ahead.", ".")] = value
+    return state
+
+
+def image(size: int = 32) -> Tensor:
+    return torch.randn(2, 3, size, size)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("names", ["ours", "official"])
+def test_files_of_both_names_are_read(suffix, names, tmp_path: Path):
+    model, x, path = vim(), image(), tmp_path / f"weights{suffix}"
+    state = model.state_dict() if names == "ours" else official(model)
+    if suffix == ".pth":
+        torch.save({"model": {f"module.{key}": value for key, value in state.items()}, "epoch": 3}, path)
+    else:
+        save_file(state, path)
+    other = vim()
+    assert not torch.allclose(other(x), model(x))
+    loaded = load_pretrained(other, path)
+    assert torch.equal(other(x), model(x)) and loaded == ((), ())
+
+
+def test_positions_heads_and_channels_are_fitted():
+    model = vim()
+    with torch.no_grad():
+        model.pos_embed.normal_()
+    other = vim(img_size=(48, 40), n_classes=3, in_channels=1)
+    head = other.head.weight.clone()
+    loaded = load_pretrained(other, official(model))
+    assert loaded.resized == ("patch_embed.proj.weight", "pos_embed")
+    assert loaded.fresh == ("head.bias", "head.weight") and torch.equal(other.head.weight, head)
+    assert torch.equal(other.pos_embed[:, 15], model.pos_embed[:, 8])
+    x = torch.randn(1, 1, 48, 40)
+    with torch.no_grad():
+        # On one gray image in all channels both see the same, at any size.
+        assert torch.allclose(other.embed(x), model.embed(x.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
+def test_channels_keep_their_sum():
+    weight = torch.rand(4, 3, 2, 2)
+    for c in (1, 2, 4, 13):
+        y = fit_channels(weight, c)
+        assert y.shape == (4, c, 2, 2)
+    assert torch.allclose(fit_channels(weight, 6).sum(1), weight.sum(1))
+    assert torch.allclose(fit_channels(weight, 1), weight.sum(1, keepdim=True))
+
+
+def test_clips_of_another_length():
+    model, other = (VideoMamba(**SMALL, n_frames=n) for n in (4, 8))
+    with torch.no_grad():
+        assert model.time_embed is not None and other.time_embed is not None
+        model.time_embed.copy_(torch.arange(4.0)[None, :, None].expand_as(model.time_embed))
+    state = {key.replace("time_embed", "temporal_pos_embedding"): value for key, value in official(model).items()}
+    assert load_pretrained(other, state).resized == ("time_embed",)
+    assert torch.allclose(other.time_embed[0, 1:-1, 0].diff(), torch.tensor(0.5))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: VMamba(dims=(8, 12), depths=(1, 1), d_state=2, n_classes=5),
+        lambda: Simba(d_stem=4, dims=(8, 16), depths=(1, 1), mlp_ratios=(2, 2), d_state=2, n_classes=5),
+        lambda: RSMamba(**{**SMALL, "stride": 4}),
+        lambda: VideoMamba(**SMALL),
+    ],
+)
+def test_every_model_reads_its_own(make, tmp_path: Path):
+    model, other, x = make().eval(), make().eval(), image()
+    torch.save(model.state_dict(), tmp_path / "own.pt")
+    assert load_pretrained(other, tmp_path / "own.pt") == ((), ())
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_checkpoint_of_another_model_is_named():
+    with pytest.raises(DataError, match=r"does not fit this Vim: it lacks .*; it has unknown .*another model"):
+        load_pretrained(vim(), VMamba(dims=(8,), depths=(1,)).state_dict())
+    with pytest.raises(DataError, match=r"shapes differ: 'cls_token' \(1, 1, 16\) for \(1, 1, 8\).* more"):
+        load_pretrained(vim(), vim(d_model=16).state_dict())
+    with pytest.raises(DataError, match=r"it lacks layers\.1\."):
+        load_pretrained(vim(), vim(depth=1).state_dict())
+    state = vim().state_dict()
+    state["pos_embed"] = torch.zeros(1, 13, 8)
+    with pytest.raises(DataError, match=r"'pos_embed' \(1, 13, 8\) for \(1, 17, 8\)"):
+        load_pretrained(vim(), state)
+
+
+class Malicious:
+    """Would run a command when unpickled without care."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.mark}",)
+
+
+def test_a_malicious_pickle_runs_nothing(tmp_path: Path):
+    path, mark = tmp_path / "bad.pth", tmp_path / "ran"
+    torch.save({"model": {"weight": torch.zeros(1)}, "evil": Malicious(mark)}, path)
+    with pytest.raises(DataError, match="could run its code"):
+        load_pretrained(vim(), path)
+    assert not mark.exists()
+
+
+def test_the_readmes_example(tmp_path: Path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "load_pretrained" in block]
+    names: dict[str, Any] = {"images": torch.randn(1, 13, 256, 192)}
+    (file,) = re.findall(r'"([\w.]+\.pth)"', code)
+    torch.save({"model": official(Vim())}, tmp_path / file)
+    exec(code.replace(file, str(tmp_path / file)), names)
+    assert names["scores"].shape == (1, 21) and names["grids"][0].shape == (1, 16, 12, 192)
+
+
+def test_files_that_hold_no_weights_are_named(tmp_path: Path):
+    with pytest.raises(DataError, match="there is no file"):
+        read_state(tmp_path / "nowhere.pth")
+    for name in ("text.pth", "text.safetensors"):
+        (tmp_path / name).write_text("no weights")
+        with pytest.raises(DataError, match=name):
+            read_state(tmp_path / name)
+    torch.save([torch.zeros(2)], tmp_path / "list.pt")
+    with pytest.raises(DataError, match="holds no state"):
+        read_state(tmp_path / "list.pt")
