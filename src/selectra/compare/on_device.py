@@ -300,6 +300,7 @@ def _require_simple(run: Run, task: Forecasting, train: Windows) -> None:
         "train.accumulate": run.train.accumulate != 1,
         "train.patience": run.train.patience is not None,
         "task.target_index": task.target_index is not None,
+        "task.quantiles": bool(task.quantiles),
         "train.batch_size, larger than the training part": run.train.batch_size > len(train),
     }
     refused = [name for name, wrong in asked.items() if wrong]

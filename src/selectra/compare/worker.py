@@ -75,7 +75,10 @@ def _ordered(path: Path, time: str | None, freq: str | None, stamps: str, variat
 def build(cell: Cell) -> Built:
     """As `train.job.build`, the table read once for all cells and its series in the cell's order."""
     args = {name: item.value for name, item in datasets.resolve(cell.run.data).items()}
-    shape = {name: args[name] for name in ("seq_len", "horizon", "split", "target")}
+    if args["futr"] is not None:
+        raise ConfigError("a comparison takes no file of future covariates; leave 'data.futr' out.")
+    shape = {name: args[name] for name in ("seq_len", "horizon", "target", "constant")}
+    shape["split"] = "ratio" if args["split"] == "auto" else args["split"]
     where = (data_path(args["path"]), args["time"], args["freq"], args["stamps"])
     data = SeriesData(_ordered(*where, cell.variates), **shape)
     torch.manual_seed(cell.run.train.seed)
