@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from selectra.errors import ConfigError
-from selectra.models.timemachine import TimeMachine
+from selectra.models.timemachine import TimeMachine, one_channel, one_token
 from selectra.official import from_official
+from selectra.ops import selective_scan
 from selectra.registry import models
 from selectra.spec import Spec
 from tests.golden import PRECISIONS, Golden
@@ -148,3 +149,42 @@ def test_independent_series_do_not_see_each_other_and_mixed_ones_see_those_befor
 def test_what_cannot_be_is_named(config, message):
     with pytest.raises(ConfigError, match=message):
         from_official(SOURCE, config, {})
+
+
+@pytest.mark.parametrize(("length", "width", "read"), [(1, 5, one_token), (9, 1, one_channel)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_token_and_one_channel_are_scans(length: int, width: int, read: Any, reverse: bool) -> None:
+    """Outputs and all gradients, in float64."""
+    n = 7
+    shapes = [(3, length, width), (3, length, width), (width, n), (3, length, n), (3, length, n), (width,)]
+    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    u, delta, A, B, C, bias = inputs
+    decay = -A.exp()
+    found = read(u, delta, decay, B, C, bias, reverse)
+    wanted = selective_scan(u, delta, decay, B, C, delta_bias=bias, delta_softplus=True, reverse=reverse)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True) for y in (found, wanted)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_channel_independence_is_the_same_on_a_gpu() -> None:
+    model = TimeMachine(seq_len=96, horizon=24, n_series=3, n1=64, n2=16, dropout=0.0)
+    x = torch.randn(4, 96, 3)
+    forecast = model(x)
+    forecast.square().sum().backward()
+    wanted = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+    model.cuda()
+    again = model(x.cuda())
+    again.square().sum().backward()
+    torch.testing.assert_close(again.cpu(), forecast, rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(
+            parameter.grad.cpu(), wanted[name], rtol=1e-3, atol=1e-3 * float(wanted[name].abs().max())
+        )

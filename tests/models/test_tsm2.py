@@ -165,3 +165,30 @@ def test_quantiles_add_an_axis():
 def test_what_cannot_be_is_named(wrong, message):
     with pytest.raises(ConfigError, match=message):
         TSM2(**{**SIZES, **wrong})
+
+
+@pytest.mark.parametrize(("without", "gone"), [("time", "token"), ("channels", "channel"), ("averages", "average")])
+def test_a_part_can_be_left_out(without: Any, gone: str) -> None:
+    sizes: dict[str, Any] = {"seq_len": 24, "horizon": 6, "n_series": 3, "d_model": 8, "depth": 2, "d_state": 4}
+    whole, part = TSM2(**sizes), TSM2(**sizes, without=without)
+    lost = {name for name, _ in whole.named_parameters()} - {name for name, _ in part.named_parameters()}
+    assert lost
+    assert all(gone in name for name in lost)
+    y = part(torch.randn(2, 24, 3))
+    y.square().sum().backward()
+    assert y.shape == (2, 6, 3)
+    assert all(parameter.grad is not None for parameter in part.parameters())
+
+
+def test_without_averages_is_their_start() -> None:
+    """The averages start as the plain chain."""
+    sizes: dict[str, Any] = {"seq_len": 24, "horizon": 6, "n_series": 3, "d_model": 8, "depth": 2, "dropout": 0.0}
+    whole, part = TSM2(**sizes), TSM2(**sizes, without="averages")
+    part.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.randn(2, 24, 3)
+    torch.testing.assert_close(part(x), whole(x))
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(ConfigError, match="without='norm'"):
+        TSM2(seq_len=24, horizon=6, n_series=3, without="norm")  # pyright: ignore[reportArgumentType]

@@ -16,16 +16,19 @@ Departures: missing values take no part in the statistics and are then filled wi
 
 from typing import Any, Literal
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor, cat, nn
+from torch.nn import functional as F
 
 from selectra.layers.covariates import refuse_covariates
 from selectra.layers.head import ForecastHead, require_rate
 from selectra.layers.missing import carry_forward
 from selectra.layers.revin import RevIN, WindowNorm
 from selectra.mixers import S6
+from selectra.mixers.s6 import at_least_float32
 from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, reads
+from selectra.ops import selective_scan
 from selectra.registry import models
 
 HORIZONS = (96, 192, 336, 720)
@@ -50,6 +53,66 @@ SIZES: dict[str, dict[str, Any]] = {
     for data, (scales, dropouts, others) in PUBLISHED.items()
     for horizon, (n1, n2), dropout in zip(HORIZONS, scales, dropouts, strict=True)
 }
+
+
+class Lone(S6):
+    """A Mamba that reads one token, or one channel: what channel independence makes of TimeMachine's four.
+
+    The same function. On a GPU kernels share their work by channels and by steps, and here there is one of either; so
+    one token from the empty state is taken without a scan, and one channel of N states as N channels of one state.
+    """
+
+    def mix_whole(
+        self,
+        u: Float[Tensor, "b l d_inner"],
+        z: Float[Tensor, "b l d_inner"] | None = None,
+        *,
+        reverse: bool = False,
+        mask: Bool[Tensor, "b l"] | None = None,
+        cu_seqlens: Int32[Tensor, " borders"] | None = None,
+    ) -> Float[Tensor, "b l d_inner"]:
+        """As `S6.mix_whole`."""
+        plain = u.is_cuda and mask is None and cu_seqlens is None
+        if not plain or (u.shape[1] != 1 and u.shape[2] != 1):
+            return super().mix_whole(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
+        u, _ = self.convolve(u, reverse=reverse)
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        read = one_token if u.shape[1] == 1 else one_channel
+        A = -at_least_float32(self.A_log).exp()
+        y = read(u, F.linear(dt, self.dt_proj.weight), A, B, C, self.dt_proj.bias, reverse) + self.D * u
+        return y if z is None else y * F.silu(z)
+
+
+def one_token(
+    u: Float[Tensor, "b 1 d"],
+    delta: Float[Tensor, "b 1 d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b 1 n"],
+    C: Float[Tensor, "b 1 n"],
+    bias: Float[Tensor, " d"],
+    reverse: bool,
+) -> Float[Tensor, "b 1 d"]:
+    """A selective scan (without D and z) of one position from the empty state, on which A has nothing to act."""
+    # A's gradient is 0, as the scan's is, and not absent.
+    return F.softplus(delta + bias) * u * (B * C).sum(-1, keepdim=True) + 0.0 * A.sum()
+
+
+def one_channel(
+    u: Float[Tensor, "b l 1"],
+    delta: Float[Tensor, "b l 1"],
+    A: Float[Tensor, "1 n"],
+    B: Float[Tensor, "b l n"],
+    C: Float[Tensor, "b l n"],
+    bias: Float[Tensor, " 1"],
+    reverse: bool,
+) -> Float[Tensor, "b l 1"]:
+    """A selective scan (without D and z) of one channel, its states as channels that are driven by B and read by C."""
+    n = B.shape[2]
+    one = u.new_ones(1, 1, 1).expand(*u.shape[:2], 1)
+    states = selective_scan(
+        u * B, delta.expand(-1, -1, n), A.T, one, one, delta_bias=bias.expand(n), delta_softplus=True, reverse=reverse
+    )  # fmt: skip
+    return (states * C).sum(-1, keepdim=True)
 
 
 @models.register(
@@ -106,9 +169,10 @@ class TimeMachine(nn.Module):
         self.lin1, self.lin2, self.lin3 = nn.Linear(seq_len, n1), nn.Linear(n1, n2), nn.Linear(n2, n1)
         self.dropout1, self.dropout2 = nn.Dropout(dropout), nn.Dropout(dropout)
         mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
-        self.mamba1 = S6(1 if channel_independent else n2, **mixer)
-        self.mamba2, self.mamba3 = S6(n2, **mixer), S6(n1, **mixer)
-        self.mamba4 = S6(1 if channel_independent else n1, **mixer)
+        mamba = Lone if channel_independent else S6
+        self.mamba1 = mamba(1 if channel_independent else n2, **mixer)
+        self.mamba2, self.mamba3 = mamba(n2, **mixer), mamba(n1, **mixer)
+        self.mamba4 = mamba(1 if channel_independent else n1, **mixer)
         self.lin4 = ForecastHead(2 * n1, horizon, quantiles)
 
     def forward(

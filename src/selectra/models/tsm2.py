@@ -16,6 +16,7 @@ ETTh1's validation windows at seq_len = horizon = 96.
   residual              the averages stand "contrary to simple skip connections"; here each mixer's input is added to
                         its output as well, which lowers the validation error by 1 %
   dropout               not given; after each mixer and before the head
+  without               not in the paper: leaves one part out, to see what it is worth
   quantiles             not in the paper; one head output for each, which may cross
   future                covariates are common to all variates here, so the channel mixer reads across covariates, each
                         a vector made from its whole course, and all variates get the same projection
@@ -40,6 +41,7 @@ from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
 Norm = Literal["patch_feature", "feature", "batch"]
+Without = Literal["nothing", "time", "channels", "averages"]
 
 
 class Block(nn.Module):
@@ -48,10 +50,15 @@ class Block(nn.Module):
     Tokens are `(b, s, p, d)`: batch, series, patch, feature.
     """
 
-    def __init__(self, n_patches: int, d_model: int, norm: str, dropout: float, **mixer: Any) -> None:
+    def __init__(
+        self, n_patches: int, d_model: int, norm: str, dropout: float, without: Without = "nothing", **mixer: Any
+    ) -> None:
         super().__init__()
-        self.token_norm, self.channel_norm = norm_2d(norm, n_patches, d_model), norm_2d(norm, n_patches, d_model)
-        self.token, self.channel = S6(d_model, **mixer), SelectiveChannel(d_model, **mixer)
+        if without != "time":
+            self.token_norm, self.token = norm_2d(norm, n_patches, d_model), S6(d_model, **mixer)
+        if without != "channels":
+            self.channel_norm = norm_2d(norm, n_patches, d_model)
+            self.channel = SelectiveChannel(d_model, **mixer)
         self.dropout = nn.Dropout(dropout)
 
     def mix_tokens(self, x: Float[Tensor, "b s p d"]) -> Float[Tensor, "b s p d"]:
@@ -137,6 +144,8 @@ class TSM2(nn.Module):
             each (patch, feature).
         residual: Add each mixer's input to its output, beside the weighted averages.
         dropout: Rate after each mixer and before the head.
+        without: A part that is left out: the mixer along time, the one across variates, or the weighted averages, for
+            which each mixer then reads the newest features alone.
         quantiles: Levels to forecast in place of one value; adds a last axis.
         n_future: Number of covariates known over the horizon too.
         n_static: Number of covariates of a series that are constant in time.
@@ -159,6 +168,7 @@ class TSM2(nn.Module):
         norm: Norm = "patch_feature",
         residual: bool = True,
         dropout: float = 0.2,
+        without: Without = "nothing",
         quantiles: tuple[float, ...] = (),
         n_future: int = 0,
         n_static: int = 0,
@@ -166,14 +176,16 @@ class TSM2(nn.Module):
         super().__init__()
         require_sizes(seq_len=seq_len, n_series=n_series, depth=depth)
         require_rate(dropout=dropout)
-        self.residual = residual
+        if without not in get_args(Without):
+            raise ConfigError(f"without={without!r}: takes {', '.join(map(repr, get_args(Without)))}")
+        self.residual, self.without = residual, without
         self.revin = RevIN(n_series, window_norm)
         mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
         self.auxiliary = Auxiliary(seq_len, horizon, n_future, n_static, d_model, **mixer)
         self.embed = PatchEmbedSeries(self.auxiliary.length, d_model, patch_len, stride)
         n_patches = self.embed.n_patches
-        self.layers = nn.ModuleList(Block(n_patches, d_model, norm, dropout, **mixer) for _ in range(depth))
-        self.average = WeightedAverage(depth)
+        self.layers = nn.ModuleList(Block(n_patches, d_model, norm, dropout, without, **mixer) for _ in range(depth))
+        self.average = None if without == "averages" else WeightedAverage(depth)
         self.norm_f = norm_2d(norm, n_patches, d_model)
         self.dropout = nn.Dropout(dropout)
         self.head = ForecastHead(n_patches * d_model, horizon, quantiles)
@@ -204,13 +216,14 @@ class TSM2(nn.Module):
         tokens = [self.embed(x, observed)]
         channels = list(tokens)
         for layer in self.blocks():
-            before = self.average.token_input(tokens, channels)
-            after = layer.mix_tokens(before)
-            tokens.append(before + after if self.residual else after)
-            before = self.average.channel_input(tokens, channels)
-            after = layer.mix_channels(before)
-            channels.append(before + after if self.residual else after)
+            before = channels[-1] if self.average is None else self.average.token_input(tokens, channels)
+            tokens.append(before if self.without == "time" else self._add(before, layer.mix_tokens(before)))
+            before = tokens[-1] if self.average is None else self.average.channel_input(tokens, channels)
+            channels.append(before if self.without == "channels" else self._add(before, layer.mix_channels(before)))
         return channels[-1]
+
+    def _add(self, before: Tensor, after: Tensor) -> Tensor:
+        return before + after if self.residual else after
 
     def blocks(self) -> list[Block]:
         """What to shard and to checkpoint."""

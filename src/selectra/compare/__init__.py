@@ -1,0 +1,1 @@
+"""Fair comparisons: one base run, many models, every finished cell stored at once."""
