@@ -4,7 +4,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -14,8 +13,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from selectra.choices import Benchmark, Comparison, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError
-from selectra.spec import Run, Spec, describe_problem, nearest, override
+from selectra.runs import find_run, folder_of, registries
+from selectra.spec import Spec, describe_problem, nearest
 from selectra.train.stop import DivergedError, StoppedError
 from selectra.usage import describe_usage, read_levels, read_lookback, with_options
 
@@ -27,7 +28,6 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 USER_ERROR, INTERRUPTED = 2, 130
 FORECAST_MODELS = "tsm2,linear,dlinear,seasonal_naive,naive"
 TEST_SIZE = "smoke"
-USUAL_DATA = {"series": "series_file"}
 # What series models are built with when only their size is asked for.
 EXAMPLE_FACTS: dict[str, dict[str, Any]] = {"series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24}}
 
@@ -39,69 +39,6 @@ CITATION = """@software{{selectra,
 }}"""
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, such as model.d_state=8 train.epochs=2.")]
-
-
-class Sort(StrEnum):
-    """What can be listed."""
-
-    models = "models"
-    data = "data"
-    tasks = "tasks"
-    recipes = "recipes"
-
-
-class Split(StrEnum):
-    """Where training ends and testing begins."""
-
-    auto = "auto"
-    ett = "ett"
-    ratio = "ratio"
-    last = "last"
-
-
-class DataAction(StrEnum):
-    """What can be done with public sets."""
-
-    list = "list"
-    get = "get"
-    check = "check"
-
-
-class Benchmark(StrEnum):
-    """What can be timed, and what is made from the records."""
-
-    scan = "scan"
-    lengths = "lengths"
-    block = "block"
-    cross = "cross"
-    block_parts = "block_parts"
-    stack = "stack"
-    stream = "stream"
-    model = "model"
-    start = "start"
-    plot = "plot"
-    tables = "tables"
-
-
-class Comparison(StrEnum):
-    """What can be compared."""
-
-    forecasting = "forecasting"
-
-
-class Stamps(StrEnum):
-    """How rows get their place in time."""
-
-    check = "check"
-    order = "order"
-
-
-class Part(StrEnum):
-    """A part of the data."""
-
-    train = "train"
-    val = "val"
-    test = "test"
 
 
 def _console(stderr: bool = False) -> Console:
@@ -133,58 +70,6 @@ def _options(
     """Selective state-space models on images, time series and language."""
 
 
-def _registries() -> "dict[Sort, Registry]":
-    """All registries, filled."""
-    from selectra import data, models, recipes, registry, tasks  # noqa: F401, PLC0415
-
-    return {
-        Sort.models: registry.models,
-        Sort.data: registry.datasets,
-        Sort.tasks: registry.tasks,
-        Sort.recipes: registry.recipes,
-    }
-
-
-def _find_run(name: str, words: Sequence[str]) -> Run:
-    """The run that a recipe, a model or a run.json stands for, with changes."""
-    from selectra.train.record import read_run  # noqa: PLC0415
-
-    found, folder = _registries(), _folder_of(name)
-    if folder is not None:
-        return override(read_run(Path(name)), words)
-    recipes, models = found[Sort.recipes], found[Sort.models]
-    if name in recipes.names():
-        return override(recipes.build(Spec(name)), words)
-    if name in [*models.names(), *models.families()]:
-        return override(_usual_run(name, found), words)
-    empty = " (the folder of this name holds no run.json)" if Path(name).is_dir() else ""
-    known = [*recipes.names(), *models.names(), *models.families()]
-    raise ConfigError(
-        f"'{name}' is no recipe, model or run.json{empty}; recipes are {recipes.names()}, "
-        f"models {models.names()}.{nearest(name, known)}"
-    )
-
-
-def _folder_of(name: str) -> Path | None:
-    """Where the run.json lies that `name` stands for; None for the name of a recipe or a model, which comes first."""
-    found, path = _registries(), Path(name)
-    if name in [*found[Sort.recipes].names(), *found[Sort.models].names(), *found[Sort.models].families()]:
-        return None
-    if name.endswith(".json") and not path.is_dir():
-        return path.parent
-    return path if (path / "run.json").exists() else None
-
-
-def _usual_run(model: str, found: "dict[Sort, Registry]") -> Run:
-    """A model on the data set and the task of its kind."""
-    kind = found[Sort.models].entry(model).kind
-    data, task = found[Sort.data].names(kind), found[Sort.tasks].names(kind)
-    data = [USUAL_DATA[kind]] if USUAL_DATA.get(kind) in data else data
-    if len(data) != 1 or len(task) != 1:
-        raise ConfigError(f"'{model}' alone does not say what to train on: for {kind} there are {data} and {task}.")
-    return Run(model=Spec(model), data=Spec(data[0]), task=Spec(task[0]), name=model)
-
-
 @app.command()
 def train(
     name: Annotated[str, typer.Argument(help="A recipe, a model, or the run.json of an earlier training.")],
@@ -198,8 +83,8 @@ def train(
     from selectra.train.job import train_job  # noqa: PLC0415
     from selectra.train.progress import duration  # noqa: PLC0415
 
-    console, run = _console(), _find_run(name, changes or [])
-    out = out or _folder_of(name) or Path("runs") / run.name
+    console, run = _console(), find_run(name, changes or [])
+    out = out or folder_of(name) or Path("runs") / run.name
     fitted = train_job(run, out, console, resume=not anew)
     metrics = ", ".join(f"{key} {value:.4f}" for key, value in fitted.best.items())
     console.print(
@@ -237,7 +122,7 @@ def list_(
     every: Annotated[bool, typer.Option("--all", help="Also the sizes that exist for tests.")] = False,
 ) -> None:
     """List what is registered."""
-    console, found = _console(), _registries()
+    console, found = _console(), registries()
     kinds = sorted({found[each].entry(name).kind for each in Sort for name in found[each].names()})
     if kind is not None and kind not in kinds:
         raise ConfigError(f"there is no kind '{kind}'; there are {kinds}.{nearest(kind, kinds)}")
@@ -286,7 +171,7 @@ def show(
     """Show every setting with its value and where it comes from; builds nothing."""
     from selectra.train import job  # noqa: PLC0415
 
-    run = job.typed(_find_run(name, changes or []))
+    run = job.typed(find_run(name, changes or []))
     table = Table("name", "value", "from", title=run.name, title_justify="left")
     for section, resolved in job.check(run).items():
         spec = getattr(run, section)
