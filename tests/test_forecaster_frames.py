@@ -324,3 +324,44 @@ def test_scikit_learn_clones_it() -> None:
     copy = base.clone(forecaster)
     assert copy is not forecaster and copy.get_params() == forecaster.get_params()
     assert copy.fit(hourly(150)).predict().shape == (6, 5)
+
+
+def days(zone: str, start: str, rows: int, freq: str = "D") -> pd.DataFrame:
+    stamps = pd.date_range(start, periods=rows, freq=freq, tz=zone)
+    return pd.DataFrame({"unique_id": "a", "ds": stamps, "y": np.sin(np.arange(rows) / 3)})
+
+
+@pytest.mark.parametrize(("zone", "freq"), [("Europe/Berlin", "D"), ("America/New_York", "MS")])
+def test_days_and_months_of_a_zone_are_its_own(zone: str, freq: str) -> None:
+    frame = days(zone, "2019-11-01", 150, freq)
+    seen, later = frame.iloc[:140], frame.iloc[140:]
+    forecaster = Forecaster("naive", h=4, input_size=24).fit(seen)
+    found = forecaster.predict()
+    # Over the change of the clocks too: midnights there.
+    assert found["ds"].tolist() == later["ds"].tolist()[:4]
+    assert str(found["ds"].dt.tz) == zone
+    pd.testing.assert_frame_equal(forecaster.update(later.iloc[:1]), forecaster.predict())
+    assert forecaster.predict()["ds"].tolist() == later["ds"].tolist()[1:5]
+
+
+def test_stamps_with_and_without_a_zone_do_not_meet() -> None:
+    frame = days("Europe/Berlin", "2024-01-01 07:00", 100, "h")
+    forecaster = Forecaster("naive", h=4, input_size=24).fit(frame.iloc[:90])
+    naive = frame.iloc[90:92].assign(ds=frame["ds"].iloc[90:92].dt.tz_localize(None))
+    with pytest.raises(DataError, match=r"new_rows: stamps have the zone none, and those of fit Europe/Berlin"):
+        forecaster.update(naive)
+    with pytest.raises(DataError, match="df: stamps have the zone none"):
+        forecaster.predict(frame.assign(ds=frame["ds"].dt.tz_localize(None)))
+    assert forecaster.update(frame.iloc[90:92])["ds"].iloc[0] == frame["ds"].iloc[92]
+
+
+def test_what_is_set_after_the_fit_is_for_the_next_one(tmp_path: Path) -> None:
+    frame, ahead = split(panel(), 190)
+    forecaster = Forecaster("naive", h=4, input_size=24, futr_exog_list=AHEAD).fit(frame)
+    want = forecaster.predict(futr_df=ahead)
+    forecaster.set_params(h=3, model="tsm2", level=[80])
+    pd.testing.assert_frame_equal(forecaster.predict(futr_df=ahead), want)
+    forecaster.save(tmp_path / "saved")
+    loaded = Forecaster.load(tmp_path / "saved")
+    assert (loaded.h, loaded.model) == (4, "naive")
+    pd.testing.assert_frame_equal(loaded.predict(futr_df=ahead), want)

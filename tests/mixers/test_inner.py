@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from selectra.errors import BackendError
+from selectra.errors import BackendError, ConfigError
+from selectra.mixers import S6
 from selectra.mixers.inner import Weights, mixed_at_once, mixed_one_by_one
 from selectra.ops import causal_conv1d, selective_scan
 
@@ -151,3 +152,46 @@ def test_backends_that_are_written_in_pytorch_are_called_one_by_one() -> None:
         assert mixed_at_once(x, z, weights) is None
     assert mixed_at_once(x, z, weights._replace(x_proj=weights.x_proj.detach().double())) is None
     assert mixed_at_once(x[:, :0], z[:, :0], weights) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("D", torch.ones(3)), ("conv", torch.ones(4, 1, 4)), ("A_log", torch.ones(3, 16)), ("dt_bias", torch.ones(4))],
+)
+def test_what_does_not_fit_is_left_to_the_operators_words(name: str, wrong: Tensor) -> None:
+    x, z, weights = drawn("cpu")
+    weights = weights._replace(**{name: wrong})
+    assert mixed_at_once(x, z, weights) is None
+    # The split of the selection is PyTorch's, with its words.
+    with pytest.raises((ConfigError, RuntimeError)):
+        mixed_one_by_one(x, z, weights)
+
+
+def test_gates_devices_and_types_that_do_not_fit() -> None:
+    x, z, weights = drawn("cpu")
+    assert mixed_at_once(x, z[:1], weights) is None
+    assert mixed_at_once(x, z, weights._replace(D=weights.D.double())) is None
+    assert mixed_at_once(x, z, weights._replace(A_log=weights.A_log.detach().to("meta"))) is None
+    assert mixed_at_once(x, z, weights._replace(D=torch.ones(WIDTH, dtype=torch.int64))) is None
+    with pytest.raises(ConfigError, match="mask"):
+        mixed_at_once(x, z, weights, mask=torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_a_bias_of_the_selection_counts_and_an_overridden_part_is_called() -> None:
+    class Louder(S6):
+        def convolve(self, *args: Any, **flags: Any) -> Any:
+            u, state = super().convolve(*args, **flags)
+            return 2 * u, state
+
+    torch.manual_seed(0)
+    mixer, x = S6(8), torch.randn(1, 5, 8)
+    louder = Louder(8)
+    louder.load_state_dict(mixer.state_dict())
+    assert not torch.allclose(louder(x), mixer(x))
+    plain = mixer(x)
+    mixer.x_proj = torch.nn.Linear(16, mixer.x_proj.out_features)
+    torch.nn.init.constant_(mixer.x_proj.bias, 3.0)
+    u = torch.randn(1, 5, 16)
+    torch.testing.assert_close(mixer.mix_whole(u), mixer.mix(u)[0])
+    mixer(x).sum().backward()
+    assert mixer.x_proj.bias.grad is not None and not torch.allclose(mixer(x), plain)

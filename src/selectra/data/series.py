@@ -86,8 +86,8 @@ class SeriesData:
             span = f"{short(self.ds[row])} to {short(self.ds[self.borders.train - 1])}"
             raise DataError(
                 f"series {self.names[flat[0]]!r} has the value {values[row, flat[0]]:g} in every row of the training "
-                f"part ({span}), so there is nothing to scale or to learn ({len(flat)} such series); remove it. In "
-                "Python constant='keep', in a recipe data.constant=keep, leaves it in, unscaled."
+                f"part ({span}), so there is nothing to scale or to learn ({len(flat)} such series); remove it. "
+                "SeriesData and SeriesFile take constant='keep', a recipe data.constant=keep, to leave it in, unscaled."
             )
 
     def _check_targets(self) -> None:

@@ -137,11 +137,11 @@ class Forecaster:
         predictor, style = self._fitted(), self.style_
         panel = self.panel_
         if df is not None:
-            frame, style = read_frame(df)
+            frame, style = read_frame(df, like=self.style_)
             panel = read_again(frame, panel)
             if panel.table.rows < predictor.seq_len:
                 raise DataError(f"the model sees {predictor.seq_len} rows, the frame has {panel.table.rows}")
-        panel = with_future(panel, None if futr_df is None else read_frame(futr_df, "futr_df")[0], self.h)
+        panel = with_future(panel, self._ahead(futr_df), predictor.horizon)
         return style.restored(predictor.from_ends(panel))
 
     def update(self, new_rows: object, futr_df: object | None = None) -> Any:
@@ -161,9 +161,9 @@ class Forecaster:
             DataError: A row is not new, does not fit the frequency, or has other columns or series.
         """
         self._fitted()
-        frame, style = read_frame(new_rows, "new_rows")
+        frame, style = read_frame(new_rows, "new_rows", self.style_)
         panel = extended(self.panel_, frame)
-        ahead = with_future(panel, None if futr_df is None else read_frame(futr_df, "futr_df")[0], self.h)
+        ahead = with_future(panel, self._ahead(futr_df), self.predictor_.horizon)
         found = self.predictor_.from_ends(ahead)
         self.panel_ = panel.tail(self.predictor_.seq_len)
         return style.restored(found)
@@ -268,6 +268,8 @@ class Forecaster:
         self.fitted_ = fit(model, build_task(run, data), data.windows("train"), val, run, None, progress=progress)
         calibration = calibrate(model, val, levels, quantiles_of(model)) if levels else None
         self.facts_ = data.facts
+        # What `set_params` changes from here on is for the next fit.
+        self.params_ = self.get_params()
         self.predictor_ = Predictor(
             model, data.seq_len, data.horizon, data.scaler, data.covariate_scalers, calibration, levels, self.alias
         )
@@ -286,6 +288,9 @@ class Forecaster:
                     f"between {self.h} and {table.rows - size - self.h} rows fit, there are {table.rows}"
                 )
         return SeriesData(table, split="fit", covariates=panel.covariates, borders=borders, **lengths)
+
+    def _ahead(self, futr_df: object | None) -> pd.DataFrame | None:
+        return None if futr_df is None else read_frame(futr_df, "futr_df", self.style_)[0]
 
     def _fitted(self) -> Predictor:
         if not hasattr(self, "predictor_"):

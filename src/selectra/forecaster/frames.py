@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import narwhals as nw
+import numpy as np
 import pandas as pd
 
 from selectra.data.table import to_pandas
@@ -26,12 +27,15 @@ class Style:
         backend: The library, such as "pandas" or "polars".
         ids: The type of `unique_id` where it is a whole number, which tables hold as text.
         zone: The zone of the stamps, which tables hold in UTC.
+        local: Whether tables hold them in the zone's own time instead: where all are midnights there, as those of days
+            and months are, which last 23 or 25 hours twice a year.
         unit: The unit of polars' and arrow's stamps; "date" for dates.
     """
 
     backend: str = "pandas"
     ids: str | None = None
     zone: str | None = None
+    local: bool = False
     unit: str | None = None
 
     def restored(self, frame: pd.DataFrame) -> Any:
@@ -41,7 +45,7 @@ class Style:
         stamps = [name for name in STAMPS if name in frame.columns]
         if self.zone is not None:
             for name in stamps:
-                frame[name] = frame[name].dt.tz_localize("UTC").dt.tz_convert(self.zone)
+                frame[name] = _in_zone(frame[name], self.zone, self.local)
         if self.backend == "pandas":
             return frame
         try:
@@ -54,11 +58,22 @@ class Style:
         return native.to_native()
 
 
-def read_frame(data: object, what: str = "df") -> tuple[pd.DataFrame, Style]:
+def _in_zone(stamps: pd.Series, zone: str, local: bool) -> pd.Series:
+    """A table's stamps in the user's zone."""
+    if not local:
+        return stamps.dt.tz_localize("UTC").dt.tz_convert(zone)
+    # Clocks go on at midnight in some zones; where they go back, the first of both midnights begins the day.
+    return stamps.dt.tz_localize(zone, ambiguous=np.ones(len(stamps), dtype=bool), nonexistent="shift_forward")
+
+
+def read_frame(data: object, what: str = "df", like: Style | None = None) -> tuple[pd.DataFrame, Style]:
     """A user's frame as pandas with text for names, and its style.
 
+    Args:
+        like: The style of an earlier frame, whose stamps these go on with.
+
     Raises:
-        DataError: It is no data frame, or has no rows.
+        DataError: It is no data frame, has no rows, or only one of both has stamps with a zone.
     """
     try:
         frame = to_pandas(data)
@@ -70,6 +85,17 @@ def read_frame(data: object, what: str = "df") -> tuple[pd.DataFrame, Style]:
     zone = getattr(time, "tz", None)
     if zone is None:
         zone = next((tz for each in dtypes.values() if (tz := getattr(each, "tz", None)) is not None), None)
+    if like is not None and (zone is None) != (like.zone is None):
+        seen, here = (like.zone, "none") if zone is None else ("none", zone)
+        raise DataError(
+            f"{what}: stamps have the zone {here}, and those of fit {seen}; give both the same with "
+            "Series.dt.tz_localize or tz_convert."
+        )
+    local = zone is not None and (_are_days(frame, str(zone)) if like is None else like.local)
+    if local:
+        at = str(zone) if like is None else str(like.zone)
+        for name in _zoned(frame):
+            frame[name] = frame[name].dt.tz_convert(at).dt.tz_localize(None)
     whole = ids is not None and pd.api.types.is_integer_dtype(ids)
     backend, unit = "pandas", None
     if not isinstance(data, pd.DataFrame):
@@ -80,4 +106,15 @@ def read_frame(data: object, what: str = "df") -> tuple[pd.DataFrame, Style]:
                 unit = dtype.time_unit
             elif isinstance(dtype, nw.Date):
                 unit = "date"
-    return frame, Style(backend, str(ids) if whole else None, None if zone is None else str(zone), unit)
+    return frame, Style(backend, str(ids) if whole else None, None if zone is None else str(zone), local, unit)
+
+
+def _zoned(frame: pd.DataFrame) -> list[str]:
+    """Columns of stamps with a zone."""
+    return [name for name in frame.columns if isinstance(frame[name].dtype, pd.DatetimeTZDtype)]
+
+
+def _are_days(frame: pd.DataFrame, zone: str) -> bool:
+    """Whether all stamps are the beginnings of days."""
+    stamps = [frame[name].dropna().dt.tz_convert(zone) for name in _zoned(frame)]
+    return bool(stamps) and all(len(each) > 0 and (each == each.dt.normalize()).all() for each in stamps)

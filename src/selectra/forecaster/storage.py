@@ -105,6 +105,7 @@ def load_forecaster(out: Path) -> Forecaster:
             params["model"] = Spec.from_json(params["model"])
         params["futr_exog_list"] = params["futr_exog_list"] or ()
         forecaster = Forecaster(**params)
+        forecaster.params_ = forecaster.get_params()
         spec = model_spec(forecaster.model, forecaster.model_args)
         model = build_from_facts(spec, saved.facts, forecaster.seed)
         weights = {key.removeprefix("model."): value for key, value in arrays.items() if key.startswith("model.")}
@@ -126,7 +127,7 @@ def load_forecaster(out: Path) -> Forecaster:
 
 
 def _described(forecaster: Forecaster) -> dict[str, Any]:
-    predictor, panel, params = forecaster.predictor_, forecaster.panel_, forecaster.get_params()
+    predictor, panel, params = forecaster.predictor_, forecaster.panel_, dict(forecaster.params_)
     for key in ("model_args", "train_args"):
         params[key] = Spec("", **params[key]).to_json()
     if isinstance(params["model"], Spec):

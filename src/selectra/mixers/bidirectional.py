@@ -70,7 +70,9 @@ class Bidirectional(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called."""
-        return all(is_plain(linear) for path in (self.ahead, self.back) for linear in (path.x_proj, path.dt_proj))
+        paths = (self.ahead, self.back)
+        # A bias of the selection is for `mix`, which calls the map itself.
+        return all(is_plain(p.x_proj) and p.x_proj.bias is None and is_plain(p.dt_proj) for p in paths)
 
     def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         """Both paths in one launch of the scan, added."""

@@ -47,6 +47,9 @@ class EinFFT(nn.Module):
             raise ConfigError(
                 f"x has shape {tuple(x.shape)}; it must be (b, l, d_model) with d_model = {self.d_model}."
             )
+        if x.numel() == 0:
+            # Transforms refuse a length of zero.
+            return x
         wide = at_least_float32(x)
         spectrum = torch.fft.fft2(wide.unflatten(2, (self.n_blocks, -1)), dim=(1, 2), norm="ortho")
         parts = torch.view_as_real(spectrum)  # b l blocks width 2

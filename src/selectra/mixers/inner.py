@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from selectra.ops import causal_conv1d, selective_scan
+from selectra.ops import causal_conv1d, checks, selective_scan
 from selectra.ops.causal_conv1d.call import ConvCall
 from selectra.ops.causal_conv1d.registration import KERNELS as CONVOLUTIONS
 from selectra.ops.selective_scan.call import ScanCall
@@ -50,17 +50,20 @@ def mixed_at_once(
     mask: Bool[Tensor, "b l"] | None = None,
     cu_seqlens: Int32[Tensor, " borders"] | None = None,
 ) -> Float[Tensor, "b l d"] | None:
-    """`selective_scan` of what is selected from the convolution of u, gated by z; its shapes have been checked.
+    """`selective_scan` of what is selected from the convolution of u, gated by z.
 
     None where the operations have to be called one by one: where a compiler, a transform or another kind of tensor must
-    see them, where types differ, or where a backend was asked for that is written in PyTorch.
+    see them, where shapes, types or devices do not fit (the operators say so in words), or where a backend was asked
+    for that is written in PyTorch.
     """
     tensors = (u, z, *weights, mask, cu_seqlens)
+    if not _fit(u, z, weights):
+        return None
+    if mask is not None or cu_seqlens is not None:
+        checks.count_states(u, mask, cu_seqlens)
     product = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else None
     alike = u.dtype == (product or weights.x_proj.dtype) == (product or weights.dt_proj.dtype)
     if not alike or (z is not None and z.dtype != u.dtype) or u.numel() == 0 or needs_dispatcher(tensors):
-        return None
-    if (u.dtype == torch.float64) != (weights.A_log.dtype == torch.float64):
         return None
     # Backends look at the device, the types, and the numbers of taps and of states.
     filters, decay = weights.conv.flatten(1), weights.A_log
@@ -73,6 +76,24 @@ def mixed_at_once(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:9]):
         return _apply(way, mask, cu_seqlens, u, z, *weights)
     return _forward(way, mask, cu_seqlens, u, z, weights, False)[0]
+
+
+def _fit(u: Tensor, z: Tensor | None, w: Weights) -> bool:
+    """Whether shapes, devices and types are those of a path: kernels on pointers come next."""
+    if u.dim() != 3 or w.conv.dim() != 3 or w.dt_proj.dim() != 2 or w.A_log.dim() != 2:
+        return False
+    d, (rank, n), wide = u.shape[2], (w.dt_proj.shape[1], w.A_log.shape[1]), u.dtype is torch.float64
+    return (
+        w.conv.shape[:2] == (d, 1)
+        and w.x_proj.shape == (rank + 2 * n, d)
+        and w.dt_proj.shape[0] == w.A_log.shape[0] == d
+        and all(x is None or x.shape == (d,) for x in (w.conv_bias, w.dt_bias, w.D))
+        and (z is None or (z.shape == u.shape and z.device == u.device))
+        and all(
+            x is None or (x.device == u.device and x.is_floating_point() and (x.dtype is torch.float64) == wide)
+            for x in w
+        )
+    )
 
 
 def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:

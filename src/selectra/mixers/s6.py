@@ -138,7 +138,8 @@ class SelectivePath(nn.Module):
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
     ) -> Float[Tensor, "b l d_inner"]:
         """`mix` from an empty past, without the state that follows, in one node of autograd where that can be."""
-        if is_plain(self.x_proj) and is_plain(self.dt_proj):
+        own = type(self).mix is SelectivePath.mix and type(self).convolve is SelectivePath.convolve
+        if own and is_plain(self.x_proj) and self.x_proj.bias is None and is_plain(self.dt_proj):
             y = mixed_at_once(u, z, self._weights(), reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
             if y is not None:
                 return y
