@@ -1,5 +1,6 @@
 """Convolution, selection and scan as one node: the numbers of the operators called one by one."""
 
+import os
 from typing import Any
 
 import pytest
@@ -167,6 +168,7 @@ def test_what_does_not_fit_is_left_to_the_operators_words(name: str, wrong: Tens
         mixed_one_by_one(x, z, weights)
 
 
+@pytest.mark.skipif("SELECTRA_CHECK_SHAPES" in os.environ, reason="the hook refuses these shapes first")
 def test_gates_devices_and_types_that_do_not_fit() -> None:
     x, z, weights = drawn("cpu")
     assert mixed_at_once(x, z[:1], weights) is None
