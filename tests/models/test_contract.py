@@ -232,6 +232,9 @@ class Batch:
     observed: Tensor
     y: Tensor
     y_observed: Tensor
+    past: Tensor | None = None
+    future: Tensor | None = None
+    static: Tensor | None = None
 
 
 def wrap(name: str, takes: tuple[str, ...] | None = None) -> WithCovariates:
@@ -250,21 +253,25 @@ def covariates(batch: int = 4) -> dict[str, Tensor]:
 
 @EACH
 def test_every_model_takes_all_covariates_through_the_wrapper(name):
-    model, (x, observed), given = wrap(name), window(), covariates()
+    model: Any = wrap(name)
+    (x, observed), given = window(), covariates()
     y = model(x, observed=observed, **given)
     # The residual head starts at 0.
     own = {kind: value for kind, value in given.items() if kind in models.entry(name).takes}
     assert torch.equal(y, model.model(x, observed=observed, **own))
-    encoder: Any = model.encoder
+    # What a solved model is given is a regression, where static covariates are a constant of each series.
+    encoder, solved = model.encoder, model.in_closed_form
     if model.encoded:
         with torch.no_grad():
-            encoder.head.weight.normal_()
+            (encoder if solved else encoder.head).weight.normal_()
     y = model(x, observed=observed, **given)
     assert y.shape == (4, 8, 3)
     for kind, value in given.items():
-        assert not torch.allclose(model(x, observed=observed, **{**given, kind: value + 1}), y), kind
-    y.sum().backward()
-    assert not model.encoded or all(p.grad is not None and p.grad.any() for p in encoder.parameters())
+        changed = not torch.allclose(model(x, observed=observed, **{**given, kind: value + 1}), y)
+        assert changed != (solved and kind == "static"), kind
+    if not solved:
+        y.sum().backward()
+        assert not model.encoded or all(p.grad is not None and p.grad.any() for p in encoder.parameters())
 
 
 @EACH
@@ -272,10 +279,12 @@ def test_every_model_can_be_given_filled_gaps(name):
     """As if it took none of the optional inputs; a solved model is solved on filled windows."""
     model, (x, observed) = wrap(name, takes=()), window()
     assert any("cannot use missing values" in note for note in model.notes)
-    batch = Batch(x.masked_fill(~observed, math.nan), observed, torch.randn(4, 8, 3), torch.ones(4, 8, 3).bool())
+    y, given = torch.randn(4, 8, 3), covariates()
+    batch = Batch(x.masked_fill(~observed, math.nan), observed, y, torch.ones(4, 8, 3).bool(), **given)
     assert hasattr(model, "solve") == hasattr(model.model, "solve")
     if model.in_closed_form:
         model.solve([batch, replace(batch, y=batch.y + 1)])
-        assert any("closed form" in note for note in model.notes)
-    y = model(batch.x, observed=observed, **covariates())
+        encoder: Any = model.encoder
+        assert encoder.weight.isfinite().all() and encoder.weight.any()
+    y = model(batch.x, observed=observed, **given)
     assert y.shape == (4, 8, 3) and y.isfinite().all()
