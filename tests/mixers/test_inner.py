@@ -157,7 +157,13 @@ def test_backends_that_are_written_in_pytorch_are_called_one_by_one() -> None:
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [("D", torch.ones(3)), ("conv", torch.ones(4, 1, 4)), ("A_log", torch.ones(3, 16)), ("dt_bias", torch.ones(4))],
+    [
+        ("D", torch.ones(3)),
+        ("conv", torch.ones(4, 1, 4)),
+        ("A_log", torch.ones(3, STATES)),
+        ("dt_bias", torch.ones(4)),
+        ("dt_proj", torch.ones(4, RANK)),
+    ],
 )
 def test_what_does_not_fit_is_left_to_the_operators_words(name: str, wrong: Tensor) -> None:
     x, z, weights = drawn("cpu")
