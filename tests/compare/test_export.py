@@ -232,3 +232,17 @@ def test_a_paired_difference_and_its_interval() -> None:
     assert (same["low"], same["difference"], same["high"], same["wins"]) == (0.0, 0.0, 0.0, 0)
     with pytest.raises(ConfigError, match="needs 3 pairs"):
         paired([1.0], [2.0])
+
+
+def test_the_model_is_chosen_on_validation_and_judged_by_the_test(complete: dict[str, Any]) -> None:
+    rows = [dict(row) for name in ("a", "b") for row in complete["tables"][name]["rows"]]
+    assert verdict(rows)["mamba"] == "tsm2"
+    # Best on validation, and worse in the test than the one before.
+    for row in rows:
+        if row["model"] == "s_mamba":
+            row["val_mse"] = 0.0
+    found = verdict(rows)
+    assert found["mamba"] == "s_mamba" and set(found["by_data"].values()) == {"s_mamba"}
+    theirs = [row["mse"] for row in rows if row["model"] == "s_mamba"]
+    assert found["pairs"]["one"]["linear"]["mean"] == pytest.approx(fmean(theirs))
+    assert found["means"]["tsm2"] < found["means"]["s_mamba"]

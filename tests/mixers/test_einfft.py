@@ -53,3 +53,11 @@ def test_what_cannot_be_is_named(arguments, message):
         EinFFT(**arguments)
     with pytest.raises(ConfigError, match=r"\(1, 5, 6\).*d_model = 8"):
         EinFFT(8)(torch.randn(1, 5, 6))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (2, 0, 8)])
+def test_nothing_to_do(shape):
+    x = torch.randn(shape, requires_grad=True)
+    y = EinFFT(8)(x)
+    assert y.shape == shape
+    y.sum().backward()

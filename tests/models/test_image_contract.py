@@ -172,3 +172,10 @@ def test_recurrences_and_positions_do_not_decay(name):
 def test_blocks_are_what_repeats(name):
     blocks = build(name).blocks()
     assert blocks and all(isinstance(block, nn.Module) for block in blocks)
+
+
+@EACH
+def test_a_batch_may_be_empty(name):
+    model, x = build(name).eval(), image(2)
+    assert model(x[:0]).shape == (0, *model(x).shape[1:])
+    assert [len(grid) for grid in model.features(x[:0])] == [0] * len(model.features(x))
