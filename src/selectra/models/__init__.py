@@ -3,7 +3,9 @@
 from .dlinear import DLinear as DLinear
 from .gru import GRU as GRU
 from .itransformer import ITransformer as ITransformer
+from .jamba import Jamba as Jamba
 from .linear import Linear as Linear
+from .mamba_lm import MambaLM as MambaLM
 from .mambavision import MambaVision as MambaVision
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
