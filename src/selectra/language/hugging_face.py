@@ -4,9 +4,10 @@ A model says in `hugging_face` what its config.json would be and in a `Names` ho
 official configurations stand at the end of each model's file.
 """
 
+import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from jaxtyping import Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from selectra.errors import DataError
 from selectra.language.model import LanguageModel
-from selectra.official import Official, Reader, read_dtype, with_options_of
+from selectra.official import Official, Reader, read_dtype, reads, with_options_of
 
 
 class OfficialLanguageModel(Official):
@@ -101,6 +102,8 @@ def read_common(
     chunk_size_feed_forward: Literal[0] = 0,
     is_encoder_decoder: Literal[False] = False,
     problem_type: None = None,
+    id2label: dict[Any, Any] | None = None,
+    label2id: dict[Any, Any] | None = None,
     pad_token_id: int | None = None,
     bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
@@ -110,9 +113,31 @@ def read_common(
     model_type: str = "",
 ) -> Official:
     """What every Hugging Face configuration holds. Apart from `dtype` nothing here changes a loaded model's logits:
-    versions and names, what to return, token ids that generation knows, initial values.
+    versions and names, what to return, token ids that generation knows, initial values, labels of classifiers.
     """
     raise NotImplementedError
+
+
+def own_layout(model_type: str) -> Callable[[type], type]:
+    """Keep a model that nobody else has in the same way: its constructor's arguments are the configuration.
+
+    Its source is "selectra:Class"; a model tells its arguments in `hugging_face`.
+    """
+
+    def register(model: type) -> type:
+        def reader(**options: Any) -> Official:
+            own = {name: value for name, value in options.items() if name in arguments}
+            return official(model(**own), dict, options)
+
+        arguments = {name: p for name, p in inspect.signature(model).parameters.items() if name != "self"}
+        shared = [p for name, p in inspect.signature(read_common).parameters.items() if name not in arguments]
+        reader.__signature__ = inspect.Signature([*arguments.values(), *shared])  # pyright: ignore[reportFunctionMemberAccess]
+        reader.__annotations__ = {**get_type_hints(read_common), **get_type_hints(model.__init__)}
+        reader.__doc__ = model.__doc__
+        reads(f"selectra:{model.__name__}")(reader)
+        return layout(model_type, f"selectra:{model.__name__}")(model)
+
+    return register
 
 
 def common(reader: Reader) -> Reader:
