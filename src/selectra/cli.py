@@ -148,7 +148,7 @@ def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
             middle = [count, ", ".join(entry.takes) or "-", state]
         table.add_row(name, entry.kind, *middle, entry.source or "-")
     if of_models:
-        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes of images and clips; for 50,304 tokens."
+        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes; for 50,304 tokens."
     return table
 
 
@@ -247,9 +247,7 @@ def generate(
     folder: Annotated[Path, typer.Argument(help="Folder of a language model: config.json and weights.")],
     prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, all at once.")] = None,
     file: Annotated[Path | None, typer.Option(help="Further prompts, one a line.")] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help='A tokenizer.json, or "bytes"; default: the one in the folder.')
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help='A tokenizer.json or "bytes"; default: the folder\'s.')] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens for each prompt.")] = 200,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token; higher: more varied.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens alone.")] = None,
@@ -260,13 +258,11 @@ def generate(
     dtype: Annotated[str | None, typer.Option(help='Such as "bfloat16"; default: as the model is kept.')] = None,
 ) -> None:
     """Continue texts with a language model, shown as they come."""
-    from selectra.language.command import GenerateJob, generate_command, read_prompts  # noqa: PLC0415
-    from selectra.language.sampling import Sampling  # noqa: PLC0415
+    from selectra.language.command import GenerateJob, generate_command  # noqa: PLC0415
 
-    job = GenerateJob(
-        folder, read_prompts(prompts or [], file), tokenizer, max_new_tokens, Sampling(temperature, top_k, top_p),
-        tuple(stop or ()), seed, device, dtype,
-    )  # fmt: skip
+    draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    stops = tuple(stop or ())
+    job = GenerateJob(folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype)
     generate_command(job, _console())
 
 

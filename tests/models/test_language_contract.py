@@ -1,4 +1,4 @@
-"""What every registered language model keeps, found by itself: causality, one state in all its uses, padding, packing."""
+"""What every registered language model keeps, found by itself: causality, one state for all uses, padding, packing."""
 
 import copy
 from typing import Any

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from selectra.language.model import LanguageModel
 from tests.golden import PRECISIONS, Golden
 
 NAMES = [
@@ -52,6 +53,7 @@ def test_logits_and_gradients(golden, name, dtype):
 def test_greedy_tokens_with_state(golden, name, dtype):
     stored = Golden.read(golden, name, dtype)
     model = stored.module().model
+    assert isinstance(model, LanguageModel)
     tokens, *rest = stored.inputs()
     mask = rest[0].bool() if rest else None
     wanted = stored.tensors["out.generated"]

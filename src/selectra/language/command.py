@@ -1,8 +1,9 @@
 """`selectra generate`: continue prompts with a model from a folder, the text shown as it comes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,12 +28,14 @@ class GenerateJob:
     """Of the model."""
     prompts: tuple[str, ...]
     """Texts to continue."""
+    file: Path | None = None
+    """Further ones, one a line."""
     tokenizer: str | None = None
     """A tokenizer.json, "bytes", or None for the folder's own."""
     max_new_tokens: int = 200
     """For each prompt."""
-    sampling: Sampling = field(default_factory=Sampling)
-    """How tokens are drawn."""
+    draws: Mapping[str, Any] = field(default_factory=dict)
+    """How tokens are drawn: the fields of `Sampling`."""
     stops: tuple[str, ...] = ()
     """Texts that end an answer."""
     seed: int = 0
@@ -52,14 +55,15 @@ def generate_command(job: GenerateJob, console: Console) -> list[str]:
         DataError: Files, tokens or prompts do not fit.
         ConfigError: An option does not, or the state of so many tokens does not fit into the memory.
     """
+    sampling, prompts = Sampling(**job.draws), read_prompts(job.prompts, job.file)
     tokenizer = find_tokenizer(job.tokenizer or job.folder)
     model = from_pretrained(job.folder, device=read_device(job.device), dtype=job.dtype)
     _require_fitting(tokenizer, model)
-    ids = [tokenizer.encode(prompt) for prompt in job.prompts]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
     writers = [Writer(tokenizer, job.stops) for _ in ids]
     alone = len(ids) == 1
     if alone:
-        _show(console, job.prompts[0])
+        _show(console, prompts[0])
     generator = torch.Generator(model.embedding.weight.device).manual_seed(job.seed)
     ends = end_tokens(job.folder)
 
@@ -72,14 +76,14 @@ def generate_command(job: GenerateJob, console: Console) -> list[str]:
         return writers[row].ended
 
     generate(
-        model, ids, max_new_tokens=job.max_new_tokens, sampling=job.sampling, stop_tokens=ends, generator=generator,
+        model, ids, max_new_tokens=job.max_new_tokens, sampling=sampling, stop_tokens=ends, generator=generator,
         on_token=on_token,
     )  # fmt: skip
     rest = [writer.end() for writer in writers]
     if alone:
         _show(console, rest[0] + "\n")
     else:
-        for number, (prompt, writer) in enumerate(zip(job.prompts, writers, strict=True)):
+        for number, (prompt, writer) in enumerate(zip(prompts, writers, strict=True)):
             console.print(f"[bold]{number + 1}[/bold] {escape(prompt + writer.text)}", highlight=False, soft_wrap=True)
     return [writer.text for writer in writers]
 

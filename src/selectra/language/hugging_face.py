@@ -7,14 +7,14 @@ official configurations stand at the end of each model's file.
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from selectra.errors import DataError
-from selectra.language.model import LanguageModel
+from selectra.language.model import HuggingFace, LanguageModel
 from selectra.official import Official, Reader, read_dtype, reads, with_options_of
 
 
@@ -50,6 +50,8 @@ class Names:
         return {_renamed(key, self._there): value for key, value in state.items()}
 
 
+__all__ = ["SOURCES", "HuggingFace", "Names", "OfficialLanguageModel", "common", "layout", "official", "own_layout"]
+
 Rule = tuple[re.Pattern[str], str]
 
 
@@ -65,15 +67,6 @@ def _renamed(key: str, rules: list[Rule]) -> str:
         if pattern.match(key):
             return pattern.sub(target, key, count=1)
     return key
-
-
-class HuggingFace(NamedTuple):
-    """A model as Hugging Face would keep it."""
-
-    config: dict[str, Any]
-    """What config.json holds."""
-    state: dict[str, Tensor]
-    """The weights under Hugging Face's keys."""
 
 
 # The sources whose configurations say their "model_type", and those of ours that nobody else has.

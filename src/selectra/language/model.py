@@ -23,6 +23,15 @@ class Routed(NamedTuple):
     """Of every layer with experts, for all tokens of the flattened batch."""
 
 
+class HuggingFace(NamedTuple):
+    """A model as Hugging Face would keep it."""
+
+    config: dict[str, Any]
+    """What config.json holds."""
+    state: dict[str, Tensor]
+    """The weights under Hugging Face's keys."""
+
+
 class Block(PreNorm):
     """A mixer and a feed-forward layer, each behind a norm of the residual stream; names as in mamba_ssm's Block.
 
@@ -108,6 +117,10 @@ class LanguageModel(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """What is sharded and checkpointed as one."""
         return list(self.layers)
+
+    def hugging_face(self) -> HuggingFace:
+        """Configuration and weights for a folder in Hugging Face's layout; every model says how."""
+        raise ConfigError(f"{type(self).__name__} has no layout on disk.")
 
     def mixers(self) -> list[Any]:
         """The modules that have a state, in the order of `Stream.layers`."""

@@ -112,9 +112,7 @@ def load_stream(model: "LanguageModel", path: str | Path) -> Stream:
         own = expected[name]
         # A memory of all positions may have any number of slots.
         free = 1 if own.dim() > 1 and own.shape[1] == 0 else None
-        shapes = [
-            tuple(size for axis, size in enumerate(each.shape) if axis != free) for each in (tensor, own)
-        ]
+        shapes = [tuple(size for axis, size in enumerate(each.shape) if axis != free) for each in (tensor, own)]
         if tensor.dim() != own.dim() or shapes[0] != shapes[1]:
             raise DataError(
                 f"'{path}' is no stream of this model: '{name}' has the shape {tuple(tensor.shape)} "

@@ -144,9 +144,7 @@ def find_tokenizer(where: str | Path) -> Tokenizer:
     if path.is_dir() and (path / OURS).is_file():
         return _read_ours(path / OURS)
     if path.is_dir() and not (path / TRAINED).is_file():
-        raise DataError(
-            f"'{path}' has no {TRAINED}; give one, or `bytes` for a model of bytes, with --tokenizer."
-        )
+        raise DataError(f"'{path}' has no {TRAINED}; give one, or `bytes` for a model of bytes, with --tokenizer.")
     return Pieces(path / TRAINED if path.is_dir() else path)
 
 

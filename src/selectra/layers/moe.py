@@ -119,9 +119,7 @@ def grouped_product(
 def _by_segments(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     borders = [0, *ends.tolist()]
     parts = [
-        F.linear(x[start:end], weight[group])
-        for group, (start, end) in enumerate(pairwise(borders))
-        if end > start
+        F.linear(x[start:end], weight[group]) for group, (start, end) in enumerate(pairwise(borders)) if end > start
     ]
     return torch.cat(parts) if parts else F.linear(x, weight[0])
 

@@ -12,10 +12,8 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 
 
-def slots_of(
-    n: Int[Tensor, " b"] | None, x: Tensor, mask: Bool[Tensor, "b l"] | None
-) -> Int[Tensor, "b l"]:
-    """The slot of every position of x (b, l, ...), behind the `n` that each row has; of absent ones, some valid slot."""
+def slots_of(n: Int[Tensor, " b"] | None, x: Tensor, mask: Bool[Tensor, "b l"] | None) -> Int[Tensor, "b l"]:
+    """The slot of every position of x (b, l, ...), behind the `n` that each row has; of absent ones, some slot."""
     length = x.shape[1]
     if mask is None:
         ranks = torch.arange(length, device=x.device).expand(x.shape[0], length)

@@ -1,6 +1,7 @@
 """Packed sequences as a padded batch, for mixers that have no other notion of a border."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -22,7 +23,7 @@ def by_sequence(
     """
     checks.count_states(x, None, cu_seqlens)
     borders = checks.sequence_borders(cu_seqlens, x.shape[1])
-    lengths = [end - start for start, end in zip(borders, borders[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(borders)]
     if not any(lengths):
         return torch.zeros_like(x)
     n, longest = len(lengths), max(lengths)

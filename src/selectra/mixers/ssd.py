@@ -158,7 +158,9 @@ class SSD(nn.Module):
         u, B, C = xBC.split([self.d_inner, bc, bc], -1)
         u = u.unflatten(-1, (self.n_heads, self.d_head))
         # A step of 0 passes the state on as it is.
-        step = zero_absent(F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)).clamp(*self.dt_limit), mask)
+        step = zero_absent(
+            F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)).clamp(*self.dt_limit), mask
+        )
         y, ssm = ssd(
             u,
             step,

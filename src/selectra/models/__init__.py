@@ -17,12 +17,12 @@ from .retnet import RetNet as RetNet
 from .rsmamba import RSMamba as RSMamba
 from .rwkv import RWKV as RWKV
 from .s_mamba import SMamba as SMamba
-from .simba_series import SimbaSeries as SimbaSeries
 from .simba import Simba as Simba
+from .simba_series import SimbaSeries as SimbaSeries
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
 from .tsmixer import TSMixer as TSMixer
 from .videomamba import VideoMamba as VideoMamba
-from .vim2 import ViM2 as ViM2
 from .vim import Vim as Vim
+from .vim2 import ViM2 as ViM2
 from .vmamba import VMamba as VMamba

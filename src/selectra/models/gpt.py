@@ -27,6 +27,14 @@ NAMES = Names(
 )
 
 
+SIZES: dict[str, Any] = {
+    "125m": {"d_model": 768, "depth": 12, "n_heads": 12, "tied": True},
+    "350m": {"d_model": 1024, "depth": 24, "n_heads": 16, "tied": True},
+    "760m": {"d_model": 1536, "depth": 24, "n_heads": 16, "tied": True},
+    "1b3": {"d_model": 2048, "depth": 24, "n_heads": 32, "tied": True},
+}
+
+
 @layout("llama", "huggingface/transformers:LlamaForCausalLM")
 @models.register(
     "gpt",
@@ -35,12 +43,7 @@ NAMES = Names(
     smoke={"d_model": 16, "depth": 2, "n_heads": 4, "n_kv_heads": 2},
     base={"d_model": 256, "depth": 12, "n_heads": 4},
     # The sizes that Mamba's paper compares with: Brown et al. 2020, Table 2.1.
-    **{
-        "125m": {"d_model": 768, "depth": 12, "n_heads": 12, "tied": True},
-        "350m": {"d_model": 1024, "depth": 24, "n_heads": 16, "tied": True},
-        "760m": {"d_model": 1536, "depth": 24, "n_heads": 16, "tied": True},
-        "1b3": {"d_model": 2048, "depth": 24, "n_heads": 32, "tied": True},
-    },
+    **SIZES,
 )
 class GPT(LanguageModel):
     """A Transformer with rotary positions and gated perceptrons (Llama's form).

@@ -10,6 +10,7 @@ convolution.
 """
 
 import math
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -77,23 +78,23 @@ class ImplicitFilter(nn.Module):
         if n_features % 2 == 0 or n_features < 3:
             raise ConfigError(f"n_features={n_features}: needs an odd number of at least 3")
         self.n_filters, self.seq_len, self.n_features = n_filters, seq_len, n_features
-        sine = Sine(d_hidden, frequency)
-        # One sine, shared by all layers of the network.
-        self.net = nn.Sequential(
-            nn.Linear(n_features, d_hidden), sine, nn.Linear(d_hidden, d_hidden), sine, nn.Linear(d_hidden, d_hidden),
-            sine, nn.Linear(d_hidden, n_filters, bias=False),
-        )  # fmt: skip
+        sizes = [n_features, d_hidden, d_hidden, d_hidden]
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+        # One sine for all layers of the network, as in the official code.
+        self.sine = Sine(d_hidden, frequency)
+        self.last = nn.Linear(d_hidden, n_filters, bias=False)
 
     def forward(self, length: int) -> Float[Tensor, "length n_filters"]:
         """The first `length` taps; in float32 at least, since half precision would bend sines of large angles."""
-        weight: Any = self.net[-1].weight
+        weight = self.last.weight
         x = self._features(length, weight.device).to(at_least_float32(weight).dtype)
         # The window falls to 1 % after between 0.3 and 1.5 of the longest length.
         slow, fast = -math.log(1e-2) / 1.5, -math.log(1e-2) / 0.3
         window = (-x[:, :1] * torch.linspace(slow, fast, self.n_filters, dtype=x.dtype, device=x.device)).exp()
         with torch.autocast(x.device.type, enabled=False):
-            for layer in self.net:
-                x = layer(x) if isinstance(layer, Sine) else F.linear(x, *map(at_least_float32, layer.parameters()))
+            for layer in self.hidden:
+                x = self.sine(F.linear(x, *map(at_least_float32, layer.parameters())))
+            x = F.linear(x, at_least_float32(weight))
         return x * window
 
     def _features(self, length: int, device: torch.device) -> Float[Tensor, "length n_features"]:
@@ -258,6 +259,9 @@ class HyenaMixer(nn.Module):
             )
 
 
+SIZES: dict[str, Any] = {"153m": {"vocab_size": 50264, "d_model": 864, "depth": 18, "tied": True}}
+
+
 @own_layout("selectra_hyena")
 @models.register(
     "hyena",
@@ -265,7 +269,7 @@ class HyenaMixer(nn.Module):
     source="arXiv:2302.10866",
     smoke={"d_model": 16, "depth": 2, "seq_len": 256, "n_features": 5, "d_hidden": 8},
     base={"d_model": 256, "depth": 14, "seq_len": 1024},
-    **{"153m": {"vocab_size": 50264, "d_model": 864, "depth": 18, "tied": True}},
+    **SIZES,
 )
 class Hyena(LanguageModel):
     """Hyena: gated long convolutions and perceptrons.

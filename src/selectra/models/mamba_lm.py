@@ -2,10 +2,13 @@
 
 Gu and Dao 2023, arXiv:2312.00752, Sec. 3.4 and Table 12 (Mamba); Dao and Gu 2024, arXiv:2405.21060, Table 9 (Mamba-2).
 
-Source: github.com/state-spaces/mamba, e9594ce: `mamba_ssm/models/mixer_seq_simple.py`; transformers 5.23.0: `models/mamba`,
-`models/mamba2`.
+Source: github.com/state-spaces/mamba, e9594ce: `mamba_ssm/models/mixer_seq_simple.py`; transformers 5.23.0:
+`models/mamba`, `models/mamba2`.
 Glossary: D d_model, N d_state, P d_head (Mamba-2).
-Departures: no attention layers and no perceptrons between blocks (`attn_layer_idx`, `d_intermediate`).
+Departures:
+  layers  no attention and no perceptrons between blocks (`attn_layer_idx`, `d_intermediate`)
+  bias    where projections have a bias, Hugging Face's convolution sees it at padding, so that a padded row is not what
+          it is alone; here it is
 """
 
 from typing import Any, Literal
@@ -33,6 +36,20 @@ NAMES = Names(
 )
 
 
+SIZES: dict[str, Any] = {
+    "130m": {"d_model": 768, "depth": 24, **PADDED},
+    "370m": {"d_model": 1024, "depth": 48, **PADDED},
+    "790m": {"d_model": 1536, "depth": 48, **PADDED},
+    "1b4": {"d_model": 2048, "depth": 48, **PADDED},
+    "2b8": {"d_model": 2560, "depth": 64, **PADDED},
+    "mamba2_130m": {"d_model": 768, "depth": 24, **MAMBA2},
+    "mamba2_370m": {"d_model": 1024, "depth": 48, **MAMBA2},
+    "mamba2_780m": {"d_model": 1536, "depth": 48, **MAMBA2},
+    "mamba2_1b3": {"d_model": 2048, "depth": 48, **MAMBA2},
+    "mamba2_2b7": {"d_model": 2560, "depth": 64, **MAMBA2},
+}
+
+
 @layout("mamba", "huggingface/transformers:MambaForCausalLM")
 @layout("mamba2", "huggingface/transformers:Mamba2ForCausalLM")
 @models.register(
@@ -41,18 +58,7 @@ NAMES = Names(
     source="arXiv:2312.00752",
     smoke={"d_model": 16, "depth": 2, "d_state": 8},
     base={"d_model": 384, "depth": 10},
-    **{
-        "130m": {"d_model": 768, "depth": 24, **PADDED},
-        "370m": {"d_model": 1024, "depth": 48, **PADDED},
-        "790m": {"d_model": 1536, "depth": 48, **PADDED},
-        "1b4": {"d_model": 2048, "depth": 48, **PADDED},
-        "2b8": {"d_model": 2560, "depth": 64, **PADDED},
-        "mamba2_130m": {"d_model": 768, "depth": 24, **MAMBA2},
-        "mamba2_370m": {"d_model": 1024, "depth": 48, **MAMBA2},
-        "mamba2_780m": {"d_model": 1536, "depth": 48, **MAMBA2},
-        "mamba2_1b3": {"d_model": 2048, "depth": 48, **MAMBA2},
-        "mamba2_2b7": {"d_model": 2560, "depth": 64, **MAMBA2},
-    },
+    **SIZES,
 )
 class MambaLM(LanguageModel):
     """Mamba: a stack of Mamba or Mamba-2 blocks over tokens.

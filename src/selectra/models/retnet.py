@@ -12,7 +12,7 @@ Departures:
 Retention is Mamba-2's recurrence with a decay that does not depend on the input, and runs on the same operator.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Int32
@@ -166,6 +166,13 @@ class Retention(nn.Module):
         return y
 
 
+SIZES: dict[str, Any] = {
+    "1b3": {"d_model": 2048, "depth": 24, "n_heads": 8},
+    "2b7": {"d_model": 2560, "depth": 32, "n_heads": 10},
+    "6b7": {"d_model": 4096, "depth": 32, "n_heads": 16},
+}
+
+
 @own_layout("selectra_retnet")
 @models.register(
     "retnet",
@@ -174,11 +181,7 @@ class Retention(nn.Module):
     smoke={"d_model": 16, "depth": 2, "n_heads": 2},
     base={"d_model": 256, "depth": 12, "n_heads": 2},
     # Table 2: heads of 256 channels.
-    **{
-        "1b3": {"d_model": 2048, "depth": 24, "n_heads": 8},
-        "2b7": {"d_model": 2560, "depth": 32, "n_heads": 10},
-        "6b7": {"d_model": 4096, "depth": 32, "n_heads": 16},
-    },
+    **SIZES,
 )
 class RetNet(LanguageModel):
     """RetNet: multi-scale retention and perceptrons.

@@ -77,9 +77,7 @@ def wkv(
     return torch.cat(outputs, 1) if outputs else v, sums
 
 
-def _wkv_chunk(
-    k: Tensor, v: Tensor, w: Tensor, u: Tensor, sums: Sums, mask: Tensor | None
-) -> tuple[Tensor, Sums]:
+def _wkv_chunk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, sums: Sums, mask: Tensor | None) -> tuple[Tensor, Sums]:
     num, den, top = sums
     t = torch.arange(k.shape[1], device=k.device)
     # Present positions up to and with each one: what is absent takes no time.
@@ -254,6 +252,16 @@ class ChannelMix(Shifted):
 PILE = {"vocab_size": 50277}
 
 
+SIZES: dict[str, Any] = {
+    "169m": {"d_model": 768, "depth": 12, **PILE},
+    "430m": {"d_model": 1024, "depth": 24, **PILE},
+    "1b5": {"d_model": 2048, "depth": 24, **PILE},
+    "3b": {"d_model": 2560, "depth": 32, **PILE},
+    "7b": {"d_model": 4096, "depth": 32, **PILE},
+    "14b": {"d_model": 5120, "depth": 40, **PILE},
+}
+
+
 @layout("rwkv", "huggingface/transformers:RwkvForCausalLM")
 @models.register(
     "rwkv",
@@ -261,14 +269,7 @@ PILE = {"vocab_size": 50277}
     source="arXiv:2305.13048",
     smoke={"d_model": 16, "depth": 2},
     base={"d_model": 256, "depth": 12},
-    **{
-        "169m": {"d_model": 768, "depth": 12, **PILE},
-        "430m": {"d_model": 1024, "depth": 24, **PILE},
-        "1b5": {"d_model": 2048, "depth": 24, **PILE},
-        "3b": {"d_model": 2560, "depth": 32, **PILE},
-        "7b": {"d_model": 4096, "depth": 32, **PILE},
-        "14b": {"d_model": 5120, "depth": 40, **PILE},
-    },
+    **SIZES,
 )
 class RWKV(LanguageModel):
     """RWKV-4: decaying means of values instead of attention.
@@ -332,11 +333,11 @@ def _start_layer(time: TimeMix, channel: ChannelMix, layer: int, depth: int) -> 
     """RWKV's start: decays and blends that differ by channel and by depth (Appendix E)."""
     near, rest = layer / max(depth - 1, 1), 1 - layer / depth
     share = torch.arange(time.d_model) / time.d_model
-    time.time_mix_key.copy_(share**rest)
-    time.time_mix_value.copy_(share**rest + 0.3 * near)
-    time.time_mix_receptance.copy_(share ** (0.5 * rest))
-    channel.time_mix_key.copy_(share**rest)
-    channel.time_mix_receptance.copy_(share**rest)
+    blends = share**rest, share**rest + 0.3 * near, share ** (0.5 * rest)
+    for name, blend in zip(("key", "value", "receptance"), blends, strict=True):
+        time.get_parameter(f"time_mix_{name}").copy_(blend)
+    for name in ("key", "receptance"):
+        channel.get_parameter(f"time_mix_{name}").copy_(share**rest)
     h = torch.arange(time.d_inner)
     time.time_decay.copy_(-5 + 8 * (h / max(time.d_inner - 1, 1)) ** (0.7 + 1.3 * near))
     time.time_first.copy_(torch.log(torch.tensor(0.3)) + 0.5 * ((h + 1) % 3 - 1))
