@@ -100,10 +100,10 @@ def test_folders_that_do_not_fit_are_refused_in_words(tmp_path):
     with pytest.raises(ConfigError, match=r"model_type 'mamba3'; there are .*jamba.*Did you mean 'mamba"):
         from_pretrained(tmp_path)
     change(tmp_path, model_type="mamba", vocab_size=300)
-    with pytest.raises(DataError, match="vocabulary has 300 tokens and 'backbone.embeddings.weight' has 256"):
+    with pytest.raises(DataError, match=r"vocabulary has 300 tokens and 'backbone\.embeddings\.weight' has 256"):
         from_pretrained(tmp_path)
     change(tmp_path, vocab_size=256, hidden_size=24)
-    with pytest.raises((DataError, ConfigError), match="24|intermediate_size"):
+    with pytest.raises((DataError, ConfigError), match=r"24|intermediate_size"):
         from_pretrained(tmp_path)
     change(tmp_path, hidden_size=16, mystery=1)
     with pytest.raises(ConfigError, match="no supported option 'mystery'"):

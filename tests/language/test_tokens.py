@@ -65,7 +65,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         Pieces(path)
     for content in ("nonsense", json.dumps({"version": "1.0"})):
         path.write_text(content)
-        with pytest.raises(DataError, match="JSON|no tokenizer"):
+        with pytest.raises(DataError, match=r"JSON|no tokenizer"):
             Pieces(path)
 
 
