@@ -13,6 +13,7 @@ from selectra.layers.moe import grouped_product
 from selectra.registry import models
 from selectra.spec import Spec
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 NAMES = [name for name in models.names("language") if name.endswith("_smoke")]
 
 
@@ -30,6 +31,7 @@ def test_a_graph_needs_a_gpu():
 
 
 @pytest.mark.gpu
+@NEEDS_GPU
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_gives_what_a_cpu_gives(name):
     model, tokens = build(name), torch.randint(32, (3, 50))
@@ -45,6 +47,7 @@ def test_a_gpu_gives_what_a_cpu_gives(name):
 
 
 @pytest.mark.gpu
+@NEEDS_GPU
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "jamba_smoke"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_steps_as_the_model_does(name, dtype):
@@ -60,6 +63,7 @@ def test_a_graph_steps_as_the_model_does(name, dtype):
 
 
 @pytest.mark.gpu
+@NEEDS_GPU
 def test_grouped_products_are_those_of_a_loop():
     torch.manual_seed(0)
     x = torch.randn(70, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
