@@ -2,3 +2,5 @@
 
 from selectra.data.series import SeriesData as SeriesData
 from selectra.data.series import SeriesFile as SeriesFile
+from selectra.data.text import TextData as TextData
+from selectra.data.text import TextFile as TextFile
