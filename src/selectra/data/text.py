@@ -36,8 +36,8 @@ class TextBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "TextBatch":
         """The same batch on another device."""
         borders = None if self.cu_seqlens is None else self.cu_seqlens.to(device, non_blocking=non_blocking)
-        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.tokens, self.targets))
-        return TextBatch(*moved, borders)
+        tokens, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.tokens, self.targets))
+        return TextBatch(tokens, targets, borders)
 
     def __len__(self) -> int:
         return len(self.tokens)
