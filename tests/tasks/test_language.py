@@ -48,8 +48,8 @@ def test_experts_are_kept_in_balance_and_their_use_is_told():
     found = balance(model(batch.tokens, routers=True).router_logits, 2)
     assert torch.allclose(loss.sum - plain.sum, 0.5 * found.loss * 21, rtol=1e-4)
     per_target = {name: value.item() / 21 for name, value in loss.parts.items()}
-    assert per_target["balance"] == pytest.approx(float(found.loss))
-    assert per_target["busiest"] == pytest.approx(4 * float(found.use.max()))
+    assert per_target["balance"] == pytest.approx(found.loss.item())
+    assert per_target["busiest"] == pytest.approx(4 * found.use.max().item())
     assert 0 <= per_target["idlest"] <= 1 <= per_target["busiest"]
     assert per_target["nats"] == pytest.approx(F.cross_entropy(
         model(batch.tokens).flatten(0, 1), batch.targets.flatten()).item())  # fmt: skip
