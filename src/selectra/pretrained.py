@@ -48,7 +48,25 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
     """
     name = "the state" if isinstance(source, Mapping) else str(source)
     state = strip(dict(source)) if isinstance(source, Mapping) else read_state(Path(source))
-    ours = model.state_dict()
+    fitted, loaded = fit_state(model, state, name)
+    model.load_state_dict(fitted)
+    return loaded
+
+
+def fit_state(
+    model: nn.Module, state: Mapping[str, Tensor], name: str = "the state"
+) -> tuple[dict[str, Tensor], Loaded]:
+    """A state in the names and shapes of an image model, whole: what the model starts anew is as it is there.
+
+    Args:
+        model: One of ours.
+        state: Under our names or those of the official code; parts that were dropped from the model may be in it.
+        name: Of the state, for messages.
+
+    Raises:
+        DataError: It lacks parameters, or has others or other shapes.
+    """
+    ours, state = model.state_dict(), dict(state)
     if hasattr(model, "from_official_keys"):
         renamed = model.from_official_keys(state)  # pyright: ignore[reportCallIssue]
         # Some keys are alike in both: the names of more parameters are the right ones.
@@ -61,10 +79,10 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
             if fitted is not None:
                 state[key] = fitted
                 resized.append(key)
+    dropped: set[str] = getattr(model, "pruned", set())
+    state = {key: value for key, value in state.items() if key in ours or key not in dropped}
     _require_fitting(name, type(model).__name__, state, ours, fresh)
-    kept = {key: value for key, value in state.items() if key in ours and key not in fresh}
-    model.load_state_dict(kept, strict=False)
-    return Loaded(tuple(resized), fresh)
+    return {key: ours[key] if key in fresh else state[key] for key in ours}, Loaded(tuple(resized), fresh)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -30,7 +30,8 @@ Departures, all of them our choices where the paper is silent or contradicts its
   B bar          is printed as exp(delta A - I); as in Mamba's code it is delta B here
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Collection
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import Mlp, NormedPatches, PatchMerging, start_linear
+from selectra.layers.image_model import LAST, Pyramid
 from selectra.mixers import CrossScan2d, SelectiveChannel, SelectivePath, WeightedAverage
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
@@ -98,12 +100,15 @@ class Stage(nn.Module):
         self.tokens, self.channels, self.downsample = nn.ModuleList(tokens), nn.ModuleList(channels), downsample
         self.average = WeightedAverage(len(tokens)) if averaging else None
 
-    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        """Everything but the way to the next stage."""
+    def forward(
+        self, x: Float[Tensor, "b h w d"], through: Callable[..., Any] | None = None
+    ) -> Float[Tensor, "b h w d"]:
+        """Everything but the way to the next stage; `through` calls a mixer, if given."""
+        call = through or (lambda mixer, x: mixer(x))
         tokens, channels = [x], [x]
         for token, channel in zip(self.tokens, self.channels, strict=True):
-            tokens.append(token(self.average.token_input(tokens, channels) if self.average else channels[-1]))
-            channels.append(channel(self.average.channel_input(tokens, channels) if self.average else tokens[-1]))
+            tokens.append(call(token, self.average.token_input(tokens, channels) if self.average else channels[-1]))
+            channels.append(call(channel, self.average.channel_input(tokens, channels) if self.average else tokens[-1]))
         return channels[-1]
 
 
@@ -116,7 +121,7 @@ class Stage(nn.Module):
     small={"depths": (2, 2, 18, 2)},
     base={"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "channel_dims": (256, 512, 1024, 1024)},
 )
-class ViM2(nn.Module):
+class ViM2(Pyramid):
     """ViM2's classifier; our reading, no code was released. Images of any size of a patch or more.
 
     Args:
@@ -160,8 +165,6 @@ class ViM2(nn.Module):
             raise ConfigError(f"dims={dims}, depths={depths}, channel_dims={channel_dims}: needs one of each a stage")
         if channel_mixer not in get_args(ChannelMixer):
             raise ConfigError(f"channel_mixer={channel_mixer!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
-        self.feature_dims = tuple(dims)
-        self.feature_strides = tuple(patch_size * 2**i for i in range(len(dims)))
         self.patch_embed = NormedPatches(in_channels, dims[0], patch_size)
         rates = rising_rates(drop_path, sum(depths))
         self.layers = nn.ModuleList()
@@ -179,25 +182,32 @@ class ViM2(nn.Module):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], n_classes)
         start_linear(self.modules(), (m.dt_proj for m in self.modules() if isinstance(m, SelectivePath)))
+        strides = [patch_size * 2**i for i in range(len(dims))]
+        self.describe(in_channels, dims, strides, range(len(dims)), "avg")
 
-    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
-        """The grid behind every stage, finest first, not normalised."""
+    def run(
+        self, x: Float[Tensor, "b c H W"], after: Collection[int]
+    ) -> tuple[list[Float[Tensor, "b h w d"]], tuple[int, ...]]:
+        """The grids behind some stages."""
         x, grids = self.patch_embed(x), []
-        for stage in self.layers:
+        for i, stage in enumerate(self.layers):
             assert isinstance(stage, Stage)
-            x = stage(x)
-            grids.append(x)
+            x = stage(x, self.through)
+            if i in after:
+                grids.append(x)
+            if len(grids) == len(after):
+                break
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        return grids
+        return grids, ()
 
-    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        """What the head reads: the last grid's mean."""
-        return self.norm(self.features(x)[-1]).mean((1, 2))
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        return self.head(self.embed(x))
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        fine = [
+            (r"^layers\.(\d+)\.downsample", LAST),
+            (r"^layers\.(\d+)\.(?:tokens|channels|average\.\w+)\.(\d+)", None),
+            (r"^norm\.", LAST),
+        ]
+        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
