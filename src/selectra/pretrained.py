@@ -54,19 +54,19 @@ def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor])
 
 
 def fit_state(
-    model: nn.Module, state: Mapping[str, Tensor], name: str = "the state"
+    model: nn.Module, given: Mapping[str, Tensor], name: str = "the state"
 ) -> tuple[dict[str, Tensor], Loaded]:
     """A state in the names and shapes of an image model, whole: what the model starts anew is as it is there.
 
     Args:
         model: One of ours.
-        state: Under our names or those of the official code; parts that were dropped from the model may be in it.
+        given: A state under our names or those of the official code; parts that were dropped from the model may be in it.
         name: Of the state, for messages.
 
     Raises:
         DataError: It lacks parameters, or has others or other shapes.
     """
-    ours, state = model.state_dict(), dict(state)
+    ours, state = model.state_dict(), dict(given)
     if hasattr(model, "from_official_keys"):
         renamed = model.from_official_keys(state)  # pyright: ignore[reportCallIssue]
         # Some keys are alike in both: the names of more parameters are the right ones.

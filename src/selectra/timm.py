@@ -51,6 +51,7 @@ class Features(FeatureGetterNet):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As of the model."""
+        assert isinstance(self.model, ImageModel)
         self.model.set_grad_checkpointing(enable)
 
 

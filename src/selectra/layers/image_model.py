@@ -349,8 +349,8 @@ class Plain(ImageModel):
         self.drops = self.drops[: stop + 1]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        stem = r"^(cls_token|pos_embed|time_embed|patch_embed|pre_norm)"
-        return {"stem": stem, "blocks": [(rf"^{self.level_name}\.(\d+)", None), (r"^(norm_f|ln1|ln2)\.", LAST)]}
+        stem = r"^(?:cls_token|pos_embed|time_embed|patch_embed|pre_norm)"
+        return {"stem": stem, "blocks": [(rf"^{self.level_name}\.(\d+)", None), (r"^(?:norm_f|ln1|ln2)\.", LAST)]}
 
 
 class Pyramid(ImageModel):
