@@ -1,13 +1,17 @@
 """What timm promises of its models, over every model that `selectra.timm` registers, with small widths and depths."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.layers import Format
-from timm.models import FeatureInfo
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.data.config import resolve_model_data_config
+from timm.layers.format import Format
+from timm.models._features import FeatureInfo
+from timm.models._manipulate import group_parameters
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 import selectra.timm
@@ -99,7 +103,7 @@ def test_default_cfg(name):
     assert f"{cfg['first_conv']}.weight" in state and f"{cfg['classifier']}.weight" in state
     assert state[f"{cfg['first_conv']}.weight"].shape[1] == cfg["input_size"][0] == 3
     assert cfg["mean"] == (0.485, 0.456, 0.406) and cfg["paper_ids"].startswith("arXiv:")
-    assert timm.data.resolve_model_data_config(model)["input_size"][0] == 3
+    assert resolve_model_data_config(model)["input_size"][0] == 3
     features = model.forward_features(x)
     assert features.shape[2 if is_plain(name) else 1] == model.num_features
     if not is_plain(name):
@@ -174,7 +178,7 @@ def test_features_equal_intermediates(name):
     some.load_state_dict(model.state_dict())
     normed = model.forward_intermediates(x, numbers, norm=model.normed_features, intermediates_only=True)
     assert all(torch.equal(*pair) for pair in zip(some(x), normed, strict=True))
-    sum(grid.square().sum() for grid in some(x)).backward()
+    torch.stack([grid.square().sum() for grid in some(x)]).sum().backward()
     without = [key for key, p in some.named_parameters() if p.grad is None]
     assert without == [] and len(list(some.parameters())) < len(list(model.parameters()))
 
@@ -216,21 +220,17 @@ def test_checkpointing_changes_no_gradient(name):
     assert kept[0] < all_kept[0] / 2
 
 
-class saved_bytes(torch.autograd.graph.saved_tensors_hooks):  # noqa: N801
+@contextmanager
+def saved_bytes() -> Iterator[list[int]]:
     """Counts what autograd keeps."""
+    count = [0]
 
-    def __init__(self) -> None:
-        self.count = [0]
+    def pack(tensor: Tensor) -> Tensor:
+        count[0] += tensor.nbytes
+        return tensor
 
-        def pack(tensor: Tensor) -> Tensor:
-            self.count[0] += tensor.nbytes
-            return tensor
-
-        super().__init__(pack, lambda tensor: tensor)
-
-    def __enter__(self) -> list[int]:
-        super().__enter__()
-        return self.count
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
 
 
 @EACH
@@ -251,7 +251,7 @@ def test_groups_of_parameters(name):
     groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=kept)
     assert sum(len(group["params"]) for group in groups) == len(names)
     for coarse in (False, True):
-        layers = timm.models.group_parameters(model, model.group_matcher(coarse), reverse=True)
+        layers = group_parameters(model, model.group_matcher(coarse), reverse=True)
         assert set(layers) == names
         last = max(layers.values())
         assert min(layers.values()) == layers[f"{model.default_cfg['first_conv']}.weight"] == 0
@@ -276,7 +276,7 @@ def test_rates_of_what_is_left_out(name):
 def test_real_sizes_without_weights(name):
     """Counts of all sizes are with the tests of each model."""
     with torch.device("meta"):
-        model = timm.create_model(name)
+        model: Any = timm.create_model(name)
     count = sum(p.numel() for p in model.parameters())
     assert COUNTS.get(name, count) == count
     net = selectra.timm.Features(model)

@@ -47,7 +47,13 @@ class Features(FeatureGetterNet):
     def __init__(self, model: ImageModel, out_indices: Any = None, norm: bool | None = None, **options: Any) -> None:
         indices = tuple(model.seen) if out_indices is None else out_indices
         super().__init__(model, indices, norm=model.normed_features if norm is None else norm, **options)
-        self.register_load_state_dict_pre_hook(_fit_features)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of every module; the state of the whole model is taken, too."""
+        if strict and state_dict.keys() != self.state_dict().keys():
+            fitted, _ = fit_state(self.model, strip(dict(state_dict)))
+            state_dict = {f"model.{key}": value for key, value in fitted.items()}
+        return super().load_state_dict(state_dict, strict, assign)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """As of the model."""
@@ -96,7 +102,7 @@ def build(
     model.head_drop.p = drop_rate
     if num_classes < 1 or global_pool not in (None, model.global_pool):
         model.reset_classifier(num_classes, global_pool)
-    model.register_load_state_dict_pre_hook(_fit_model)
+    model.fit = _fit_model
     return model.to(device=device, dtype=dtype)
 
 
@@ -126,39 +132,16 @@ def _fit_pretrained(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     return fit_state(model, strip(dict(state)), "the file")[0]
 
 
-def _fit_model(
-    model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *_: list[str]
-) -> None:
-    """Bring a state to the model's names and shapes before it is loaded; a part of a whole is left alone.
-
-    A state that is not to be loaded strictly may be incomplete, but not of another model.
-    """
-    if prefix:
-        return
+def _fit_model(model: nn.Module, state: Mapping[str, Any], strict: bool) -> Mapping[str, Any]:
+    """A state in the model's names and shapes; one that is not to be whole may be a part, but not of another model."""
     ours = model.state_dict()
-    if state.keys() == ours.keys() and all(state[key].shape == own.shape for key, own in ours.items()):
-        return
+    if strict and state.keys() == ours.keys() and all(state[key].shape == own.shape for key, own in ours.items()):
+        return state
     if strict:
-        _replace(state, fit_state(model, strip(dict(state)))[0])
-    elif state and not state.keys() & ours.keys():
+        return fit_state(model, strip(dict(state)))[0]
+    if state and not state.keys() & ours.keys():
         raise DataError(f"the state has no parameter of this {type(model).__name__}: is it of another model?")
-
-
-def _fit_features(
-    net: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, *_: list[str]
-) -> None:
-    """The same for a net of features, which takes the state of the whole model, too."""
-    assert isinstance(net, Features)
-    if prefix or state.keys() == net.state_dict().keys():
-        return
-    if strict:
-        fitted, _loaded = fit_state(net.model, strip(dict(state)))
-        _replace(state, {f"model.{key}": value for key, value in fitted.items()})
-
-
-def _replace(state: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    state.clear()
-    state.update(other)
+    return state
 
 
 def _cfg(entry: Entry) -> dict[str, Any]:

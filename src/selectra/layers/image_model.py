@@ -4,7 +4,7 @@ A model is built of levels: the blocks of a stack at one resolution (`Plain`), o
 It says how to run up to some of them; all else follows here. Nothing of it needs timm.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -48,6 +48,8 @@ class ImageModel(nn.Module):
     # Whether `features` are normalised as what the head reads.
     normed_features: ClassVar[bool] = False
     output_fmt: ClassVar[str] = "NCHW"
+    # Brings a state, of the model itself and not of what it is a part of, to the model's names and shapes.
+    fit: Callable[[nn.Module, Mapping[str, Any], bool], Mapping[str, Any]] | None
 
     def describe(
         self, in_channels: int, dims: Sequence[int], strides: Sequence[int], seen: Sequence[int], pool: str
@@ -69,9 +71,14 @@ class ImageModel(nn.Module):
         self._see(self.seen)
         self.num_features = self.head_hidden_size = dims[-1]
         self.head_drop = nn.Dropout(0.0)
-        self.grad_checkpointing = False
+        self.grad_checkpointing, self.fit = False, None
         # Names of parameters that were dropped.
         self.pruned: set[str] = set()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of every module; where the model is timm's, of official names and other sizes, too."""
+        fitted = state_dict if self.fit is None else self.fit(self, state_dict, strict)
+        return super().load_state_dict(fitted, strict, assign)
 
     def run(self, x: Tensor, after: Collection[int]) -> tuple[list[Any], tuple[int, ...]]:
         """What stands behind some levels, in rising order and not normalised, and the grid of a plain stack's tokens.
