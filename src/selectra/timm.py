@@ -70,6 +70,7 @@ def build(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     global_pool: str | None = None,
+    output_stride: int = 32,
     device: Any = None,
     dtype: Any = None,
     **arguments: Any,
@@ -85,6 +86,7 @@ def build(
         drop_rate: Share of the classifier's inputs that training leaves out.
         drop_path_rate: Rate at which the last block is left out in training; earlier ones less often.
         global_pool: What the classifier reads of the last level; by default what the paper's model does.
+        output_stride: Not to be changed: there are no dilated forms.
         device: Where to put it.
         dtype: In which precision.
         arguments: Others of the model's class.
@@ -94,6 +96,8 @@ def build(
     """
     if not 0 <= drop_rate < 1:
         raise ConfigError(f"drop_rate={drop_rate}: must be at least 0 and less than 1")
+    if output_stride != 32:
+        raise ConfigError(f"output_stride={output_stride}: takes 32; there are no dilated forms")
     own: dict[str, Any] = {"n_classes": max(num_classes, 1), "in_channels": in_chans, "drop_path": drop_path_rate}
     if img_size is not None and "img_size" in entry.parameters():
         own["img_size"] = img_size if isinstance(img_size, int) else tuple(img_size)
