@@ -4,6 +4,7 @@ import os
 import sys
 import types
 from argparse import Namespace
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from selectra.errors import DataError
 from selectra.models import VideoMamba, Vim
 from selectra.official import BACK
 from selectra.pretrained import load_pretrained, read_state
+from tests.golden import Golden
 
 STACK: dict[str, Any] = {"d_model": 16, "depth": 4, "d_state": 2, "num_classes": 5}
 DIMS: dict[str, Any] = {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_classes": 5}
@@ -206,9 +208,28 @@ def test_positions_that_are_of_no_square_need_their_grid():
 def test_weights_of_images_for_clips():
     """VideoMamba's inflation: at the start a clip of one patch is scored as the image in its middle."""
     sizes = {**SMALL, "img_size": 32}
-    model, clips = VideoMamba(**sizes).eval(), VideoMamba(**sizes, n_frames=3, tubelet=3).eval()
-    torch.nn.init.normal_(clips.head.weight)
+    model = VideoMamba(**sizes).eval()
+    clips: Any = VideoMamba(**sizes, n_frames=3, tubelet=3).eval()
+    clips.head.reset_parameters()
     loaded = load_pretrained(clips, model.state_dict())
     assert loaded.resized == ("patch_embed.proj.weight",) and loaded.fresh == ("time_embed",)
     x = torch.randn(1, 3, 3, 32, 32)
     assert torch.allclose(clips(x), model(x[:, :, 1]), atol=1e-5)
+
+
+GOLDEN = ["vim_v2_midcls_div2", "vim_v2_nocls_meanpool", "vmamba_v05noz_ln2d", "vmamba_v0_ln_n16", "simba_net_mlp"]
+
+
+@pytest.mark.parametrize("name", [*GOLDEN, "simba_net_einfft", "videomamba_image", "videomamba_video"])
+def test_official_states_are_read_as_files(name, golden, tmp_path):
+    """What `from_official` makes of a state of the official code, a file of it makes too."""
+    stored = Golden.read(golden, name, torch.float32)
+    official = stored.module()
+    state = {key.removeprefix("state."): value for key, value in stored.tensors.items() if key.startswith("state.")}
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "official.pth")
+    other = deepcopy(official.model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.normal_()
+    assert load_pretrained(other, tmp_path / "official.pth") == ((), ())
+    assert torch.equal(other(*stored.inputs()), official(*stored.inputs())[0])

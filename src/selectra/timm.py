@@ -122,7 +122,7 @@ def create(entry: Entry, pretrained: bool | str | Path = False, **options: Any) 
         partial(build, entry),
         PREFIX + entry.name,
         path is None and bool(pretrained),
-        feature_cfg={"feature_cls": Features, "out_indices": None},
+        feature_cfg={"feature_cls": Features, "out_indices": None, "output_fmt": "NCHW"},
         pretrained_filter_fn=_fit_pretrained,
         **options,
     )

@@ -260,8 +260,9 @@ def _downsample(kind: str, d_in: int, d_out: int) -> nn.Module:
 
 def rename(state: dict[str, Tensor], model: VMamba) -> dict[str, Tensor]:
     """Names of the last version's two files, and of the first version's checkpoints."""
-    # Patch merging has its norm first; convolutions between stages have it last.
-    is_merge = any(".downsample.2." in key for key in state)
+    ways = [stage.downsample for stage in model.layers if isinstance(stage, Stage) and stage.downsample is not None]
+    # Of a model that was cut behind its first stage the state says it.
+    is_merge = isinstance(ways[0], PatchMerging) if ways else any(".downsample.2." in key for key in state)
     downsample = {"1.": "norm.", "2.": "reduction."} if is_merge else {"1.": "conv.", "3.": "norm."}
     if isinstance(model.patch_embed, ConvStem):
         stem = {"0.": "first.conv.", "2.": "first.norm.", "5.": "second.conv.", "7.": "second.norm."}
