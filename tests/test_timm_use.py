@@ -48,7 +48,14 @@ def test_pyramids_below_segmentation_heads(head):
 @pytest.mark.parametrize("name", ["vim_tiny", "rsmamba_small", "videomamba_tiny"])
 def test_plain_stacks_below_dpt(name):
     """They have one resolution, for which other heads of segmentation-models-pytorch have no place."""
-    options = {"encoder_weights": None, "in_channels": 4, "classes": 3, "d_model": 16, "d_state": 2, "img_size": 64}
+    options: dict[str, Any] = {
+        "encoder_weights": None,
+        "in_channels": 4,
+        "classes": 3,
+        "d_model": 16,
+        "d_state": 2,
+        "img_size": 64,
+    }
     model = smp.DPT(f"tu-selectra_{name}", decoder_readout="ignore", **options)
     assert model(torch.randn(2, 4, 64, 96)).shape == (2, 3, 64, 96)
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
@@ -131,7 +138,7 @@ def test_what_vim_reads_and_what_timm_may_ask_for(pool):
 
 
 def test_two_heads_of_token_labels_are_exchanged_together():
-    options = {"d_stem": 4, "mlp_ratios": (2,) * 4, "d_state": 2, "token_labels": True, **PYRAMID}
+    options: dict[str, Any] = {"d_stem": 4, "mlp_ratios": (2,) * 4, "d_state": 2, "token_labels": True, **PYRAMID}
     model: Any = timm.create_model("selectra_simba_small_mlp", num_classes=3, **options).eval()
     head, aux_head = model.get_classifier()
     assert (head.out_features, aux_head.out_features) == (3, 3)
@@ -157,7 +164,7 @@ def test_copies_are_whole():
 def test_compiled_models_and_features(name):
     """In one graph, with checkpointing in training."""
     torch.compiler.reset()
-    sizes = {**STACK, "depth": 1} if name == VIM else {"dims": (8, 16), "depths": (1, 1)}
+    sizes: dict[str, Any] = {**STACK, "depth": 1} if name == VIM else {"dims": (8, 16), "depths": (1, 1)}
     model: Any = timm.create_model(name, num_classes=3, **sizes).train()
     net: Any = timm.create_model(name, features_only=True, **sizes).eval()
     x = torch.randn(2, 3, 32, 32)

@@ -8,8 +8,10 @@ mamba_vision.py`; written anew from the paper.
 Glossary: levels are the stages; the first two convolve, in the others blocks mix the tokens of windows, the first half
 of them by `HalfMamba`, the second by attention.
 
-Departures: the bias of the steps is added twice, in their projection and in the scan, as the authors confirm of their
-code; the weights were trained so. Not held to stored outputs of the official code, of which there are none here.
+Departures, paper and official code against each other and against this:
+  steps' bias  is added twice, in their projection and in the scan, as the authors confirm of their code (issue 32); the
+               weights were trained so
+  outputs      are not held to stored ones of the official code, of which there are none here
 """
 
 from collections.abc import Callable, Collection, Sequence

@@ -15,6 +15,8 @@ Departures, paper and official code against each other and against this:
   projections   are linear and see one token, so they act once on what three paths share; the code has them three times
   middle token  the code inserts it at L // 2 and reads (L + 1) // 2, which is a token of the image where L is odd; here
                 it is the class token, and in what `from_official` gives it is the code's
+  three paths   without a gate (`paths="shuffle_mean"`) are averaged after the backward one is turned back, as there
+  training      is in batches of 1,024 in the paper, of 16 a device in the configurations
   head_tail     as position of the class token fails in the code; it is not built
   start         steps start as Mamba's; with some versions of transformers the official mixer's start as linear maps do
 """

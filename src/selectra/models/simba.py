@@ -16,10 +16,14 @@ Departures, paper and official code against each other and against this:
   Alg. 1         has no second layer and no soft threshold in one listing; the code has both
   Eq. 8          is the bilinear rule where the text says zero-order hold; the code has Mamba's, as here
   results        the text says 82.7 and 83.9 % for S (EinFFT) and L, the tables 81.7 and 84.4 %; published parameter
-                 counts include the auxiliary head (`token_labels=True`)
+                 counts include the auxiliary head (`token_labels=True`); models trained with token labels, here and in
+                 the comparison, stand beside others; L with the MLP is called unstable
   class block    its Mamba sees one token alone, so nothing recurs in it and its A has no effect
   token labels   training on them mixes tokens and gives scores of every token; here both modes give what the official
-                 evaluation does: class scores plus half of the tokens' greatest
+                 evaluation does: class scores plus half of the tokens' greatest. Users report not-a-numbers in official
+                 training without them (badripatro/simba#6, open)
+  training       the text has a rate of 1e-5, its table and the script 1e-3; 300 or 310 epochs; drop path 0.1 in the
+                 paper and the configuration, 0.05 in the repository's command
   start          the official code draws the steps' projections anew and zeroes their bias, so that all steps start at
                  0.69; here they start as Mamba does (`start="shipped"` for the other)
 """

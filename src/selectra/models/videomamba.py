@@ -13,6 +13,9 @@ Departures, paper and official code against each other and against this:
   start        the official code starts the whole model as linear maps do, so that Mamba's start of the steps is lost
                and all of them begin at 0.69; here they start as Mamba's (`start="shipped"` for the other)
   base         is left out of the paper's comparison; it is the last of the released image sizes
+  middle       M and B are trained by distillation from S; the zoo's models were fine-tuned without the layer-wise decay
+               that the paper names, by a fault since mended (without gain)
+  views        on Something-Something are 3 x 3 in the zoo's table, 3 x 2 in the paper's
   positions    of another size or number of frames are resized here; the official code refuses them
 """
 

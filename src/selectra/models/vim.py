@@ -13,7 +13,13 @@ Departures, paper and official code against each other and against this:
   positions     official code that resizes them takes the class token's to be the first, while it is the middle one;
                 here it stays with its token, and grids are resized by themselves, when an image has another size
   CPU path      of the official mixer leaves the backward direction out (`use_fast_path=False`): it is not rebuilt
-  results       the paper's last version has 80.3 and 81.4 % for S and S+, the repository 80.5 and 81.6 %
+  results       the paper's last version has 80.3 and 81.4 % for S and S+, the repository 80.5 and 81.6 %; users did not
+                find the published gain in speed and memory in S and B (hustvl/Vim#17)
+  precision     official training is float32; users report not-a-numbers under autocast (hustvl/Vim#30). Here scan and
+                residual stream are float32 inside, whatever the activations are
+  training      the paper's weight decay is 0.05, the script of Ti has 0.1; its fine-tuning at stride 8 has a rate of
+                1e-5, the script 5e-6
+  B bar         the paper prints (delta A)^-1 (exp(delta A) - I) delta B; all code, this too, has delta B
   not built     rotary positions, flipped sequences, pairs of layers (`if_bidirectional`): no released weights have them
 """
 

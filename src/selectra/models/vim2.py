@@ -9,25 +9,34 @@ were ever released, and the second version replaces all methods.
 Glossary: L layers of a stage; y_Token, y_Channel, alpha, beta, theta, gamma as in Sec. 3.2 (`WeightedAverage`).
 
 Departures, all of them our choices where the paper is silent or contradicts itself; most can be switched off:
+  y^(0)          the text has y_Token^(0) twice for the inputs of a stage; the second is read as y_Channel^(0)
+  gate           its sign is called a non-linearity; here it multiplies by an activated map of the input, as in Mamba.
+                 The figure has an output projection, the equations none; here there is one
   routes         the paper names top left to bottom right, its reverse, and top right to bottom left and its reverse;
                  VMamba, which it says these come from, goes by rows, by columns and backwards; so does this
   selection      the equations select B, C and the step from the input, VMamba's code from the convolution's output; so
                  does this, and so it equals `vmamba` without channel mixers, as the paper says it should
   residuals      the equations have none, norms are not mentioned: here each mixer stands behind a LayerNorm and is
                  added to its input, which the same equality asks for
-  averaging      no start is given: here the plain chain, from which skips are learned (`averaging=False` keeps it)
+  averaging      no start is given: here the plain chain, from which skips are learned (`averaging=False` keeps it).
+                 The memory that the paper states makes its weights scalars, not normalised; so they are here. Others'
+                 readings differ: a vector per token divided by the number of terms (samba-mixer), a softmax (a
+                 replication of TSM2)
   layers         the table has two token mixers for each channel mixer, the equations one: here a layer is one token
                  mixer, and every second layer, or the last, has a channel mixer (`channel_every`); others hand on
                  what it would have heard
   channel mixer  "CW-Linear c, CW-S6 c, CW-Linear c" with the table's widths c, which are not those of the stage. A
                  linear map along all tokens would have 32 M parameters in the first stage alone, against the 20 M
                  published, so maps act on channels. S6 scans each token's channels in groups of `channel_group`,
-                 with the same parameters for all tokens (`channel_mixer="mlp"` or `"none"` instead)
+                 with the same parameters for all tokens (`channel_mixer="mlp"` or `"none"` instead). One section
+                 has two directions along the channels, another "the same scans as the token mixer"; here there are two
   stem           4 x 4 patches give 56 x 56 tokens of 224 pixels, the table prints 112 x 112
   parameters     22.5, 40.4 and 69.7 M here for tiny, small and base; the paper prints 20, 43 and 74 M, which its own
                  table cannot give: the token mixers, the ways between stages and the head alone have 19.3 M in tiny,
                  which leaves 0.7 M for the same channel mixers that would have 9.3 M in small
   B bar          is printed as exp(delta A - I); as in Mamba's code it is delta B here
+  results        are "preliminary" in the paper, without FLOPs; its row of ViM-T for COCO has box figures in the columns
+                 of masks
 """
 
 from collections.abc import Callable, Collection

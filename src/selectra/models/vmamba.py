@@ -13,9 +13,12 @@ Departures, paper and official code against each other and against this:
   start         the official code at its last version draws the steps' projections anew with all linear maps, so that
                 the special start of their weights is lost, and keeps that of their biases; what made the released
                 checkpoints kept both, and so does this (`start="shipped"` for the other)
-  VMamba-B      the first paper reports 83.2 % for it, the repository 83.7 %
+  results       the first paper reports 83.2 % for VMamba-B, the repository 83.7 %; of vanilla T 4.5 GFLOPs were first
+                stated and 5.6 later; training is slower than Swin's, as the authors say (MzeroMiko/VMamba#234)
   precision     scans are float32 inside whatever the activations are, as in v05; v0 also scans float32 inputs
-  forward types those with fewer routes, other norms or activations after the scan are not built, no weights have them
+  forward types those with fewer routes (which keep four sets of parameters), other norms or activations after the scan
+                are not built, no weights have them; the code names types of Mamba-2 ("m0") and lacks what they call
+  B bar         the paper prints (delta A)^-1 (exp(delta A) - I) delta B; all code, this too, has delta B
 """
 
 import math
