@@ -154,6 +154,8 @@ def test_intermediates(name):
         for stop_early in (False, True):
             got = taken(indices=indices, stop_early=stop_early)
             assert all(torch.equal(one, grids[i]) for one, i in zip(got, numbers, strict=True))
+    whole, first = model.forward_intermediates(x, [0])
+    assert torch.equal(whole, final) and len(first) == 1 and torch.equal(first[0], grids[0])
     early, first = model.forward_intermediates(x, [0], stop_early=True)
     assert torch.equal(first[0], grids[0]) and early.shape[-1 if is_plain(name) else 1] == info.channels()[0]
     assert torch.equal(taken(output_fmt="NHWC")[1], grids[1].permute(0, 2, 3, 1))
