@@ -168,9 +168,8 @@ def test_a_whole_token_mixer_with_static_selection(monkeypatch):
     monkeypatch.setattr(mixer, "select", lambda u: tuple(t.expand(*u.shape[:3], -1, -1) for t in constants))
     scanned = []
     monkeypatch.setattr(F, "silu", lambda u: u)
-    mixer.conv2d = torch.nn.Conv2d(d, d, 1, groups=d).double()
+    mixer.conv2d = torch.nn.Conv2d(d, d, 1, groups=d, bias=False).double()
     torch.nn.init.ones_(mixer.conv2d.weight)
-    torch.nn.init.zeros_(mixer.conv2d.bias)
     for i in range(h * w):
         impulse = torch.zeros(1, h * w, d).double()
         impulse[:, i] = 1
