@@ -18,8 +18,10 @@ from selectra.spec import Run
 from selectra.tasks.task import Task
 from selectra.train.batches import Passes, TrainingOrder, Windows, every_window_once
 from selectra.train.checkpoint import CHECKPOINT, writable_folder
+from selectra.train.depth import training_mode
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import World, pick_device, wait_for_gradients, wrap
+from selectra.train.precision import Precision, autocast
 from selectra.train.progress import Clock, Display
 from selectra.train.record import BackendWatch, Record, open_record
 from selectra.train.state import State, StoppedBy
@@ -38,15 +40,22 @@ class Fitted:
 
 
 def evaluate(
-    model: nn.Module, task: Task, windows: Windows, batch_size: int, world: World | None = None
+    model: nn.Module,
+    task: Task,
+    windows: Windows,
+    batch_size: int,
+    world: World | None = None,
+    precision: Precision = "float32",
 ) -> dict[str, float]:
     """The task's metrics on every window exactly once, whatever the batch size and the number of processes."""
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
     evaluator, was_training = task.evaluator(), model.training
     model.eval()
-    for batch in every_window_once(windows, batch_size, world):
-        evaluator.update(model, batch.to(world.device))
-    model.train(was_training)
+    with autocast(world.device, precision):
+        for batch in every_window_once(windows, batch_size, world):
+            evaluator.update(model, batch.to(world.device))
+    if was_training:
+        training_mode(model)
     evaluator.reduce(world.gather)
     return evaluator.compute()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from selectra.spec import Optim
+from selectra.train.depth import depths
 from selectra.train.stop import DivergedError
 
 
@@ -34,14 +36,19 @@ def decayed(name: str, parameter: nn.Parameter, left_out: Collection[int] = ()) 
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
-    """AdamW in two groups, with and without weight decay."""
+    """AdamW in two groups, with and without weight decay; with `layer_decay` two for every depth."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     without = without_decay(model)
-    groups = [
-        {"params": [p for name, p in trained if decayed(name, p, without)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in trained if not decayed(name, p, without)], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas)
+    depth_of, n_units = depths(model) if optim.layer_decay < 1 else ({}, 0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    # The head's groups come first: theirs is the learning rate that is shown.
+    for depth in range(n_units + 1, -1, -1) if depth_of else [n_units + 1]:
+        for acts in (True, False):
+            rate = optim.lr * optim.layer_decay ** (n_units + 1 - depth)
+            groups[depth, acts] = {"params": [], "weight_decay": optim.weight_decay if acts else 0.0, "lr": rate}
+    for name, parameter in trained:
+        groups[depth_of.get(name, n_units + 1), decayed(name, parameter, without)]["params"].append(parameter)
+    return AdamW([group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas)
 
 
 def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:
