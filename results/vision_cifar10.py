@@ -66,7 +66,9 @@ def main() -> None:
     }  # fmt: skip
 
     def say(row: dict[str, Any]) -> None:
-        print(round(time.monotonic() - began, 1), json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)  # noqa: T201
+        print(  # noqa: T201
+            round(time.monotonic() - began, 1), json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True
+        )
         words.out.write_text(json.dumps(record, indent=1) + "\n")
 
     for name in () if words.no_measure else names:

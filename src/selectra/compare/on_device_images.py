@@ -9,8 +9,8 @@ after its steps and keeps its last weights, or their running mean.
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -89,8 +89,10 @@ class ImagesOnDevice:
         self.mean = None if self.run.train.ema is None else copy.deepcopy(self.model).eval()
         if self.mean is None:
             return
-        n = torch.arange(1, self.steps + 1, device=self.device, dtype=torch.float32)
+        n = torch.arange(self.steps, device=self.device, dtype=torch.float32)
         self.decays = ((1 + n) / (10 + n)).clamp(max=self.run.train.ema)
+        # The first weights are taken as they are.
+        self.decays[0] = 0
         pairs = list(zip(self.mean.state_dict().values(), self.model.state_dict().values(), strict=True))
         self.averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
         self.copied = [(a, b) for a, b in pairs if not a.is_floating_point()]

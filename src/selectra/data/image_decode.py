@@ -59,7 +59,8 @@ def _picture(image: Image.Image, channels: int | None, name: str) -> Tensor:
 def _array(pixels: Any, channels: int | None, name: str) -> Tensor:
     if pixels.ndim not in (2, 3) or pixels.dtype != np.uint8:
         raise DataError(
-            f"'{name}' is an array of {pixels.dtype} of shape {pixels.shape}; it must be of uint8 and (h, w, c) or (h, w)."
+            f"'{name}' is an array of {pixels.dtype} of shape {pixels.shape}; "
+            "it must be of uint8, and (h, w, c) or (h, w)."
         )
     planes = _planes(pixels)
     if channels == 3 and len(planes) == 1:

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed, a pass and an image's number alone: on every device, in any batch, after resume.
+"""Random numbers that depend on a seed, a pass and an image alone: on any device, in any batch, resumed or not.
 
 No generator has a state here: each number is a hash of what it is for (Steele, Lea and Flood 2014, "Fast Splittable
 Pseudorandom Number Generators": SplitMix64's last steps), so that a CUDA graph draws anew from the numbers it is given.

@@ -26,9 +26,9 @@ from selectra.spec import nearest
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy"))
 PARTS = {
-    **{name: "train" for name in ("train", "training")},
-    **{name: "val" for name in ("val", "valid", "validation", "dev")},
-    **{name: "test" for name in ("test", "testing")},
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 # Folders in SELECTRA_DATA, and what must lie in them.
 PUBLIC = {
@@ -245,7 +245,7 @@ def _without_root(paths: list[tuple[str, ...]], i: int) -> tuple[str, ...]:
 
 
 def _parquet(path: Path) -> Listing:
-    """Tables with the columns image and label; files of a folder are told apart by train, val and test in their name."""
+    """Tables with the columns image and label; the files of a folder are parts by train, val or test in their names."""
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     tables, parts = [], []
     for file in files:

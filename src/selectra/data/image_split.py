@@ -63,8 +63,6 @@ def _shuffled(rows: Rows, seed: int, stream: str) -> Rows:
 
 def _draw(listing: Listing, rows: Rows, share: float, seed: int, stream: str) -> tuple[Rows, Rows]:
     """A share of each class, and the rest."""
-    taken = [
-        _shuffled(own, seed, stream)[: min(len(own), round(share * len(own)))] for own in _by_class(listing, rows)
-    ]
+    taken = [_shuffled(own, seed, stream)[: min(len(own), round(share * len(own)))] for own in _by_class(listing, rows)]
     drawn = np.sort(np.concatenate(taken))
     return drawn, np.setdiff1d(rows, drawn)

@@ -1,4 +1,4 @@
-"""What training shows of images held in memory: crops, flips, erased boxes and mixtures, drawn for a whole batch at once.
+"""What training shows of images held in memory: crops, flips, erased boxes and mixtures, for a whole batch at once.
 
 Everything runs where the images lie, on a GPU in a few kernels, which a CUDA graph can hold. Each image's view depends
 on the seed, the pass and the image alone (`image_draws`), and so does its partner in a mixture, which may be any image

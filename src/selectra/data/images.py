@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from selectra.data.image_decode import CorruptError, decode, fitted
-from selectra.data.image_files import Listing, list_images
+from selectra.data.image_files import list_images
 from selectra.data.image_one import OneByOne
 from selectra.data.image_split import Rows, split_images
 from selectra.data.image_views import Augment, Held

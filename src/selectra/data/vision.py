@@ -15,4 +15,6 @@ def vision(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"this needs {error.name}, which is not installed: pip install 'selectra[vision]'.") from error
+        raise ConfigError(
+            f"this needs {error.name}, which is not installed: pip install 'selectra[vision]'."
+        ) from error

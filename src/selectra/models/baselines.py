@@ -14,6 +14,7 @@ once more behind them.
 
 import importlib
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 from jaxtyping import Float
@@ -52,6 +53,9 @@ class Baseline(nn.Module):
         least: Pixels that each side must have.
     """
 
+    # Where filters see the image's channels.
+    first_filters = ("body.patch_embed.", "body.stem.0.", "body.conv1.")
+
     def __init__(self, body: Any, n_classes: int, in_channels: int, seen: Sequence[int], least: int) -> None:
         super().__init__()
         require_sizes(n_classes=n_classes, in_channels=in_channels)
@@ -65,14 +69,14 @@ class Baseline(nn.Module):
 
     def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
         """The grid behind every stage, or behind each quarter of the blocks, finest first."""
-        self._require(x)
+        count, x = len(x), self._prepared(x)
         grids = self.body.forward_intermediates(x, indices=self.seen, intermediates_only=True, output_fmt="NCHW")
-        return [grid.permute(0, 2, 3, 1) for grid in grids]
+        return [grid[:count].permute(0, 2, 3, 1) for grid in grids]
 
     def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
         """What the head reads."""
-        self._require(x)
-        return self.body.forward_head(self.body.forward_features(x), pre_logits=True)
+        count, x = len(x), self._prepared(x)
+        return self.body.forward_head(self.body.forward_features(x), pre_logits=True)[:count]
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
         """Scores of the classes, before a softmax."""
@@ -103,8 +107,10 @@ class Baseline(nn.Module):
             return resize(value.float(), list(self.body.patch_embed.grid_size), num_prefix_tokens=prefix)
         return None
 
-    def _require(self, x: Tensor) -> None:
+    def _prepared(self, x: Tensor) -> Tensor:
+        """The images, if they fit; of an empty batch, which timm's classes do not take, one that is cut off later."""
         require_image(x, self.in_channels, self.least)
+        return x if len(x) else x.new_zeros(1, *x.shape[1:])
 
 
 class _Plain(Baseline):
@@ -280,7 +286,7 @@ class Swin(Baseline):
         drop_path: float = 0.0,
     ) -> None:
         require_stages(dims, depths, n_heads)
-        if any(after != 2 * before for before, after in zip(dims, dims[1:], strict=False)):
+        if any(after != 2 * before for before, after in pairwise(dims)):
             raise ConfigError(f"dims={dims}: each width must be twice the one before")
         _require_patch(img_size, patch_size)
         body = timm_class("models.swin_transformer", "SwinTransformer")(
@@ -289,6 +295,13 @@ class Swin(Baseline):
             mlp_ratio=mlp_ratio, drop_path_rate=require_rate(drop_path),
         )  # fmt: skip
         super().__init__(body, n_classes, in_channels, range(len(dims)), patch_size)
+        self.patch_size = patch_size
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Images of whole patches: zeros below and on the right."""
+        x = super()._prepared(x)
+        below, right = (-side % self.patch_size for side in x.shape[2:])
+        return nn.functional.pad(x, (0, right, 0, below)) if below or right else x
 
     def units(self) -> list[nn.Module]:
         return list(self.body.layers)
@@ -406,13 +419,14 @@ class MLPMixer(_Plain):
         super().__init__(body, n_classes, in_channels, patch_size)
         self.size = sides(img_size)
 
-    def _require(self, x: Tensor) -> None:
-        super()._require(x)
+    def _prepared(self, x: Tensor) -> Tensor:
+        x = super()._prepared(x)
         if tuple(x.shape[2:]) != self.size:
             raise ConfigError(
                 f"the image is {x.shape[2]} x {x.shape[3]} pixels, and this model was built for "
                 f"{self.size[0]} x {self.size[1]}, which its maps along tokens fix: resize it, or set img_size."
             )
+        return x
 
 
 @models.register(

@@ -176,7 +176,10 @@ class Simba(nn.Module):
         def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
             return _channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
-        embeds = [Stem(in_channels, d_stem, dims[0], patch_size), *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims))]
+        embeds = [
+            Stem(in_channels, d_stem, dims[0], patch_size),
+            *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims)),
+        ]
         rates = iter(rising_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
             Stage(embed, [Block(d, mamba(d), channel(d, ratio, ConvMlp), next(rates)) for _ in range(depth)], d)

@@ -1,4 +1,4 @@
-"""Classification: cross-entropy, with smoothed labels and mixtures of classes, and accuracies no batch size can change."""
+"""Classification: cross-entropy with smoothed or mixed labels, and accuracies that no batch size can change."""
 
 import copy
 from collections.abc import Callable

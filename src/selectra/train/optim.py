@@ -1,6 +1,6 @@
 """The optimizer, the learning rate over time, and what happens to gradients between backward and step."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from math import isfinite
 from typing import Any
 
@@ -80,8 +80,11 @@ def clip(model: nn.Module, largest: float | None) -> float:
     return float(norm)
 
 
-def require_finite(loss: float, norm: float, model: nn.Module, step: int) -> None:
+def require_finite(loss: float, norm: float, model: nn.Module, step: int, find: Callable[[], str] = lambda: "") -> None:
     """Stop before the optimizer turns weights into NaN.
+
+    Args:
+        find: Finds the first layer and tensor that is not finite, and says so in a sentence.
 
     Raises:
         DivergedError: The loss or a gradient is not finite; the message names the first such parameter.
@@ -94,7 +97,9 @@ def require_finite(loss: float, norm: float, model: nn.Module, step: int) -> Non
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
     ]
     where = f"the gradient of '{broken[0]}' ({len(broken)} in all) is not finite" if broken else "gradients are finite"
+    found = find()
+    found = f"{found} " if found else ""
     raise DivergedError(
-        f"step {step}: the loss is {loss} and {where}. Weights are as before this step. "
+        f"step {step}: the loss is {loss} and {where}. {found}Weights are as before this step. "
         "Look at the data of that step, lower optim.lr, or set optim.clip."
     )

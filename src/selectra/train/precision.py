@@ -1,6 +1,7 @@
 """Products in half precision: where they are rounded, and the scale that keeps small gradients above zero."""
 
 from contextlib import AbstractContextManager, nullcontext
+from math import isfinite
 from typing import Literal
 
 import torch
@@ -20,3 +21,8 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 def make_scaler(device: torch.device, precision: Precision) -> torch.amp.GradScaler:
     """Scales the loss in float16, and does nothing otherwise."""
     return torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
+
+def overflowed(scaler: torch.amp.GradScaler, loss: float, norm: float) -> bool:
+    """Whether gradients are not finite because of their scale: the step is left out, and the next scale is smaller."""
+    return scaler.is_enabled() and isfinite(loss) and not isfinite(norm) and scaler.get_scale() > LEAST_SCALE
