@@ -212,7 +212,8 @@ def _folder(root: Path) -> Listing:
     """Folders of classes, in folders of parts where there are such, plain or zipped."""
     hidden = [p for p in _places(root) if not any(part.startswith((".", "__MACOSX")) for part in p[0].parts)]
     images = sorted((p for p in hidden if p[0].suffix.lower() in SUFFIXES), key=lambda p: p[0].parts)
-    parts = [_without_root([p[0].parts for p in images], i) for i in range(len(images))]
+    shared = _shared([p[0].parts for p in images])
+    parts = [p[0].parts[shared:] for p in images]
     split = bool(parts) and all(names[0].lower() in PARTS for names in parts)
     at = 1 if split else 0
     if not images or any(len(names) < at + 2 for names in parts):
@@ -233,15 +234,14 @@ def _folder(root: Path) -> Listing:
     )  # fmt: skip
 
 
-def _without_root(paths: list[tuple[str, ...]], i: int) -> tuple[str, ...]:
-    """A path without the folders that all paths share above those of parts and classes."""
+def _shared(paths: list[tuple[str, ...]]) -> int:
+    """How many folders all paths, which are sorted, share above those of parts and classes."""
     shared = 0
-    shortest = min(len(path) for path in paths)
-    while shared < shortest - 2 and paths[0][shared] == paths[-1][shared] and paths[0][shared].lower() not in PARTS:
-        if any(path[shared] != paths[0][shared] for path in (paths[0], paths[-1], paths[i])):
-            break
+    deepest = min(map(len, paths), default=0) - 2
+    # The first and the last of sorted paths share what all of them do.
+    while shared < deepest and paths[0][shared] == paths[-1][shared] and paths[0][shared].lower() not in PARTS:
         shared += 1
-    return paths[i][shared:]
+    return shared
 
 
 def _parquet(path: Path) -> Listing:

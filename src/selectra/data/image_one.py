@@ -47,7 +47,7 @@ class OneByOne:
         self.images, self.rows, self.augment, self.make = images, rows, augment, make
         self.epoch, self.seed = 0, 0
         self.n_classes = len(images.listing.classes)
-        self.steps = None if augment is None else _steps(augment, images.size)
+        self.steps = None if augment is None else Steps(augment, images.size)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,7 +92,7 @@ class _Seeded:
         torch.set_rng_state(self.before)
 
 
-class _Steps:
+class Steps:
     """torchvision's transforms of one image, in the order of its reference recipe."""
 
     def __init__(self, augment: Augment, size: tuple[int, int]) -> None:
@@ -120,10 +120,6 @@ class _Steps:
             with drawing(i):
                 erased.append(self.erase(image))
         return torch.stack(erased)
-
-
-def _steps(augment: Augment, size: tuple[int, int]) -> _Steps:
-    return _Steps(augment, size)
 
 
 def _mixed(augment: Augment, n_classes: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

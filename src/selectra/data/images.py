@@ -156,7 +156,8 @@ class Images:
         if per_class is not None and per_class < 1:
             raise ConfigError(f"per_class={per_class}: needs at least 1")
         self.listing = list_images(path, download)
-        self.corrupt, self.skipped = corrupt, 0
+        self.corrupt = corrupt
+        self._readable: dict[str, Rows] = {}
         self.rows = split_images(self.listing, val, test, per_class, split_seed)
         self.augment = Augment(crop, scale, flip, flip_vertical, randaugment, erase, mixup, cutmix)
         self.size, self.in_channels = self._first_image(img_size, in_channels)
@@ -221,13 +222,12 @@ class Images:
         return decode(self.listing, row, self.in_channels)
 
     def readable(self, part: str) -> Rows:
-        """The numbers of a part's images; with corrupt="skip" every file is tried, and bad ones are counted."""
-        rows = self.rows[part]
-        if self.corrupt == "refuse" or self.in_memory:
-            return rows
-        kept = [row for row in rows if self._decodes(int(row))]
-        self.skipped += len(rows) - len(kept)
-        return np.array(kept, np.int64)
+        """The numbers of a part's images; with corrupt="skip" every file is tried once, and bad ones are left out."""
+        if part not in self._readable:
+            rows = self.rows[part]
+            kept = rows if self.corrupt == "refuse" else [row for row in rows if self._decodes(int(row))]
+            self._readable[part] = np.asarray(kept, np.int64)
+        return self._readable[part]
 
     def _decodes(self, row: int) -> bool:
         try:
@@ -238,17 +238,11 @@ class Images:
 
     def hold(self, part: str) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
         """A part's pixels and labels."""
-        images, kept = [], []
-        for row in self.rows[part]:
-            try:
-                images.append(self.read(int(row)))
-                kept.append(row)
-            except CorruptError:
-                if self.corrupt == "refuse":
-                    raise
-                self.skipped += 1
-        pixels = torch.stack(images) if images else torch.empty(0, self.in_channels, *self.size, dtype=torch.uint8)
-        return pixels, torch.from_numpy(self.listing.labels[np.array(kept, np.int64)])
+        rows = self.readable(part)
+        pixels = torch.empty(len(rows), self.in_channels, *self.size, dtype=torch.uint8)
+        for i, row in enumerate(rows):
+            pixels[i] = self.read(int(row))
+        return pixels, torch.from_numpy(self.listing.labels[rows])
 
     @cached_property
     def train(self) -> tuple[UInt8[Tensor, "n c h w"], Int64[Tensor, " n"]]:
@@ -289,15 +283,9 @@ class Images:
         if self.listing.ignored:
             lines.append(f"{self.listing.ignored} other files are not read.")
         if self.corrupt == "skip":
-            # What is wrong is known once everything was tried.
-            count = self.count_corrupt()
+            count = sum(len(self.rows[part]) - len(self.readable(part)) for part in ("train", "val"))
             lines.append(f"{count} damaged files of the training and validation parts are left out.")
         return lines
-
-    def count_corrupt(self) -> int:
-        """How many files of the training and validation parts cannot be read."""
-        rows = np.concatenate([self.rows["train"], self.rows["val"]])
-        return sum(not self._decodes(int(row)) for row in rows)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data, and what using a trained model on new images needs, in JSON's types."""
