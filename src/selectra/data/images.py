@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from selectra.data.image_decode import CorruptError, decode, fitted
 from selectra.data.image_files import list_images
@@ -58,9 +59,6 @@ class Waiting:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise ConfigError("images held in memory are prepared where they lie; set train.workers to 0.")
-
 
 class HeldImages:
     """A part whose images lie in memory, and after the first batch on the device that trains.
@@ -81,7 +79,10 @@ class HeldImages:
         """Views of pass `number` of a training with this seed come next."""
         self.epoch, self.seed = number, seed
 
-    def __getitem__(self, index: list[int]) -> Waiting:
+    def __getitem__(self, index: list[int]) -> Waiting | ImageBatch:
+        if get_worker_info() is not None:
+            # A process of its own has no device, and hands out what it made.
+            return self.make(index, self.epoch, "cpu")
         return Waiting(self, list(index), self.epoch)
 
     def make(self, index: list[int], epoch: int, device: torch.device | str) -> ImageBatch:

@@ -120,13 +120,32 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
         raise ConfigError(f"{type(model).__name__} does not say what its blocks are; leave train.recompute off.")
     blocks = list(model.blocks()) if wanted else []
     for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        again = partial(_without_statistics, block)
+        block.forward = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=lambda again=again: (contextlib.nullcontext(), again()),
+        )
     try:
         yield
     finally:
         for block in blocks:
             # The class's own comes back.
             del block.forward
+
+
+@contextlib.contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms do not count what they see: they have seen it already."""
+    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = not norm.training
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def wait_for_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:

@@ -49,7 +49,7 @@ def first_broken(model: nn.Module, batches: Sequence[Any], loss_of: Callable[[An
         loss_of: The loss of a batch by this model; its gradient is taken.
         draws: The generators' states at the step's beginning.
     """
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in model.named_parameters():
         if not finite(tensor):
             return f"Before this step '{name}' is not finite already."
     draws.restore()
