@@ -13,6 +13,7 @@ once more behind them.
 """
 
 import importlib
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -104,6 +105,9 @@ class Baseline(nn.Module):
         if key == "body.pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
             resize = timm_class("layers", "resample_abs_pos_embed")
             prefix = self.body.num_prefix_tokens
+            n_tokens = value.shape[1] - prefix
+            if n_tokens < 1 or math.isqrt(n_tokens) ** 2 != n_tokens:
+                return None
             return resize(value.float(), list(self.body.patch_embed.grid_size), num_prefix_tokens=prefix)
         return None
 

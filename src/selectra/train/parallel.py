@@ -137,15 +137,16 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Inside the block batch norms do not count what they see: they have seen it already."""
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    """Inside the block batch norms note statistics in copies: what they see there they have seen already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = not norm.training
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def wait_for_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
