@@ -139,13 +139,20 @@ def _is_fresh(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], key: str)
 
 def _fit(model: nn.Module, key: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
     """The value in our shape, or None where it has no place."""
+    if hasattr(model, "fit_weight"):
+        fitted = model.fit_weight(key, value, own)  # pyright: ignore[reportCallIssue]
+        if fitted is not None:
+            return fitted
     if key == "pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
         return _fit_positions(model, value, grid)
     if key == "patch_embed.proj.weight" and value.dim() == 4 and own.dim() == 5:
         value = inflate(value, own.shape[2])
     if key == "time_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
         return nn.functional.interpolate(value.transpose(1, 2).float(), own.shape[1], mode="linear").transpose(1, 2)
-    if key.startswith(("patch_embed.", "stages.0.embed.")) and value.dim() == own.dim() >= 4:
+    if (
+        key.startswith(("patch_embed.", "stages.0.embed.", *getattr(model, "first_filters", ())))
+        and value.dim() == own.dim() >= 4
+    ):
         others_fit = value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]
         return fit_channels(value, own.shape[1]) if others_fit else None
     return None

@@ -1,5 +1,11 @@
 """The architectures: one file each, one line each; some have their readers of official weights in a file beside."""
 
+from .baselines import ConvNeXt as ConvNeXt
+from .baselines import DeiT as DeiT
+from .baselines import MLPMixer as MLPMixer
+from .baselines import ResNet as ResNet
+from .baselines import Swin as Swin
+from .baselines import ViT as ViT
 from .dlinear import DLinear as DLinear
 from .gru import GRU as GRU
 from .itransformer import ITransformer as ITransformer

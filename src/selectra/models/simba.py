@@ -79,12 +79,14 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolutions with batch norm that bring an image to a quarter of its sides."""
+    """Convolutions with batch norm that make a token of `patch_size` pixels a side: a quarter of an image's sides."""
 
-    def __init__(self, in_channels: int, d_hidden: int, d_model: int) -> None:
+    def __init__(self, in_channels: int, d_hidden: int, d_model: int, patch_size: int = 4) -> None:
         super().__init__()
+        if patch_size % 2:
+            raise ConfigError(f"patch_size={patch_size}: needs an even number")
         self.in_channels = in_channels
-        widths, shapes = (in_channels, d_hidden, d_hidden, d_hidden), ((7, 2, 3), (3, 1, 1), (3, 1, 1))
+        widths, shapes = (in_channels, d_hidden, d_hidden, d_hidden), ((7, patch_size // 2, 3), (3, 1, 1), (3, 1, 1))
         self.conv = nn.Sequential()
         for (d_in, d_out), (kernel, stride, padding) in zip(pairwise(widths), shapes, strict=True):
             self.conv.append(nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=False))
@@ -140,6 +142,7 @@ class Simba(Pyramid):
         d_state: State size per channel of the Mambas.
         d_conv: Width of their short convolutions.
         expand: Their inner width over the width of their stage.
+        patch_size: Pixels of a token's side behind the stem; the official one is 4.
         token_labels: Add half of the tokens' greatest scores, by a head of their own.
         drop_path: Rate at which the last block's branches are left out in training; earlier ones less often.
         start: The steps' projections at the start as Mamba has them, or as the official code.
@@ -159,12 +162,13 @@ class Simba(Pyramid):
         d_state: int = 64,
         d_conv: int = 4,
         expand: int | float = 2,
+        patch_size: int = 4,
         token_labels: bool = False,
         drop_path: float = 0.0,
         start: Literal["mamba", "shipped"] = "mamba",
     ) -> None:
         super().__init__()
-        require_sizes(n_classes=n_classes, in_channels=in_channels, d_stem=d_stem)
+        require_sizes(n_classes=n_classes, in_channels=in_channels, d_stem=d_stem, patch_size=patch_size)
         if not dims or not len(dims) == len(depths) == len(mlp_ratios):
             raise ConfigError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: needs one of each for a stage")
 
@@ -174,7 +178,10 @@ class Simba(Pyramid):
         def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
             return make_channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
-        embeds = [Stem(in_channels, d_stem, dims[0]), *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims))]
+        embeds = [
+            Stem(in_channels, d_stem, dims[0], patch_size),
+            *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims)),
+        ]
         rates = iter(rising_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
             Stage(embed, [Block(d, mamba(d), channel(d, ratio, ConvMlp), next(rates)) for _ in range(depth)], d)
@@ -184,7 +191,7 @@ class Simba(Pyramid):
         self.head = nn.Linear(dims[-1], n_classes)
         self.aux_head: nn.Linear | None = nn.Linear(dims[-1], n_classes) if token_labels else None
         self._start(start)
-        self.describe(in_channels, dims, [4 * 2**i for i in range(len(dims))], range(len(dims)), "token")
+        self.describe(in_channels, dims, [patch_size * 2**i for i in range(len(dims))], range(len(dims)), "token")
 
     level_name, normed_features = "stages", True
 
