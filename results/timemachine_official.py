@@ -77,7 +77,10 @@ def main(
     time_limit: Annotated[float, typer.Option(help="Seconds after which no training is begun.")] = 1e9,
     batch_size: Annotated[int, typer.Option(help="Windows in a step; 512 is the official one.")] = BATCH,
 ) -> None:
-    """Train both sides of every case, print their errors, and write the record after each."""
+    """Train both sides of every case, print their errors, and write the record after each.
+
+    Cases that the record holds already are not done again.
+    """
     official = official_class(timemachine)
     where, began = torch.device(device), time.monotonic()
     name = torch.cuda.get_device_name() if where.type == "cuda" else "cpu"
@@ -93,6 +96,12 @@ def main(
         "cases": [],
     }  # fmt: skip
     path = out / f"timemachine_official_{re.sub(r'[^a-z0-9]+', '_', name.lower())}_{record['date']}.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["training"] != record["training"]:
+            raise typer.BadParameter(f"{path} holds another training; take it away")
+        record["cases"] = before["cases"]
+    done = {Case(row["data"], row["horizon"], row["seed"]) for row in record["cases"]}
     cases = [
         Case(each, int(horizon), int(seed))
         for seed in seeds.split(",")
@@ -100,6 +109,8 @@ def main(
         for each in sets.split(",")
     ]
     for case in cases:
+        if case in done:
+            continue
         if time.monotonic() - began > time_limit:
             console.print(f"{case}: not begun, the time is over")
             continue
