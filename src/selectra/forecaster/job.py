@@ -240,7 +240,7 @@ def _check_models(job: ForecastJob, data: dict[int, SeriesData], console: Consol
     name or size shows at once."""
     names = tuple(dict.fromkeys(job.models))
     if not names:
-        raise ConfigError(f"name at least one model with --model; there are {models.names('series')}.")
+        raise ConfigError(f"name at least one model with --model; there are {models.families('series')}.")
     season = next(iter(data.values())).season
     fitting = [lookback for lookback in data if season <= lookback]
     if len(names) > 1 and "seasonal_naive" in names and not fitting:
@@ -250,7 +250,7 @@ def _check_models(job: ForecastJob, data: dict[int, SeriesData], console: Consol
     for name in names:
         if models.entry(name).kind != "series":
             raise ConfigError(
-                f"{name!r} is a model for {models.entry(name).kind}s; for series there are {models.names('series')}."
+                f"{name!r} is a model for {models.entry(name).kind}s; for series there are {models.families('series')}."
             )
         found[name] = (fitting or list(data)) if name.startswith("seasonal_naive") else list(data)
         for lookback in found[name]:
