@@ -123,8 +123,8 @@ def _explained(every: list[Any], missed: list[Any], both: list[Any], budget: Row
         lines += [
             f"- On {worse} of {len(both)} the closed-form linear map on the same windows has the lower error on "
             "validation already: what is missing is not a better choice on validation, but a model that fits the "
-            f"training part less. On {drift} TSM2 is better on validation and worse on test: there the two parts ask for "
-            "different models.",
+            f"training part less. On {drift} TSM2 is better on validation and worse on test: there the two parts ask "
+            "for different models.",
             f"- The closed-form linear map itself is more than {100 * (ABOVE - 1):.0f} % above the paper on {far} of "
             f"{len(both)}: there the paper's number is out of a linear map's reach.",
         ]
