@@ -34,7 +34,7 @@ from selectra.compare.on_device import OnDevice, Resident
 from selectra.compare.worker import Built, build
 from selectra.compat.packages import MODULES
 from selectra.compat.stand_in import StandIn
-from selectra.models.timemachine import PUBLISHED, SIZES
+from selectra.models.timemachine import SIZES
 from selectra.spec import Optim, Run, Spec, Train
 from selectra.train.record import environment
 
@@ -172,8 +172,9 @@ def compare(
     per_epoch = ceil(len(built.parts["train"]) / batch_size)
     run = run.model_copy(update={"train": run.train.model_copy(update={"eval_every": per_epoch})})
     resident = Resident.of(built.parts["train"], device)
-    scales = dict(zip((96, 192, 336, 720), PUBLISHED[case.data][0], strict=True))[case.horizon]
-    row: dict[str, Any] = {"data": case.data, "horizon": case.horizon, "seed": case.seed, "scales": scales}
+    size = SIZES[f"{case.data}_{case.horizon}"]
+    row: dict[str, Any] = {"data": case.data, "horizon": case.horizon, "seed": case.seed}
+    row["scales"] = [size["n1"], size["n2"]]
     for side, model in both_sides(case, official, built).items():
         row[side] = trained(model.to(device), built, run, resident)
         gc.collect()

@@ -175,7 +175,11 @@ def test_an_adapter_on_a_lone_mambas_projection_is_heard() -> None:
     mamba = Lone(1, d_state=4, d_conv=2, expand=1)
     x = torch.randn(2, 6, 1)
     before = mamba(x)
-    mamba.x_proj.register_forward_hook(lambda _module, _inputs, y: 2 * y)
+
+    def doubled(_module: Any, _inputs: Any, y: Any) -> Any:
+        return 2 * y
+
+    mamba.x_proj.register_forward_hook(doubled)
     assert not torch.allclose(mamba(x), before)
 
 

@@ -10,12 +10,8 @@ def is_complete(observed: Bool[Tensor, "b l *s"] | None) -> bool:
     """Whether nothing is missing, as far as that can be known without waiting for a device or breaking a trace."""
     if observed is None:
         return True
-    plain = (
-        observed.device.type == "cpu"
-        and type(observed) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    plain = observed.device.type == "cpu" and type(observed) is Tensor and not traced
     return plain and _functorch.maybe_current_level() is None and bool(observed.all())
 
 
