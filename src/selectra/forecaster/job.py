@@ -30,6 +30,7 @@ from selectra.report.plots import write_forecast_picture
 from selectra.report.tables import columns_of, shown_row, verdict
 from selectra.spec import Optim, Run, Spec, Train
 from selectra.train.checkpoint import writable_folder
+from selectra.train.parallel import pick_device
 from selectra.train.record import environment
 from selectra.train.stop import StoppedError
 
@@ -98,6 +99,7 @@ class ForecastJob(BaseModel):
             value = getattr(self, name)
             words += [] if value is None else [f"--{name}", str(value)]
         words += ["--cv", str(self.cv)] if self.cv else []
+        words += ["--device", self.device] if self.device != "auto" else []
         return shlex.join([*words, *(["--quick"] if self.quick else []), "--out", str(self.out)])
 
     def load(self) -> SeriesFile:
@@ -151,6 +153,7 @@ def forecast_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
 
 
 def _whole_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
+    pick_device(job.device)
     files.check_folder(job.out, job.models, job.file)
     data = job.load()
     levels = check_levels(job.level)
