@@ -52,7 +52,7 @@ def results(store: Store) -> Row:
         "metric": study.metric, "higher_is_better": study.higher_is_better, "seeds": study.seeds,
         "error_rate": ERROR_RATE, "confidence": CONFIDENCE, "counts": counts,
         "kinds": {each.name: each.kind for each in study.variants},
-        "rows": rows, "overall": overall, "by_base": by_base, "curves": _curves(store, study, subject),
+        "rows": rows, "overall": overall, "by_base": by_base, "costs": _costs(study, rows, subject), "curves": _curves(store, study, subject),
         "environments": environments, "cells": [cell for cell in cells if "trial" not in cell],
         "trials": [cell for cell in cells if "trial" in cell],
     }  # fmt: skip
@@ -179,6 +179,24 @@ def _contrasts(study: Study, rows: Sequence[Row], subject: str | None) -> tuple[
 def _against(rival: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
     found = contrast(ours, theirs)
     return {**found, "rival": rival, "rival_mean": found["rival"]}
+
+
+def _costs(study: Study, rows: Sequence[Row], subject: str | None) -> list[Row]:
+    """What the subject costs beside each rival, on each base; times differ where their middle halves do not meet."""
+    of, found = {(row["base"], row["variant"]): row["cost"] for row in rows}, []
+    for base in study.bases:
+        for rival in (each.name for each in study.variants if subject not in (None, each.name)):
+            ours, theirs = of[base.name, subject or ""], of[base.name, rival]
+            for quantity in ("parameters", "forward_ms", "step_ms", "activations_mb"):
+                own, other = ours[quantity], theirs[quantity]
+                noise = 0.5 * (ours.get(f"{quantity[:-3]}_iqr_ms", 0.0) + theirs.get(f"{quantity[:-3]}_iqr_ms", 0.0))
+                level = abs(own - other) <= max(noise, 0.02 * max(own, other))
+                # What is solved has no step and keeps nothing.
+                if own > 0 and other > 0:
+                    outcome = "level" if level else "better" if own < other else "worse"
+                    found.append({"base": base.name, "rival": rival, "quantity": quantity, "ours": own, "theirs": other,
+                                  "outcome": outcome})  # fmt: skip
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -46,7 +46,7 @@ class Picture:
         """The picture as an element of HTML, described by `label` to those who do not see it."""
         buffer = StringIO()
         with mpl.rc_context({**STYLE, "svg.hashsalt": self.name}):
-            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Title": None})
+            self.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         for number, title in enumerate(self.titles):
