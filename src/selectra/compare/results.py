@@ -4,6 +4,7 @@ import json
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,6 +18,7 @@ from selectra.compare.store import Store
 from selectra.compare.study import FEWEST_SEEDS, Study
 from selectra.errors import DataError
 from selectra.spec import Optim, Run, Spec, Train
+from selectra.train.checkpoint import replacing
 
 WHAT, FORMAT = "selectra study", 1
 Row = dict[str, Any]
@@ -57,6 +59,17 @@ def results(store: Store) -> Row:
         "trials": [cell for cell in cells if "trial" in cell],
     }  # fmt: skip
     return {**content, "verdict": verdict(content)}
+
+
+def write_results(path: Path, out: Path) -> None:
+    """Write the records of a study's file as JSON."""
+    store = Store(path)
+    try:
+        content = results(store)
+    finally:
+        store.close()
+    with replacing(out) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _cells(store: Store, study: Study) -> tuple[list[Row], list[Row]]:

@@ -81,9 +81,8 @@ def claims(content: Row, outcome: str) -> list[str]:
     """What is said under "wins", "loses" or "level": results over all data, on each, and costs."""
     subject, metric = content["subject"], content["metric"]
     words = {"better": "better than", "worse": "worse than", "level": "not told apart from"}[outcome]
-    several = len({row["base"] for row in content["rows"]}) > 1
     found = []
-    for row in [*(content["overall"] if several else ()), *content["by_base"]]:
+    for row in _comparisons(content):
         if row["outcome"] == outcome:
             where = f"on {row['base']}" if "base" in row else "over all data"
             found.append(
@@ -94,6 +93,11 @@ def claims(content: Row, outcome: str) -> list[str]:
                 + (f"; these seeds could have shown {_resolution(row)}" if outcome == "level" else "")
             )
     return found + ([] if outcome == "level" else cost_claims(content, outcome))
+
+
+def _comparisons(content: Row) -> list[Row]:
+    """Over all data, where there are several, and on each."""
+    return [*(content["overall"] if len(_bases(content)) > 1 else ()), *content["by_base"]]
 
 
 def _resolution(row: Row) -> str:
@@ -140,7 +144,7 @@ def contrast_rows(content: Row) -> tuple[list[str], list[list[str]]]:
     head = ["where", "against", "difference", "95 % interval", "seeds won", "p", "p corrected", "could have shown",
             "outcome"]  # fmt: skip
     rows = []
-    for row in [*content["overall"], *content["by_base"]]:
+    for row in _comparisons(content):
         wins = row["pairs"] - row["wins"] if content["higher_is_better"] else row["wins"]
         rows.append([row.get("base", "all data"), row["rival"], signed(row, "difference"),
                      f"{signed(row, 'low')} to {signed(row, 'high')}", f"{wins} of {row['pairs']}",
@@ -228,12 +232,16 @@ def cell_rows(content: Row) -> list[Row]:
             "test": cell["test"][metric], "val": cell["val"].get(metric),
             "others": ", ".join(f"{name} {value:.4f}" for name, value in cell["test"].items() if name != metric),
             "steps": f"{cell['best_step']} of {cell['steps']}", "seconds": cell["seconds"],
-            "differs": ", ".join(f"{name}={value}" for name, value in cell["differs"].items()) or "the model alone",
+            "differs": ", ".join(f"{name}={_brief(value)}" for name, value in cell["differs"].items()) or "the model alone",
             "backends": ", ".join(f"{name}: {value}" for name, value in cell["backends"].items()) or "-",
             "command": cell["command"], "where": cell["environment"] + 1, "device": cell["device"],
         }
         for cell in content["cells"] if "test" in cell
     ]  # fmt: skip
+
+
+def _brief(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def environments(content: Row) -> list[str]:
