@@ -44,7 +44,10 @@ def compare(
     time_limit: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which nothing is begun any more.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes for what needs no GPU; on a CPU, for all.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes for what needs no GPU; on a CPU, for all. Default: one; without GPU each core."),
+    ] = None,
     packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or images in a step.")] = None,
@@ -58,7 +61,7 @@ def compare(
     if tables is not None or _holds_tables(store):
         if what != "forecasting" or file is not None or quick:
             raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
-        _tables(store, tables or "a,b", (device, time_limit, workers, packed), (steps or 1000, batch_size or 32))
+        _tables(store, tables or "a,b", (device, time_limit, workers or 1, packed), (steps or 1000, batch_size or 32))
         return
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
     names = () if models is None else tuple(name.strip() for name in models.split(","))
@@ -67,9 +70,18 @@ def compare(
     from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
-    counts = conduct(study, Wish(path, device, time_limit, workers, packed), console)
+    counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
     if counts["done"]:
         _report_study(path, None, console)
+
+
+def _usual_workers(device: str) -> int:
+    """A process for every core, at most four, where there is no GPU."""
+    import os  # noqa: PLC0415
+
+    from selectra.train.parallel import pick_device  # noqa: PLC0415
+
+    return 1 if pick_device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
 
 
 def _tables(store: Path | None, tables: str, how: tuple[Any, ...], budget: tuple[int, int]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from selectra.compare.cells import Cell
 from selectra.compare.match import match
@@ -178,18 +177,15 @@ def _curves(study: Study, found: list[dict[str, Any]], device: torch.device) -> 
 
 
 def _print_costs(found: list[dict[str, Any]], console: Console) -> None:
-    table = Table("data", "model", "parameters", "FLOPs a sample", "forward, ms", "training step, ms", "activations, MiB",
-                  "samples a second", title="What the models cost", title_justify="left")  # fmt: skip
     for each in found:
-        cost = each["cost"]
-        table.add_row(
-            each["base"], each["variant"], f"{cost['parameters']:,}", f"{cost['flops']:,}", f"{cost['forward_ms']:.2f}",
-            f"{cost['step_ms']:.2f}", f"{cost['activations_mb']:.1f}", f"{cost['throughput']:,.0f}",
+        cost, note = each["cost"], f" ({each['matched']})" if each["matched"] else ""
+        step = f", a training step {cost['step_ms']:.3g} ms" if cost["step_ms"] else ""
+        console.print(
+            f"{each['base']}, {each['variant']}{note}: {cost['parameters']:,} parameters, {cost['flops'] / 1e6:.4g} MFLOPs a "
+            f"sample, a forward pass of {cost['batch']} {cost['forward_ms']:.3g} ms{step}, {cost['activations_mb']:.3g} MiB "
+            f"of activations, {cost['throughput']:,.0f} samples a second",
+            highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    console.print(table)
-    for each in found:
-        if each["matched"]:
-            console.print(f"{each['variant']} on {each['base']}: {each['matched']}", highlight=False, soft_wrap=True)
 
 
 def sized(study: Study, known: dict[tuple[str, str], dict[str, Any]], base: Run, variant: Variant) -> Variant:
