@@ -47,7 +47,8 @@ def make_study(series: Path) -> Study:
     """Three models, eight trials of each that learns, five seeds."""
     base = Run(
         name="waves", model=Spec("naive"), data=Spec("series_file", path=str(series), seq_len=12, horizon=4),
-        task=Spec("forecasting"), optim=Optim(lr=1e-2), train=Train(steps=40, batch_size=32, eval_every=10, device="cpu"),
+        task=Spec("forecasting"), optim=Optim(lr=1e-2),
+        train=Train(steps=40, batch_size=32, eval_every=10, device="cpu"),
     )  # fmt: skip
     variants = (
         Variant(name="tsm2", model=Spec("tsm2_smoke", patch_len=4, stride=2), kind="mamba"),

@@ -46,7 +46,9 @@ def compare(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes for what needs no GPU; on a CPU, for all. Default: one; without GPU each core."),
+        typer.Option(
+            min=1, help="Processes for what needs no GPU; on a CPU, for all. Default: one; without GPU each core."
+        ),
     ] = None,
     packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every training.")] = None,
@@ -117,7 +119,8 @@ def _budget(given: dict[str, str | None]) -> "Section | None":
 def report(
     records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records.")
+        Path | None,
+        typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records."),
     ] = None,
     export: Annotated[
         Path | None, typer.Option(help="Where a store's records go, as JSON and CSV; default: beside the store.")

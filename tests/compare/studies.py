@@ -55,5 +55,7 @@ if __name__ == "__main__":
     # The series, the store, workers, optimizer steps, draws of optuna (0: two fixed values).
     torch.set_num_threads(1)
     series, store, workers, steps, draws = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:6])
-    tuning = Tuning(ranges={"optim.lr": (0.001, 0.1)}, trials=draws) if draws else Tuning(values={"optim.lr": (0.01, 0.05)})
+    tuning = (
+        Tuning(ranges={"optim.lr": (0.001, 0.1)}, trials=draws) if draws else Tuning(values={"optim.lr": (0.01, 0.05)})
+    )
     conduct(make_study(series, steps, tuning=tuning), Wish(store, device="cpu", workers=workers), Console())

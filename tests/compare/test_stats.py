@@ -55,9 +55,7 @@ def outcomes(n_seeds: int, seed: int) -> dict[str, str]:
     bases = np.array([0.3, 0.5, 1.0, 2.0])
     # What a seed does is in part common to all models: the order of the data.
     common = draw.normal(0, 0.005, (n_seeds, 4))
-    errors = {
-        name: bases * each * np.exp(common + draw.normal(0, 0.005, (n_seeds, 4))) for name, each in level.items()
-    }
+    errors = {name: bases * each * np.exp(common + draw.normal(0, 0.005, (n_seeds, 4))) for name, each in level.items()}
     means = {name: np.exp(np.log(each).mean(1)).tolist() for name, each in errors.items()}
     rivals = [name for name in level if name != "ours"]
     found = judged([contrast(means["ours"], means[name], seed) for name in rivals])

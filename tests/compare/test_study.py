@@ -312,7 +312,7 @@ def test_a_study_file_in_python(tmp_path: Path, series: Path) -> None:
     path.write_text("study = 1\n")
     with pytest.raises(ConfigError, match="defines 0 studies"):
         find_study(str(path), Asked())
-    with pytest.raises(ConfigError, match="there is no study 'selektion'.*Did you mean 'selection'"):
+    with pytest.raises(ConfigError, match=r"there is no study 'selektion'.*Did you mean 'selection'"):
         find_study("selektion", Asked())
     with pytest.raises(ConfigError, match="quick is for"):
         find_study("selection", Asked(quick=True))

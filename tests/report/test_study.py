@@ -122,7 +122,9 @@ def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
     made = [{**content["overall"][0], "rival": rival, "outcome": outcome, "difference": value}
             for rival, outcome, value in (("a", "better", -3.0), ("b", "worse", 4.0), ("c", "level", 0.1))]  # fmt: skip
     text = verdict({**content, "overall": made})["text"]
-    assert text.startswith("No: on waves, mamba (tsm2, the best of its kind on validation) loses to b (mse +4.0 %), beats ")
+    assert text.startswith(
+        "No: on waves, mamba (tsm2, the best of its kind on validation) loses to b (mse +4.0 %), beats "
+    )
     assert text.endswith("and shows no difference that 3 seeds can show from c (mse +0.1 %).")
     assert verdict({**content, "overall": made[:1]})["text"].startswith("Yes: on waves")
     assert verdict({**content, "overall": made[2:]})["text"].startswith("Not shown: on waves")
@@ -231,10 +233,12 @@ def shown(browser: str, folder: Path, address: str, *more: str) -> tuple[str, st
     log = folder / "net.json"
     words = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-        "--disable-component-update", "--disable-default-apps", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+        "--disable-component-update", "--disable-default-apps", "--disable-sync",
+        f"--user-data-dir={folder / 'profile'}",
         "--enable-logging=stderr", "--v=0", f"--log-net-log={log}", "--virtual-time-budget=4000", *more, address,
     ]  # fmt: skip
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)})
+    home = {**os.environ, "HOME": str(folder)}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=home, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     asked = re.findall(r'"url":"((?:https?|wss?|ftp)://[^"]+)"', log.read_text(errors="replace"))

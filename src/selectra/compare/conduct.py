@@ -181,9 +181,9 @@ def _print_costs(found: list[dict[str, Any]], console: Console) -> None:
         cost, note = each["cost"], f" ({each['matched']})" if each["matched"] else ""
         step = f", a training step {cost['step_ms']:.3g} ms" if cost["step_ms"] else ""
         console.print(
-            f"{each['base']}, {each['variant']}{note}: {cost['parameters']:,} parameters, {cost['flops'] / 1e6:.4g} MFLOPs a "
-            f"sample, a forward pass of {cost['batch']} {cost['forward_ms']:.3g} ms{step}, {cost['activations_mb']:.3g} MiB "
-            f"of activations, {cost['throughput']:,.0f} samples a second",
+            f"{each['base']}, {each['variant']}{note}: {cost['parameters']:,} parameters, "
+            f"{cost['flops'] / 1e6:.4g} MFLOPs a sample, a forward pass of {cost['batch']} {cost['forward_ms']:.3g} ms"
+            f"{step}, {cost['activations_mb']:.3g} MiB of activations, {cost['throughput']:,.0f} samples a second",
             highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -316,7 +316,9 @@ class Progress:
             found = f"{self.study.metric} {record['test'][self.study.metric]:.4f}"
         else:
             found = "pruned" if record.get("pruned") else f"validation {record['score']:.4f}"
-        about = "" if not n_left else ", the time left is not known yet" if left is None else f", about {duration(left)}"
+        about = (
+            "" if not n_left else ", the time left is not known yet" if left is None else f", about {duration(left)}"
+        )
         self.say(f"{len(self.seen)} done, {n_left} left{about}: {cell.name}: {found}")
 
     def left(self) -> tuple[int, float | None]:
@@ -351,7 +353,9 @@ class Progress:
         """What there is to do."""
         n_left, left = self.left()
         about = "" if left is None or not n_left else f", about {duration(left)}"
-        self.say(f"{self.study.question}\n{len(self.seen)} cells are done, {n_left} are left{about}, in {self.wish.store}")
+        self.say(
+            f"{self.study.question}\n{len(self.seen)} cells are done, {n_left} are left{about}, in {self.wish.store}"
+        )
 
     def last_word(self, seconds: float) -> dict[str, int]:
         """What was done; how many cells are in which state."""

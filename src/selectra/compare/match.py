@@ -8,7 +8,7 @@ width alone then makes up the rest.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -128,7 +128,9 @@ def _turned(spec: Spec, facts: Mapping[str, Any], over: str) -> _Turned:
     values = {name: resolved[name].value for name in names if name in resolved and _is_size(resolved[name].value)}
     if not values:
         takes = ", ".join(name for name in resolved if name not in facts) or "nothing"
-        raise ConfigError(f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}.")
+        raise ConfigError(
+            f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}."
+        )
     return _Turned(spec, next(iter(values)), values)
 
 
@@ -157,7 +159,7 @@ def _quantity(quantity: Quantity, spec: Spec, *, facts: Mapping[str, Any], devic
 def _try(turned: _Turned, cost: Callable[[Spec], float], wanted: float) -> _Tried:
     """The value nearest to the budget: doubled until above it, halved between, then its neighbours."""
 
-    @lru_cache(maxsize=None)
+    @cache
     def at(value: int) -> float | None:
         try:
             return cost(turned(value))

@@ -54,7 +54,8 @@ def results(store: Store) -> Row:
         "metric": study.metric, "higher_is_better": study.higher_is_better, "seeds": study.seeds,
         "error_rate": ERROR_RATE, "confidence": CONFIDENCE, "counts": counts,
         "kinds": {each.name: each.kind for each in study.variants},
-        "rows": rows, "overall": overall, "by_base": by_base, "costs": _costs(study, rows, subject), "curves": _curves(store, study, subject),
+        "rows": rows, "overall": overall, "by_base": by_base,
+        "costs": _costs(study, rows, subject), "curves": _curves(store, study, subject),
         "environments": environments, "cells": [cell for cell in cells if "trial" not in cell],
         "trials": [cell for cell in cells if "trial" in cell],
     }  # fmt: skip

@@ -123,7 +123,10 @@ class SMamba(nn.Module):
         self.embed = VariateEmbed(seq_len, d_model, dropout)
         if directions not in ("both", "ahead"):
             raise ConfigError(f"directions={directions!r}: takes 'both' or 'ahead'")
-        mixer, mixed = {"d_state": d_state, "d_conv": d_conv, "expand": expand}, BothWays if directions == "both" else S6
+        mixer, mixed = (
+            {"d_state": d_state, "d_conv": d_conv, "expand": expand},
+            BothWays if directions == "both" else S6,
+        )
         self.layers = nn.Sequential(
             *(EncoderLayer(mixed(d_model, **mixer), d_model, d_ff, dropout=dropout) for _ in range(depth))
         )

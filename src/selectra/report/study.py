@@ -85,11 +85,12 @@ def claims(content: Row, outcome: str) -> list[str]:
     for row in _comparisons(content):
         if row["outcome"] == outcome:
             where = f"on {row['base']}" if "base" in row else "over all data"
+            wins = row["pairs"] - row["wins"] if content["higher_is_better"] else row["wins"]
             found.append(
                 f"{subject} is {words} {row['rival']} {where}: {metric} {row['mean']:.4f} against "
                 f"{row['rival_mean']:.4f}, {signed(row, 'difference')} (95 % interval {signed(row, 'low')} to "
-                f"{signed(row, 'high')}; better with {row['wins'] if not content['higher_is_better'] else row['pairs'] - row['wins']} "
-                f"of {row['pairs']} seeds; p {chance(row['p_adjusted'])} after correction)"
+                f"{signed(row, 'high')}; better with {wins} of {row['pairs']} seeds; "
+                f"p {chance(row['p_adjusted'])} after correction)"
                 + (f"; these seeds could have shown {_resolution(row)}" if outcome == "level" else "")
             )
     return found + ([] if outcome == "level" else cost_claims(content, outcome))
@@ -179,8 +180,8 @@ def fairness(content: Row) -> list[str]:
         "after it. What no seed changes is run once and stands for every seed.",
     ]
     if tuning:
-        how = (", ".join(f"{name} among {', '.join(map(str, values))}" for name, values in tuning["values"].items())
-               or ", ".join(f"{name} from {low:g} to {high:g}" for name, (low, high) in tuning["ranges"].items()))  # fmt: skip
+        fixed = [f"{name} among {', '.join(map(str, values))}" for name, values in tuning["values"].items()]
+        how = ", ".join(fixed + [f"{name} from {low:g} to {high:g}" for name, (low, high) in tuning["ranges"].items()])
         count = tuning["trials"] or len(next(iter(tuning["values"].values())))
         pruned = sum(row["pruned"] for row in content["rows"])
         lines.append(
@@ -192,7 +193,9 @@ def fairness(content: Row) -> list[str]:
                      + "; ".join(f"{row['variant']} on {row['base']}: {row['matched']}" for row in content["rows"]
                                  if row["matched"]) + ".")  # fmt: skip
     else:
-        lines.append("Models have their registered sizes, which differ: parameters and costs stand in the tables.")
+        lines.append(
+            "Models keep the sizes that the study gives them, which differ: parameters and costs stand in the tables."
+        )
     lines += [f"Differs beside the model: {name}, since {reason}." for name, reason in study["declared"].items()]
     return lines
 
@@ -201,12 +204,12 @@ def reading(content: Row) -> list[str]:
     """How the numbers are to be read."""
     rate = f"{100 * content['error_rate']:g} %"
     return [
-        "A difference is that of logarithms, seed by seed, shown in per cent; over several data sets each weighs alike.",
-        f"It counts as real where a paired t-test, corrected by Holm's method for all comparisons of its group (over all "
-        f"data; on single data sets), gives p below {content['error_rate']:g}, and the paired bootstrap interval leaves "
-        f"out zero: in at most {rate} of studies any difference is called real that is none.",
-        "With three seeds a bootstrap interval is hardly wider than the seeds' own range, and so too narrow; the t-test "
-        "is the stricter one there. \"Could have shown\" is the smallest difference that so many seeds of this spread "
+        "A difference is that of logarithms, seed by seed, shown in per cent; of several data sets each weighs alike.",
+        "It counts as real where a paired t-test, corrected by Holm's method for all comparisons of its group (over "
+        f"all data; on single data sets), gives p below {content['error_rate']:g}, and the paired bootstrap interval "
+        f"leaves out zero: in at most {rate} of studies any difference of a group is called real that is none.",
+        "With three seeds a bootstrap interval is hardly wider than the seeds' own range, so too narrow; the t-test "
+        'is the stricter one there. "Could have shown" is the smallest difference that so many seeds of this spread '
         "can tell from chance, alone.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
         "synchronised calls after a warm-up, with the interquartile range, in float32, eager"
@@ -232,7 +235,8 @@ def cell_rows(content: Row) -> list[Row]:
             "test": cell["test"][metric], "val": cell["val"].get(metric),
             "others": ", ".join(f"{name} {value:.4f}" for name, value in cell["test"].items() if name != metric),
             "steps": f"{cell['best_step']} of {cell['steps']}", "seconds": cell["seconds"],
-            "differs": ", ".join(f"{name}={_brief(value)}" for name, value in cell["differs"].items()) or "the model alone",
+            "differs": ", ".join(f"{name}={_brief(value)}" for name, value in cell["differs"].items())
+            or "the model alone",
             "backends": ", ".join(f"{name}: {value}" for name, value in cell["backends"].items()) or "-",
             "command": cell["command"], "where": cell["environment"] + 1, "device": cell["device"],
         }

@@ -114,7 +114,11 @@ def curve(content: Row, rows: Sequence[Row], quantity: str, unit: str) -> str:
             picture.ax.plot([length], [value], marker, color=color, markersize=6, gid=picture.title(words),
                             label=variant if length == mine[0][0] else None)  # fmt: skip
     for crossing in content["curves"]["crossings"]:
-        if crossing["quantity"] == quantity and crossing["length"] and crossing["length"] > min(r["length"] for r in rows):
+        if (
+            crossing["quantity"] == quantity
+            and crossing["length"]
+            and crossing["length"] > min(r["length"] for r in rows)
+        ):
             picture.ax.axvline(crossing["length"], color=styles[crossing["rival"]][0], linewidth=1, linestyle=":")
     picture.ax.set_xscale("log")
     picture.ax.set_yscale("log")

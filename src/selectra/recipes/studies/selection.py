@@ -12,7 +12,7 @@ PARTS = {"without tokens": "time", "without channels": "channels", "without aver
 def selection() -> Study:
     """Does TSM2 need both selections, of tokens and of channels, and the averaging? COST_SELECTION
 
-    A variant without a part has fewer parameters; the report tells how many. Two blocks, so that averages have a choice.
+    A variant without a part has fewer parameters; the report tells how many. Two blocks give averages a choice.
     """
     whole = Spec("tsm2", depth=2)
     return Study(
