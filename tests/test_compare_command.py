@@ -128,5 +128,5 @@ def test_parts_that_studies_leave_out() -> None:
 
     assert count("simba_series", channel_mixer="none") < count("simba_series", channel_mixer="einfft")
     assert count("s_mamba", d_model=16, directions="ahead") < count("s_mamba", d_model=16)
-    with pytest.raises(ConfigError, match="directions='back': takes 'both' or 'ahead'|directions"):
+    with pytest.raises(ConfigError, match="directions"):
         models.build(Spec("s_mamba", directions="back"), facts)

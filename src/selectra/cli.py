@@ -222,6 +222,7 @@ def forecast(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one batch.")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="Train briefly, for a first look.")] = False,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
 ) -> None:
     """Forecast a table of series: train, compare with baselines, write table, picture and page."""
     from selectra.forecaster import ForecastJob, forecast_job  # noqa: PLC0415
@@ -230,7 +231,7 @@ def forecast(
         file=file, models=tuple(name.strip() for name in model.split(",")), horizon=horizon,
         lookback=read_lookback(lookback), level=read_levels(level), futr=futr, cv=cv,
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
-        out=out, seed=seed, batch_size=batch_size, quick=quick,
+        out=out, seed=seed, batch_size=batch_size, quick=quick, device=device,
     )  # fmt: skip
     try:
         forecast_job(job, _console())

@@ -1,5 +1,11 @@
-"""The architectures: one file each, one line each."""
+"""The architectures: one file each, one line each; some have their readers of official weights in a file beside."""
 
+from .baselines import ConvNeXt as ConvNeXt
+from .baselines import DeiT as DeiT
+from .baselines import MLPMixer as MLPMixer
+from .baselines import ResNet as ResNet
+from .baselines import Swin as Swin
+from .baselines import ViT as ViT
 from .dlinear import DLinear as DLinear
 from .gru import GRU as GRU
 from .itransformer import ITransformer as ITransformer
@@ -10,8 +16,10 @@ from .naive import SeasonalNaive as SeasonalNaive
 from .nlinear import NormLinear as NormLinear
 from .patchtst import PatchTST as PatchTST
 from .rsmamba import RSMamba as RSMamba
+from .rsmamba_official import read_rsmamba as read_rsmamba
 from .s_mamba import SMamba as SMamba
 from .simba import Simba as Simba
+from .simba_official import read_simba as read_simba
 from .simba_series import SimbaSeries as SimbaSeries
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
@@ -20,3 +28,4 @@ from .videomamba import VideoMamba as VideoMamba
 from .vim import Vim as Vim
 from .vim2 import ViM2 as ViM2
 from .vmamba import VMamba as VMamba
+from .vmamba_official import read_vssm as read_vssm
