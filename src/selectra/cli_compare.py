@@ -1,7 +1,7 @@
 """`selectra compare` and `selectra report`: heavy imports happen inside, so that help comes at once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -10,7 +10,7 @@ from selectra.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from selectra.compare.store import Store
-    from selectra.spec import Section
+    from selectra.compare.study import Budget as StudyBudget
 
 BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budget_latency"}
 
@@ -86,7 +86,7 @@ def _usual_workers(device: str) -> int:
     return 1 if pick_device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
 
 
-def _tables(store: Path | None, tables: str, how: tuple[Any, ...], budget: tuple[int, int]) -> None:
+def _tables(store: Path | None, tables: str, how: tuple[str, float | None, int, int], budget: tuple[int, int]) -> None:
     from selectra.compare.command import Wish, compare_forecasting  # noqa: PLC0415
     from selectra.compare.forecasting import Budget  # noqa: PLC0415
 
@@ -106,7 +106,7 @@ def _holds_tables(store: Path | None) -> bool:
     return found
 
 
-def _budget(given: dict[str, str | None]) -> "Section | None":
+def _budget(given: dict[str, str | None]) -> "StudyBudget | None":
     from selectra.compare.questions import amount_of  # noqa: PLC0415
     from selectra.compare.study import Budget  # noqa: PLC0415
 

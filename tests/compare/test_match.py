@@ -1,7 +1,7 @@
 """A budget is met within 2 %, by any model with a width, and what no width meets is refused with the nearest ones."""
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_flops_count_scans_by_the_rule_of_the_field() -> None:
     few, many = (count_flops(build_model(s, facts), inputs_for(s, facts, 1))
                  for s in (Spec("simba_series", d_state=8), Spec("simba_series", d_state=16)))  # fmt: skip
     spec = models.resolve(Spec("simba_series"), facts)
-    patches = build_model(Spec("simba_series"), facts).embed.n_patches
+    patches = cast(Any, build_model(Spec("simba_series"), facts)).embed.n_patches
     steps = facts["n_series"] * patches * spec["depth"].value
     inner = 2 * spec["d_model"].value
     # Nine for each step, channel and state, and two for each product with B's and C's projections.

@@ -80,7 +80,7 @@ def test_a_tuning_says_one_thing() -> None:
         ({"ranges": {"optim.lr": (0.01, 0.1)}}, "'ranges' need 'trials'"),
     ):
         with pytest.raises(ValueError, match=words):
-            Tuning(**content)
+            Tuning.model_validate(content)
 
 
 def test_everything_is_done_once_and_trials_never_see_the_test(undisturbed: Path) -> None:

@@ -69,7 +69,7 @@ def match(
             message names the nearest ones.
     """
     given: dict[Quantity, float | None] = {"params": params, "flops": flops, "latency": latency}
-    asked = [(name, value) for name, value in given.items() if value is not None]
+    asked: list[tuple[Quantity, float]] = [(name, value) for name, value in given.items() if value is not None]
     if len(asked) != 1 or not 0 < asked[0][1] < math.inf:
         raise ConfigError(f"match takes one budget above 0: params=, flops= or latency=; got {given}.")
     (quantity, wanted), turned = asked[0], _turned(spec, facts, over)

@@ -170,5 +170,5 @@ def measure(
         batch=batch,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
-        tf32=device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32,
+        tf32=device.type == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32),
     )

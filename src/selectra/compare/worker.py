@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -97,8 +97,8 @@ def build(cell: Cell) -> Built:
 
 def _in_folder(spec: Spec) -> bool:
     """Whether the data is a file that only the folder of SELECTRA_DATA has."""
-    path, folder = spec.args.get("path"), os.environ.get(DATA_VARIABLE)
-    return bool(path and folder) and not Path(path).exists() and (Path(folder or "") / path).is_file()
+    path, folder = str(spec.args.get("path") or ""), os.environ.get(DATA_VARIABLE, "")
+    return bool(path and folder) and not Path(path).exists() and (Path(folder) / path).is_file()
 
 
 def _tabled(cell: Cell) -> SeriesData:
@@ -196,7 +196,9 @@ class _Watched:
 def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[str, Any]]:
     try:
         built, world = build(cell), World(device=device)
-        task = _Watched(built.task, judge(cell) if cell.trial is not None else lambda history: False)
+        watched = _Watched(built.task, judge(cell) if cell.trial is not None else lambda history: False)
+        # All else that a task has is the inner one's.
+        task = cast(Task, watched)
         began = time.monotonic()
         try:
             fitted = fit(
@@ -213,7 +215,7 @@ def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[st
                 result["test"] = evaluate(built.model, built.task, built.parts["test"], EVALUATED, world)
     except (ConfigError, DataError, DivergedError) as error:
         return "failed", {**cell.label, "reason": str(error)}
-    history = {"history": task.history, "score": min(task.history, default=None)}
+    history = {"history": watched.history, "score": min(watched.history, default=None)}
     return "done", {**_facts(cell, built, device, 1), **history, **result}
 
 

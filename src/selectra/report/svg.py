@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from html import escape
 from io import StringIO
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ TEXT, LINE = "#010203", "#040506"
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow is left out, it is lost on white.
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#7F7FBF")
 MARKERS = "osD^vP*X"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "text.color": TEXT, "axes.edgecolor": TEXT,
     "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": LINE, "grid.linewidth": 0.5, "axes.axisbelow": True,
