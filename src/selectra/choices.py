@@ -41,6 +41,7 @@ class Benchmark(StrEnum):
     stream = "stream"
     model = "model"
     start = "start"
+    vision = "vision"
     plot = "plot"
     tables = "tables"
 

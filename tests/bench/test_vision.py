@@ -1,0 +1,90 @@
+"""The benchmark of image models: the other sides compute what ours do, and its parts run small."""
+
+import sys
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selectra.bench import vision_peers, vision_training
+from selectra.bench.modules import Subject, agree, plain, seeded
+from selectra.ops import selective_scan
+from selectra.registry import models
+from selectra.spec import Spec
+
+CPU = torch.device("cpu")
+
+
+def _y(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Any, bias: Tensor) -> Tensor:
+    """What the packages' kernels compute, channels first."""
+    u, delta, z = (None if x is None else x.transpose(1, 2) for x in (u, delta, z))  # pyright: ignore[reportAssignmentType]
+    B, C = (m.permute(0, 3, 1, 2) for m in (B, C))
+    return selective_scan(u, delta, A, B, C, D, z, bias, True).transpose(1, 2).contiguous()  # pyright: ignore[reportReturnType]
+
+
+def _gradients(tensors: tuple[Any, ...], dy: Tensor) -> list[Tensor]:
+    leaves: list[Any] = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    with torch.enable_grad():
+        y = _y(*leaves)
+    grads = torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], dy)
+    return [grad.contiguous() for grad in grads]
+
+
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules with the packages' names and call signatures over our own scan."""
+
+    def states(u: Tensor, A: Tensor) -> Tensor:
+        return A.new_zeros(u.shape[0], u.shape[1], -(-u.shape[2] // vision_peers.CHUNK), 2 * A.shape[1])
+
+    def mamba_fwd(
+        u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, bias: Any, softplus: bool
+    ) -> list[Tensor]:
+        assert softplus
+        plain = _y(u, delta, A, B, C, D, None, bias)
+        return [plain, states(u, A)] if z is None else [plain, states(u, A), _y(u, delta, A, B, C, D, z, bias)]
+
+    def mamba_bwd(*args: Any) -> list[Tensor]:
+        *tensors, dy, kept, out, dz, softplus, again = args
+        assert softplus and not again and dz is None and kept is not None and (out is None) == (tensors[6] is None)
+        grads = _gradients(tuple(tensors), dy)
+        return grads if tensors[6] is None else [*grads[:6], grads[7], grads[6]]
+
+    def vmamba_fwd(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, bias: Any, *flags: Any) -> list[Tensor]:
+        assert flags == (True, 1, False)
+        return [_y(u, delta, A, B, C, D, None, bias), states(u, A)]
+
+    def vmamba_bwd(*args: Any) -> list[Tensor]:
+        u, delta, A, B, C, D, bias, dy, *_ = args
+        return _gradients((u, delta, A, B, C, D, None, bias), dy)
+
+    pairs = {"selective_scan_cuda": (mamba_fwd, mamba_bwd), "selective_scan_cuda_oflex": (vmamba_fwd, vmamba_bwd)}
+    for name, (fwd, bwd) in pairs.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(fwd=fwd, bwd=bwd)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("case", vision_training.CASES, ids=lambda case: case.model)
+def test_both_sides_compute_the_same(case: vision_training.Case) -> None:
+    errors = vision_training.gate(case, CPU)
+    assert max(errors.values()) < 1e-4
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("packages")
+@pytest.mark.parametrize("case", vision_training.CASES, ids=lambda case: case.model)
+def test_the_other_side_can_be_compiled(case: vision_training.Case) -> None:
+    with seeded(0, CPU):
+        ours: Any = models.build(Spec(case.model, n_classes=10, **case.small), {})
+        theirs: Any = models.build(Spec(case.model, n_classes=10, **case.small), {})
+        x = torch.randn(2, 3, vision_training.SMALL_SIZE, vision_training.SMALL_SIZE)
+    theirs.load_state_dict(ours.state_dict())
+    vision_peers.with_theirs(theirs)
+    torch.compiler.reset()
+    for block in theirs.blocks():
+        block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
+    assert agree(case.model, Subject(theirs, x, plain), Subject(ours, x, plain)) < 1e-4
