@@ -2,11 +2,13 @@
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from selectra.bench import vision_peers, vision_training
 from selectra.bench.modules import Subject, agree, plain, seeded
@@ -32,8 +34,32 @@ def _gradients(tensors: tuple[Any, ...], dy: Tensor) -> list[Tensor]:
     return [grad.contiguous() for grad in grads]
 
 
-@pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def _conv_module(later: bool) -> types.ModuleType:
+    """causal_conv1d's compiled module as it was called first, and as it is since it knows states."""
+
+    def y(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        padded = F.conv1d(x, weight[:, None], bias, padding=weight.shape[1] - 1, groups=len(weight))
+        return F.silu(padded[..., : x.shape[2]]).contiguous()
+
+    def fwd(*args: Any) -> Tensor:
+        assert args[3:] == ((None, None, None, True) if later else (True,))
+        return y(*args[:3])
+
+    def bwd(*args: Any) -> list[Any]:
+        assert args[4:] == ((None, None, None, None, False, True) if later else (None, True))
+        leaves = [x.detach().requires_grad_() for x in args[:3]]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(y(*leaves), leaves, args[3])
+        return [*grads, None] if later else list(grads)
+
+    fwd.__doc__ = ", ".join(f"arg{i}: Tensor" for i in range(7 if later else 4))
+    module = types.ModuleType(vision_peers.CONV)
+    module.__dict__.update(causal_conv1d_fwd=fwd, causal_conv1d_bwd=bwd, __spec__=ModuleSpec(module.__name__, None))
+    return module
+
+
+@pytest.fixture(params=["no conv", "first conv", "later conv"])
+def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules with the packages' names and call signatures over our own scan."""
 
     def states(u: Tensor, A: Tensor) -> Tensor:
@@ -65,6 +91,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
         module = types.ModuleType(name)
         module.__dict__.update(fwd=fwd, bwd=bwd)
         monkeypatch.setitem(sys.modules, name, module)
+    if request.param != "no conv":
+        monkeypatch.setitem(sys.modules, vision_peers.CONV, _conv_module(request.param == "later conv"))
 
 
 @pytest.mark.usefixtures("packages")

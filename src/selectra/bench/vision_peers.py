@@ -88,11 +88,20 @@ def _scan_backward(
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return importlib.import_module(CONV).causal_conv1d_fwd(x, weight, bias, True)
+    module: Any = importlib.import_module(CONV)
+    return module.causal_conv1d_fwd(x, weight, bias, *_no_states(module, 3), True)
 
 
 def _conv_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    return tuple(importlib.import_module(CONV).causal_conv1d_bwd(x, weight, bias, dy, None, True))
+    module: Any = importlib.import_module(CONV)
+    none = _no_states(module, 3)
+    # Later versions also return the gradient of the initial states.
+    return tuple(module.causal_conv1d_bwd(x, weight, bias, dy, *none, None, *none[:1] and (False,), True)[:3])
+
+
+def _no_states(module: Any, count: int) -> tuple[None, ...]:
+    """What later versions are told of packed sequences and of states before and after."""
+    return (None,) * count if "arg6" in (module.causal_conv1d_fwd.__doc__ or "") else ()
 
 
 library.impl("scan", _scan, "CompositeExplicitAutograd")

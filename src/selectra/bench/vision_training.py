@@ -44,7 +44,7 @@ SIDES = ("ours", "theirs")
 def measure(
     into: dict[str, Any], seconds: float, watch: Stopwatch, save: Callable[[], None], only: str | None = None
 ) -> None:
-    """Check all cases, then time each, eager and with compiled blocks, and profile its eager step."""
+    """Check all cases, then time each eager, each with compiled blocks, and profile the eager steps."""
     cases = rows_named(only, {case.model: case for case in CASES})
     absent = missing(*dict.fromkeys(case.peer for case in cases))
     if absent:
@@ -53,11 +53,15 @@ def measure(
         )
     into["image size"], into["without"] = SIZE, missing(CONV, COPIES)
     into["gate"] = {case.model: gate(case, watch.device) for case in cases}
-    into["rows"] = []
-    for case in cases:
-        row: dict[str, Any] = {"model": case.model, "peer": case.peer, "batch": case.batch, "target": case.target}
-        into["rows"].append(row)
-        _measure(row, case, seconds, watch, save)
+    rows: list[dict[str, Any]] = [
+        {"model": case.model, "peer": case.peer, "batch": case.batch, "target": case.target} for case in cases
+    ]
+    into["rows"] = rows
+    # Compiling takes minutes, and a profiler slows the host from then on.
+    for way in (_eager, _compiled, _profiled):
+        for row, case in zip(rows, cases, strict=True):
+            way(row, case, seconds, watch)
+            save()
 
 
 def gate(case: Case, device: torch.device) -> dict[str, float]:
@@ -77,20 +81,25 @@ def _sides(case: Case, device: torch.device) -> dict[str, nn.Module]:
     return {"ours": ours, "theirs": with_theirs(copy.deepcopy(ours))}
 
 
-def _measure(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch, save: Callable[[], None]) -> None:
+def _eager(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch) -> None:
     x, target = images(case.batch, SIZE, watch.device, SEED)
     sides = _sides(case, watch.device)
     steps = {side: training_of(model, x, target) for side, model in sides.items()}
     row["peak_bytes"] = {side: peak_bytes(step, watch.device) for side, step in steps.items()}
     row["backends"] = backends(Subject(sides["ours"], x[:1], plain))
     row["eager"] = times(steps, seconds, watch)
-    save()
+
+
+def _compiled(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch) -> None:
+    x, target = images(case.batch, SIZE, watch.device, SEED)
+    torch.compiler.reset()
+    sides = _sides(case, watch.device)
     for model in sides.values():
         compiled_blocks(model, model.blocks())  # pyright: ignore[reportCallIssue]
-    torch.compiler.reset()
-    row["compiled"] = times(steps, seconds, watch)
-    save()
-    # Last, on models that are not compiled: a profiler slows the host from then on.
+    row["compiled"] = times({side: training_of(model, x, target) for side, model in sides.items()}, seconds, watch)
+
+
+def _profiled(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch) -> None:
+    x, target = images(case.batch, SIZE, watch.device, SEED)
     sides = _sides(case, watch.device)
     row["shares_ms"] = {side: shares(training_of(model, x, target)) for side, model in sides.items()}
-    save()
