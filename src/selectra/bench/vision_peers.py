@@ -94,9 +94,10 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _conv_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     module: Any = importlib.import_module(CONV)
-    none = _no_states(module, 3)
-    # Later versions also return the gradient of the initial states.
-    return tuple(module.causal_conv1d_bwd(x, weight, bias, dy, *none, None, *none[:1] and (False,), True)[:3])
+    states = _no_states(module, 3)
+    # Whether the gradient of the initial states is wanted too; it comes last.
+    flags = (False, True) if states else (True,)
+    return tuple(module.causal_conv1d_bwd(x, weight, bias, dy, *states, None, *flags)[:3])
 
 
 def _no_states(module: Any, count: int) -> tuple[None, ...]:
@@ -148,7 +149,7 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *tensors, out, states = ctx.saved_tensors
-        return None, *_in_order(_scan_backward(ctx.kernels, *(*tensors, _last_dense(dy), out, states)), tensors[6])
+        return None, *_in_order(_scan_backward(ctx.kernels, *(*tensors, _last_dense(dy), out, states)), tensors[6])  # pyright: ignore[reportCallIssue]
 
 
 class _Conv(torch.autograd.Function):
@@ -159,7 +160,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _conv_backward(*(*ctx.saved_tensors, _last_dense(dy)))
+        return _conv_backward(*(*ctx.saved_tensors, _last_dense(dy)))  # pyright: ignore[reportCallIssue]
 
 
 def _last_dense(x: Tensor) -> Tensor:

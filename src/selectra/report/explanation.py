@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from selectra.errors import ConfigError
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 CORRECT, OTHERS = "#0072B2", "#b9b9b9"
 DECADES = 3
+# Letters in a line under a picture.
+NOTE_WIDTH = 52
 # Layers' bars above this are too thin to be told apart by number.
 MOST_TICKS = 12
 Pixels = np.ndarray[Any, Any]
@@ -113,15 +116,14 @@ def explanation_figure(found: Explanation) -> Figure:
     routes = found.routes
     figure = Figure(figsize=(15, 9.4 if routes else 5.2), layout="constrained")
     figure.suptitle(f"What {found.model} looks at in {found.file}", fontsize=16, fontweight="bold")
-    upper: Any
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.05)) if routes else (figure, None)
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05)) if routes else (figure, None)
+    upper, lower = halves
     axes: Any = upper.subplots(1, 4, gridspec_kw={"width_ratios": (1, 1, 1, 0.85)})
     _picture(axes[0], found.image, "The image, as the model gets it")
     _class_map(axes[1], found)
     _field(axes[2], found, upper)
     _classes(axes[3], found)
     if routes is not None:
-        assert isinstance(lower, SubFigure)
         _routes(lower, found, routes)
     return figure
 
@@ -131,7 +133,7 @@ def _picture(ax: Axes, image: Pixels, title: str, note: str = "") -> None:
     ax.set_title(title, fontsize=11)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.set_xlabel(note, fontsize=9, color="#444444")
+    ax.set_xlabel("\n".join(wrap(note, NOTE_WIDTH)), fontsize=9, color="#444444")
 
 
 def _grey(image: Pixels) -> Pixels:
@@ -141,7 +143,7 @@ def _grey(image: Pixels) -> Pixels:
 
 
 def _class_map(ax: Axes, found: Explanation) -> None:
-    note = "how much a change of each pixel changes the class's score\n(gradient, mean over noisy copies; smoothed)"
+    note = "how far a change of each pixel moves the class's score (gradient, mean over noisy copies, smoothed)"
     _picture(ax, _grey(found.image), f"What matters for “{found.target}”", note)
     shown = _smoothed(found.class_map)
     shown = shown / max(float(np.quantile(shown, 0.995)), 1e-30)
@@ -150,8 +152,9 @@ def _class_map(ax: Axes, found: Explanation) -> None:
 
 def _field(ax: Axes, found: Explanation, figure: Any) -> None:
     field = found.field
-    words = ", ".join(f"{share:.0%} of it in {area:.0%} of the image" for share, area in field.areas.items())
-    note = f"strength by which each pixel moves one feature of the\n{field.grid[0]} x {field.grid[1]} grid: {words}"
+    lines = zip(field.areas.items(), ("solid line", "dotted line"), strict=False)
+    words = ", ".join(f"{share:.0%} of it in {area:.0%} of the image ({line})" for (share, area), line in lines)
+    note = f"how far each pixel moves one feature of the {field.grid[0]} x {field.grid[1]} grid: {words}"
     _picture(ax, _grey(found.image), "What the feature in the middle (+) sees", note)
     top = max(float(field.strength.max()), 1e-30)
     norm = LogNorm(top * 10**-DECADES, top)
@@ -185,19 +188,31 @@ def _classes(ax: Axes, found: Explanation) -> None:
 
 
 def _routes(figure: SubFigure, found: Explanation, routes: Routes) -> None:
-    n_maps = 0 if routes.maps is None else len(routes.names)
     figure.suptitle("Directions in which the model's layers scan the image", fontsize=12, fontweight="bold")
-    widths = [0.72] * n_maps + [1.05, 1.25]
-    axes = figure.subplots(1, n_maps + 2, gridspec_kw={"width_ratios": widths})
-    if routes.maps is not None:
-        most = max(float(routes.maps.max()), 1e-30)
-        for ax, name, part, color in zip(axes, routes.names, routes.maps, COLORS, strict=False):
-            _picture(ax, _grey(found.image), name)
-            ax.title.set_color(color)
-            ax.imshow(part / most, cmap="magma", alpha=0.7, vmin=0, vmax=1)
-        axes[0].set_xlabel("brighter: contributes more there\n(all layers, one scale)", fontsize=9, color="#444444")
-    _without(axes[-2], found, routes)
-    _by_layer(axes[-1], routes)
+    if routes.maps is None:
+        axes: Any = figure.subplots(1, 2)
+    else:
+        halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.55))
+        left, right = halves
+        _maps(left, found, routes, routes.maps)
+        axes = right.subplots(1, 2, gridspec_kw={"width_ratios": (1, 1.15)})
+    _without(axes[0], found, routes)
+    _by_layer(axes[1], routes)
+
+
+def _maps(figure: SubFigure, found: Explanation, routes: Routes, maps: Pixels) -> None:
+    rows = 1 if len(maps) < 3 else 2
+    axes: Any = figure.subplots(rows, -(-len(maps) // rows), squeeze=False)
+    most = max(float(maps.max()), 1e-30)
+    for ax in axes.ravel()[len(maps) :]:
+        ax.set_visible(False)
+    for ax, name, part, color in zip(axes.ravel(), routes.names, maps, COLORS, strict=False):
+        _picture(ax, _grey(found.image), name)
+        ax.title.set_color(color)
+        ax.imshow(part / most, cmap="magma", alpha=0.7, vmin=0, vmax=1)
+    figure.supxlabel(
+        "brighter: the direction contributes more there (all layers, one scale)", fontsize=9, color="#444444"
+    )
 
 
 def _without(ax: Axes, found: Explanation, routes: Routes) -> None:
