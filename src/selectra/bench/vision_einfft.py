@@ -16,7 +16,7 @@ from selectra.errors import BackendError
 from selectra.mixers import EinFFT
 from selectra.ops.spectral import complex_block_product
 
-SEED, BATCH = 0, 64
+SEED, BATCH, CPU_BATCH = 0, 64, 4
 # Tokens and channels of SiMBA-S's stages at 224 px.
 SIZES = ((3136, 64), (784, 128), (196, 320), (49, 448))
 AT_MOST = 1e-4
@@ -64,12 +64,14 @@ def measure(
 ) -> None:
     """Check all forms against the mixer in float64, then time them at every stage of SiMBA-S."""
     into["gate"] = gate(watch.device)
-    into["batch"], into["rows"] = BATCH, []
+    batch = BATCH if watch.cuda else CPU_BATCH
+    into["batch"], into["rows"] = batch, []
     for tokens, channels in rows_named(only, {str(tokens): (tokens, channels) for tokens, channels in SIZES}):
         with seeded(SEED, watch.device):
             mixer = EinFFT(channels).to(watch.device)
-            x = torch.randn(BATCH, tokens, channels, device=watch.device).requires_grad_()
-        for autocast in (False, True):
+            x = torch.randn(batch, tokens, channels, device=watch.device).requires_grad_()
+        # On a CPU low precision is no gain.
+        for autocast in (False, True) if watch.cuda else (False,):
             row: dict[str, Any] = {
                 "tokens": tokens,
                 "channels": channels,

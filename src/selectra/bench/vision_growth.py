@@ -19,7 +19,10 @@ LENGTHS = tuple(2**i for i in range(10, 17))
 CHANNELS = tuple(2**i for i in range(6, 13))
 # Channels that are one step of the selective channel mixer, as in ViM2, and tokens while channels grow.
 GROUP, TOKENS = 16, 8192
+# A CPU takes narrow mixers, one sequence and float32, so that 65,536 positions are done in a second.
+CPU_BATCH, CPU_TOKENS = 1, 256
 LEAST, MOST = 0.9, 1.1
+KINDS = ("forward_ms", "training_ms", "memory_bytes")
 
 
 class Growth(NamedTuple):
@@ -34,34 +37,42 @@ class Growth(NamedTuple):
     shape: Callable[[int], tuple[int, ...]]
 
 
-def _line(d_model: int) -> Callable[[int], tuple[int, ...]]:
-    return lambda length: (BATCH, length, d_model)
+def _line(batch: int, d_model: int) -> Callable[[int], tuple[int, ...]]:
+    return lambda length: (batch, length, d_model)
 
 
-def _grid(d_model: int) -> Callable[[int], tuple[int, ...]]:
+def _grid(batch: int, d_model: int) -> Callable[[int], tuple[int, ...]]:
     def shape(length: int) -> tuple[int, ...]:
         height = 2 ** (int(math.log2(length)) // 2)
-        return (BATCH, height, length // height, d_model)
+        return (batch, height, length // height, d_model)
 
     return shape
 
 
-def _steps(channels: int) -> tuple[int, ...]:
-    return (TOKENS, channels // GROUP, GROUP)
+def studies(cuda: bool) -> tuple[Growth, ...]:
+    """What is measured on a GPU, or on a CPU."""
+    batch, tokens = (BATCH, TOKENS) if cuda else (CPU_BATCH, CPU_TOKENS)
+    # Widths of token mixers on lines and on grids, of channel mixers inside and out, of EinFFT.
+    line, grid, outer, inner, spectral = (192, 96, 384, 768, 320) if cuda else (32, 16, 32, 64, 64)
+    by_channels = (
+        Growth("SelectiveChannel", "channels", "channels", lambda _: SelectiveChannel(GROUP, expand=1),
+               lambda c: (tokens, c // GROUP, GROUP)),
+        Growth("EinFFT", "channels", "channels", EinFFT, lambda c: (batch, tokens // batch, c)),
+        Growth("S6", "tokens", "channels", S6, lambda c: (batch, tokens // batch, c)),
+        Growth("CrossScan2d, N = 16", "tokens", "channels", CrossScan2d, lambda c: (batch, 8, tokens // batch // 8, c)),
+    )  # fmt: skip
+    return (
+        Growth("S6", "tokens", "length", lambda _: S6(line), _line(batch, line)),
+        Growth("Bidirectional", "tokens", "length", lambda _: Bidirectional(line), _line(batch, line)),
+        Growth("CrossScan2d, N = 16", "tokens", "length", lambda _: CrossScan2d(grid), _grid(batch, grid)),
+        Growth("CrossScan2d, N = 1", "tokens", "length", lambda _: UngatedCrossScan2d(grid), _grid(batch, grid)),
+        Growth("SelectiveChannel", "channels", "length", lambda _: GridChannels(outer, inner, GROUP, 16),
+               _grid(batch, outer)),
+        Growth("EinFFT", "channels", "length", lambda _: EinFFT(spectral), _line(batch, spectral)),
+        *by_channels,
+    )  # fmt: skip
 
 
-STUDIES = (
-    Growth("S6", "tokens", "length", lambda _: S6(192), _line(192)),
-    Growth("Bidirectional", "tokens", "length", lambda _: Bidirectional(192), _line(192)),
-    Growth("CrossScan2d, N = 16", "tokens", "length", lambda _: CrossScan2d(96), _grid(96)),
-    Growth("CrossScan2d, N = 1", "tokens", "length", lambda _: UngatedCrossScan2d(96), _grid(96)),
-    Growth("SelectiveChannel", "channels", "channels", lambda _: SelectiveChannel(GROUP, expand=1), _steps),
-    Growth("SelectiveChannel", "channels", "length", lambda _: GridChannels(384, 768, GROUP, 16), _grid(384)),
-    Growth("EinFFT", "channels", "length", lambda _: EinFFT(320), _line(320)),
-    Growth("EinFFT", "channels", "channels", EinFFT, lambda c: (BATCH, TOKENS // BATCH, c)),
-    Growth("S6", "tokens", "channels", S6, lambda c: (BATCH, TOKENS // BATCH, c)),
-    Growth("CrossScan2d, N = 16", "tokens", "channels", CrossScan2d, lambda c: (BATCH, 32, 32, c)),
-)
 SMALL: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "S6": (lambda: S6(32), (2, 71, 32)),
     "Bidirectional": (lambda: Bidirectional(32), (2, 71, 32)),
@@ -83,8 +94,9 @@ def measure(
             x = torch.randn(shape, device=watch.device)
             into["gate"][name] = check(name, Subject(make().to(watch.device), x, plain))
     into["rows"] = []
-    studies = {f"{study.mixer} {study.against}": study for study in STUDIES}
-    for study in rows_named(only, studies):
+    into["memory"] = "peak of a training step" if watch.cuda else "kept for the backward"
+    named = {f"{study.mixer} {study.against}": study for study in studies(watch.cuda)}
+    for study in rows_named(only, named):
         points = LENGTHS if study.against == "length" else CHANNELS
         row = {"mixer": study.mixer, "of": study.of, "against": study.against, "points": []}
         into["rows"].append(row)
@@ -92,13 +104,14 @@ def measure(
             row["points"].append(_point(study, value, seconds, watch))
         row["slopes"] = slopes(row["points"])
         save()
-        torch.cuda.empty_cache()
+        if watch.cuda:
+            torch.cuda.empty_cache()
 
 
 def _point(study: Growth, value: int, seconds: float, watch: Stopwatch) -> dict[str, Any]:
     with seeded(SEED, watch.device):
         module = study.make(value).to(watch.device)
-        x = torch.randn(study.shape(value), device=watch.device, dtype=torch.bfloat16)
+        x = torch.randn(study.shape(value), device=watch.device, dtype=torch.bfloat16 if watch.cuda else torch.float32)
     forward, training = _steps_of(module, x)
     runs: dict[str, Run] = {"forward": lambda _: forward(), "training": lambda _: training()}
     spreads = time_in_turn(runs, seconds, watch)
@@ -106,7 +119,7 @@ def _point(study: Growth, value: int, seconds: float, watch: Stopwatch) -> dict[
     found |= {f"{kind}_ms": spread.median for kind, spread in spreads.items()}
     return found | {
         "spread": {kind: vars(spread) for kind, spread in spreads.items()},
-        "peak_bytes": peak_bytes(training, watch.device),
+        "memory_bytes": peak_bytes(training, watch.device) if watch.cuda else kept_bytes(module, x),
     }
 
 
@@ -115,25 +128,38 @@ def _steps_of(module: nn.Module, x: Tensor) -> tuple[Callable[[], object], Calla
     leaves = [x, *module.parameters()]
 
     def forward() -> object:
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             return module(x)
 
     def training() -> object:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             y = module(x)
         return torch.autograd.grad(y, leaves, torch.ones_like(y))
 
     return forward, training
 
 
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward leaves for the backward beside input and parameters, in whole storages."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *module.parameters())}
+    found: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = module(x)
+    assert y.requires_grad
+    return sum(found.values())
+
+
 def slopes(points: list[dict[str, Any]]) -> dict[str, float]:
     """Of time and memory against what grows, in logarithms, by least squares over the upper half of the points."""
     upper = points[len(points) // 2 :]
-    return {
-        kind: slope([point["value"] for point in upper], [point[kind] for point in upper])
-        for kind in ("forward_ms", "training_ms", "peak_bytes")
-        if upper[0][kind] is not None
-    }
+    return {kind: slope([point["value"] for point in upper], [point[kind] for point in upper]) for kind in KINDS}
 
 
 def slope(x: list[float], y: list[float]) -> float:

@@ -83,11 +83,20 @@ def growth_table(record: Record) -> str:
     rows = []
     for row in part["rows"]:
         if "slopes" in row:
-            found = [row["slopes"][kind] for kind in ("forward_ms", "training_ms", "peak_bytes")]
+            found = [row["slopes"][kind] for kind in ("forward_ms", "training_ms", "memory_bytes")]
             ends = f"{row['points'][0]['value']:,} to {row['points'][-1]['value']:,}"
             inside = "yes" if all(least <= each <= most for each in found) else "no"
             rows.append([row["mixer"], row["of"], row["against"], ends, *(f"{each:.2f}" for each in found), inside])
-    columns = ["mixer", "mixes", "against", "from", "forward", "training", "peak memory", f"all in {least} to {most}"]
+    columns = [
+        "mixer",
+        "mixes",
+        "against",
+        "from",
+        "forward",
+        "training",
+        f"memory: {part['memory']}",
+        f"all in {least} to {most}",
+    ]
     return markdown(columns, rows, left=4)
 
 

@@ -74,9 +74,10 @@ def fitted(image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop: float = 1
     wanted = [round(side / crop) for side in size]
     ratio = max(wanted[0] / height, wanted[1] / width)
     covering = (max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio)))
-    resized = F.interpolate(image[None].float(), covering, mode="bicubic", antialias=True)[0].round().clamp(0, 255)
+    # In whole numbers, as torchvision does it where images are brought to size for training.
+    resized = F.interpolate(image[None], covering, mode="bicubic", antialias=True)[0]
     top, left = (round((a - b) / 2) for a, b in zip(covering, size, strict=True))
-    return resized[:, top : top + size[0], left : left + size[1]].to(torch.uint8)
+    return resized[:, top : top + size[0], left : left + size[1]]
 
 
 def standardised(

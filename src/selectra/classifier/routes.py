@@ -14,7 +14,7 @@ from selectra.models.rsmamba import PathMixer
 
 # Names for people; of a grid, of a line of tokens, and of what scans channels.
 GRID = {"right": "→ row by row", "down": "↓ column by column", "left": "← rows backwards", "up": "↑ columns backwards"}
-LINE = ("→ first to last", "← last to first", "⤨ shuffled order")
+LINE = ("→ first to last", "← last to first", "⇄ shuffled order")
 CHANNELS = ("channels, first to last", "channels, last to first")
 
 
