@@ -1,5 +1,6 @@
 """The benchmark of image models: the other sides compute what ours do, and its parts run small."""
 
+import io
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -7,12 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from selectra.bench import vision_peers, vision_training
+from selectra.bench import (
+    vision,
+    vision_einfft,
+    vision_growth,
+    vision_peers,
+    vision_shares,
+    vision_table,
+    vision_training,
+)
 from selectra.bench.modules import Subject, agree, plain, seeded
+from selectra.errors import ConfigError
 from selectra.ops import selective_scan
+from selectra.ops.spectral import complex_block_product
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -116,3 +128,86 @@ def test_the_other_side_can_be_compiled(case: vision_training.Case) -> None:
     for block in theirs.blocks():
         block.compile(fullgraph=True, dynamic=False, backend="aot_eager")
     assert agree(case.model, Subject(theirs, x, plain), Subject(ours, x, plain)) < 1e-4
+
+
+@pytest.mark.parametrize("product", [vision_einfft.einsums, vision_einfft.loop])
+def test_forms_of_the_product_agree(product: vision_einfft.Product) -> None:
+    weight, bias = torch.randn(2, 4, 5, 6), torch.randn(2, 4, 6)
+    x = torch.randn(2, 3, 4, 5, 2)
+    torch.testing.assert_close(product(x, weight, bias), complex_block_product(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_the_mixer_is_what_its_forms_compute() -> None:
+    errors = vision_einfft.gate(CPU)
+    assert set(errors) == {"one product", "einsums", "loop"} and max(errors.values()) < 1e-5
+
+
+def test_slopes_are_of_the_upper_half() -> None:
+    assert vision_growth.slope([1, 2, 4, 8], [3 * n**1.5 for n in (1, 2, 4, 8)]) == pytest.approx(1.5)
+    points = [{"value": n, **dict.fromkeys(vision_growth.KINDS, float(max(4, n)))} for n in (1, 2, 4, 8, 16)]
+    assert vision_growth.slopes(points) == pytest.approx(dict.fromkeys(vision_growth.KINDS, 1.0))
+
+
+def test_what_a_forward_keeps_is_counted_once() -> None:
+    module, x = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Tanh()), torch.randn(3, 8)
+    # Each tanh keeps its own output; input and weights are not counted.
+    assert vision_growth.kept_bytes(module, x) == 2 * 3 * 16 * 4
+
+
+def test_parts_run_and_are_tabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision_growth, "LENGTHS", (16, 32, 64, 128))
+    monkeypatch.setattr(vision_einfft, "CPU_BATCH", 1)
+    saved: list[Any] = []
+    console = Console(record=True, width=200, file=io.StringIO())
+    record = vision.bench_vision(CPU, 0, console, saved.append, "growth:S6 length,einfft:49")
+    assert len(saved) >= 2
+    assert [row["against"] for row in record["growth"]["rows"]] == ["length"]
+    assert record["growth"]["rows"][0]["slopes"]["memory_bytes"] == pytest.approx(1, abs=0.1)
+    shown = console.export_text()
+    assert "kept for the backward" in shown and "| 49 | 448 | fp32 |" in shown
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ("grwth", "there is no part 'grwth'.*Did you mean 'growth'"),
+        ("growth:S7", "there is no row 'S7'"),
+        ("training", "of `bench vision` growth and einfft can"),
+    ],
+)
+def test_parts_that_cannot_be_are_refused(parts: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        vision.bench_vision(CPU, 0, Console(file=io.StringIO()), lambda record: None, parts)
+
+
+def test_kernels_have_their_kind_of_work() -> None:
+    def event(name: str, parent: Any = None) -> Any:
+        return types.SimpleNamespace(name=name, cpu_parent=parent)
+
+    for kernel, launched, kind in (
+        ("scan_backward", event("_CrossScan"), "scan"),
+        ("void selective_scan_fwd_kernel<float>", event("_Scan"), "scan"),
+        ("triton_cross_scan_flex", event("x"), "copies"),
+        ("ampere_bf16_gemm", event("aten::addmm"), "products"),
+        ("cudnn::conv_kernel", event("aten::cudnn_convolution"), "convolution"),
+        ("elementwise", event("aten::copy_", event("aten::_to_copy")), "casts of weights"),
+        ("elementwise", event("aten::copy_"), "copies"),
+        ("elementwise", event("aten::silu"), "rest"),
+    ):
+        assert vision_shares._kind(kernel, launched) == kind
+
+
+def test_the_table_of_trainings_gives_ratios() -> None:
+    timing = {"ours": 10.0, "theirs": 25.0}
+    way = {s: {"wall_ms": {"median": t, "fastest": t}, "device_ms": {"median": t / 2}} for s, t in timing.items()}
+    row = {
+        "model": "m",
+        "peer": "p",
+        "batch": 50,
+        "target": 2.0,
+        "eager": way,
+        "shares_ms": {"ours": {"scan": 1, "all": 4}},
+    }
+    shown = vision_table.training_table({"training": {"rows": [row]}})
+    assert "| m | p | 50 | eager | 5,000 | 2,000 | 2.50 | 2.50 | 2.0 |" in shown
+    assert "1.0 (25%)" in shown
