@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
-app.command()(predict)
-app.command()(explain)
-
 USER_ERROR, INTERRUPTED = 2, 130
 FORECAST_MODELS = "tsm2,linear,dlinear,seasonal_naive,naive"
 TEST_SIZE = "smoke"
@@ -117,6 +114,10 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
     _console().print(table)
+
+
+app.command()(predict)
+app.command()(explain)
 
 
 @app.command("list")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import selectra.models  # noqa: F401
 from selectra.registry import models
 from selectra.spec import Run, Spec
 from selectra.train.checkpoint import WEIGHTS, copy_weights, save_weights
