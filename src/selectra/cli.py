@@ -16,6 +16,7 @@ from rich.table import Table
 from selectra import cli_compare
 from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError
+from selectra.image_commands import explain, predict
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.train.stop import DivergedError, StoppedError
@@ -117,6 +118,10 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
     _console().print(table)
+
+
+app.command()(predict)
+app.command()(explain)
 
 
 @app.command("list")
@@ -307,7 +312,7 @@ def bench(
     record: Annotated[Path | None, typer.Option(help="The record's own path, instead of --out.")] = None,
     tags: Annotated[
         str | None,
-        typer.Option(help="Only these: shapes of `scan` or `cross` on a GPU (lm,vim-t), or models of `model`."),
+        typer.Option(help="Only these: shapes of `scan` or `cross` (lm,vim-t), models of `model`, parts of `vision`."),
     ] = None,
 ) -> None:
     """Time operators against the reference and other packages, after checking that they agree."""
