@@ -10,6 +10,7 @@ class Sort(StrEnum):
     data = "data"
     tasks = "tasks"
     recipes = "recipes"
+    studies = "studies"
 
 
 class Split(StrEnum):
@@ -44,12 +45,6 @@ class Benchmark(StrEnum):
     vision = "vision"
     plot = "plot"
     tables = "tables"
-
-
-class Comparison(StrEnum):
-    """What can be compared."""
-
-    forecasting = "forecasting"
 
 
 class Stamps(StrEnum):
