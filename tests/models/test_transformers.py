@@ -157,7 +157,7 @@ def test_the_loss_of_routers_is_equal(case, padded):
         found = theirs(tokens, output_router_logits=True, use_cache=False, **options)
         found.aux_loss.backward()
     model = ours(theirs)
-    routed = model.routed(tokens, mask=mask)
+    routed = model(tokens, mask=mask, routers=True)
     got = balance(routed.router_logits, theirs.config.num_experts_per_tok, mask)
     assert close(got.loss.detach(), found.aux_loss.detach())
     got.loss.backward()

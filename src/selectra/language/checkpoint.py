@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selectra.errors import ConfigError, DataError
@@ -22,10 +22,12 @@ from selectra.pretrained import read_state
 from selectra.spec import nearest
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+# The largest file, as Hugging Face has it.
+LARGEST = "5GB"
 MAMBA_SSM = "state-spaces/mamba:MambaLMHeadModel"
 
 
-def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str = "5GB") -> None:
+def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size: int | str = LARGEST) -> None:
     """Write a model as Hugging Face keeps it, so that `transformers` loads it too where it has that model.
 
     Args:
@@ -34,7 +36,7 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
         max_shard_size: The largest file, in bytes or such as "500MB"; larger models become several, with an index.
 
     Raises:
-        ConfigError: The layout has no place for what this model has, or `huggingface_hub` is missing.
+        ConfigError: The layout has no place for what this model has, or shards need `huggingface_hub`.
     """
     config, state = model.hugging_face()
     folder = Path(folder)
@@ -44,7 +46,11 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
     # Parts of one tensor would be taken for the same weight twice.
     whole = {key: value.detach().contiguous() for key, value in state.items()}
     whole = {k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for k, v in whole.items()}
-    _hub().save_torch_state_dict(whole, folder, max_shard_size=max_shard_size)
+    whole = {key: value.cpu() for key, value in whole.items()}
+    if max_shard_size == LARGEST and sum(value.nbytes for value in whole.values()) <= 5e9:
+        save_file(whole, folder / WEIGHTS, {"format": "pt"})
+    else:
+        _hub().save_torch_state_dict(whole, folder, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(text + "\n")
 
 

@@ -86,33 +86,27 @@ class LanguageModel(nn.Module):
         *,
         mask: Bool[Tensor, "b l"] | None = None,
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
-    ) -> Float[Tensor, "b l vocab"]:
-        """The logits of every next token.
+        routers: bool = False,
+    ) -> Any:
+        """The logits (b, l, vocab) of every next token, or `Routed` with `routers`.
 
         Args:
             tokens: Token ids; where `mask` is False any id of the vocabulary may stand.
             mask: True where a token is present; padding on the left and on the right. Logits there mean nothing.
             cu_seqlens: Borders of packed sequences, with b = 1: nothing crosses them.
+            routers: Also give what routers of layers with experts said; `selectra.layers.moe.balance` makes a loss of
+                it.
 
         Raises:
             DataError: A token id is not in the vocabulary.
             ConfigError: Shapes do not fit.
         """
-        return self.routed(tokens, mask=mask, cu_seqlens=cu_seqlens).logits
-
-    def routed(
-        self,
-        tokens: Int[Tensor, "b l"],
-        *,
-        mask: Bool[Tensor, "b l"] | None = None,
-        cu_seqlens: Int32[Tensor, " borders"] | None = None,
-    ) -> Routed:
-        """As `forward`, with what routers said; `selectra.layers.moe.balance` makes a loss of it."""
-        routers: list[Tensor] = []
+        found: list[Tensor] = []
         mixers = self.mixers()
         options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens}
-        x = self._through(self._embedded(tokens, mask, cu_seqlens), lambda i, x: mixers[i](x, **options), routers)
-        return Routed(self._logits(x), tuple(routers))
+        x = self._through(self._embedded(tokens, mask, cu_seqlens), lambda i, x: mixers[i](x, **options), found)
+        logits = self._logits(x)
+        return Routed(logits, tuple(found)) if routers else logits
 
     def blocks(self) -> list[nn.Module]:
         """What is sharded and checkpointed as one."""

@@ -5,12 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def rotary_angles(width: int, base: float = 10_000.0) -> Float[Tensor, " pairs"]:
+def rotary_angles(width: int, base: float = 10_000.0, device: torch.device | None = None) -> Float[Tensor, " pairs"]:
     """Radians that each of `width / 2` pairs turns by from one position to the next.
 
     Su et al. 2021, "RoFormer", arXiv:2104.09864, Eq. 15.
     """
-    return base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
 
 
 def rotate(

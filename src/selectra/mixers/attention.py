@@ -145,7 +145,7 @@ class CausalAttention(nn.Module):
         k = self.k_proj(x).unflatten(2, (self.n_kv_heads, self.d_head))
         v = self.v_proj(x).unflatten(2, (self.n_kv_heads, self.d_head))
         if self.rotary_base is not None:
-            angles = rotary_angles(self.d_head, self.rotary_base).to(x.device)
+            angles = rotary_angles(self.d_head, self.rotary_base, x.device)
             q, k = rotate(q, positions, angles), rotate(k, positions, angles)
         return q, k, v
 

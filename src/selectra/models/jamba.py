@@ -35,6 +35,14 @@ NAMES = Names(
 )
 
 
+class RMSNorm(nn.RMSNorm):
+    """Computed in float32 at least, and given in the input's type, also under autocast."""
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        weight = at_least_float32(self.weight)
+        return nn.functional.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 class NormedS6(S6):
     """Mamba with an RMS norm on the step's low rank, on B and on C, which keeps large models from diverging.
 
@@ -44,9 +52,9 @@ class NormedS6(S6):
 
     def __init__(self, d_model: int, *sizes: Any, eps: float = 1e-6, **options: Any) -> None:
         super().__init__(d_model, *sizes, **options)
-        self.dt_layernorm = nn.RMSNorm(self.dt_rank, eps)
-        self.b_layernorm = nn.RMSNorm(self.d_state, eps)
-        self.c_layernorm = nn.RMSNorm(self.d_state, eps)
+        self.dt_layernorm = RMSNorm(self.dt_rank, eps)
+        self.b_layernorm = RMSNorm(self.d_state, eps)
+        self.c_layernorm = RMSNorm(self.d_state, eps)
 
     def mix(
         self,
