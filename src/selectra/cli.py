@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from selectra.choices import Benchmark, Comparison, DataAction, Part, Sort, Split, Stamps
+from selectra import cli_compare
+from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError
+from selectra.image_commands import explain, predict
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.train.stop import DivergedError, StoppedError
@@ -29,7 +31,10 @@ USER_ERROR, INTERRUPTED = 2, 130
 FORECAST_MODELS = "tsm2,linear,dlinear,seasonal_naive,naive"
 TEST_SIZE = "smoke"
 # What series models are built with when only their size is asked for.
-EXAMPLE_FACTS: dict[str, dict[str, Any]] = {"series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24}}
+EXAMPLE_FACTS: dict[str, dict[str, Any]] = {
+    "series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24},
+    "language": {"vocab_size": 50304},
+}
 
 CITATION = """@software{{selectra,
   title = {{Selectra: selective state-space models on images, time series and language}},
@@ -115,6 +120,10 @@ def evaluate(
     _console().print(table)
 
 
+app.command()(predict)
+app.command()(explain)
+
+
 @app.command("list")
 def list_(
     sort: Annotated[Sort | None, typer.Argument(help="What to list; default: all.")] = None,
@@ -145,7 +154,7 @@ def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
             middle = [count, ", ".join(entry.takes) or "-", state]
         table.add_row(name, entry.kind, *middle, entry.source or "-")
     if of_models:
-        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes of images and clips."
+        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes; for 50,304 tokens."
     return table
 
 
@@ -153,7 +162,9 @@ def _parameters(registry: "Registry", name: str) -> tuple[str, str]:
     """How many parameters a model has with example facts, and its state: "works", or what it needs beside those."""
     import torch  # noqa: PLC0415
 
-    facts = EXAMPLE_FACTS.get(registry.entry(name).kind, {})
+    entry = registry.entry(name)
+    # What a published size says of itself is no example.
+    facts = {key: value for key, value in EXAMPLE_FACTS.get(entry.kind, {}).items() if key not in entry.defaults}
     try:
         # Nothing is allocated and nothing drawn.
         with torch.device("meta"):
@@ -221,6 +232,7 @@ def forecast(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one batch.")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="Train briefly, for a first look.")] = False,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
 ) -> None:
     """Forecast a table of series: train, compare with baselines, write table, picture and page."""
     from selectra.forecaster import ForecastJob, forecast_job  # noqa: PLC0415
@@ -229,12 +241,36 @@ def forecast(
         file=file, models=tuple(name.strip() for name in model.split(",")), horizon=horizon,
         lookback=read_lookback(lookback), level=read_levels(level), futr=futr, cv=cv,
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
-        out=out, seed=seed, batch_size=batch_size, quick=quick,
+        out=out, seed=seed, batch_size=batch_size, quick=quick, device=device,
     )  # fmt: skip
     try:
         forecast_job(job, _console())
     except DataError as error:
         raise DataError(with_options(str(error))) from error
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a language model: config.json and weights.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, all at once.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Further prompts, one a line.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help='A tokenizer.json or "bytes"; default: the folder\'s.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens for each prompt.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; higher: more varied.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens alone.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be given again.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1".')] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help='Such as "bfloat16"; default: as the model is kept.')] = None,
+) -> None:
+    """Continue texts with a language model, shown as they come."""
+    from selectra.language.command import GenerateJob, generate_command  # noqa: PLC0415
+
+    draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    stops = tuple(stop or ())
+    job = GenerateJob(folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype)
+    generate_command(job, _console())
 
 
 @app.command("data")
@@ -247,55 +283,6 @@ def data_(
     from selectra.data.command import data_command  # noqa: PLC0415
 
     data_command(action.value, names or [], to, _console())
-
-
-@app.command()
-def compare(
-    what: Annotated[Comparison, typer.Argument(help="What is compared.")] = Comparison.forecasting,
-    store: Annotated[Path, typer.Option(help="The file of cells and records; an earlier one is gone on with.")] = Path(
-        "forecasting.sqlite"
-    ),
-    tables: Annotated[str, typer.Option(help="Which tables, separated by commas, in the order of work.")] = "a,b",
-    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
-    time_limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds after which nothing is begun any more.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes for what needs no GPU; on a CPU, for all.")] = 1,
-    packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 32,
-) -> None:
-    """Train models against each other, every finished cell stored at once."""
-    from selectra.compare.command import Wish, compare_forecasting  # noqa: PLC0415
-    from selectra.compare.forecasting import Budget  # noqa: PLC0415
-
-    names = tuple(name.strip() for name in tables.split(","))
-    wish = Wish(store, names, device, time_limit, workers, packed, Budget(steps, batch_size))
-    compare_forecasting(wish, _console())
-
-
-@app.command()
-def report(
-    records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
-    out: Annotated[Path, typer.Option(help="The page, in Markdown.")] = Path("forecasting.md"),
-    export: Annotated[
-        Path | None, typer.Option(help="Where a store's records go, as JSON and CSV; default: beside the store.")
-    ] = None,
-) -> None:
-    """Write the page of a comparison from its records."""
-    from selectra.report.forecasting import write_page  # noqa: PLC0415
-
-    if records.suffix != ".json":
-        from selectra.compare.export import write  # noqa: PLC0415
-        from selectra.compare.store import Store  # noqa: PLC0415
-
-        if not records.is_file():
-            raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
-        store, records = Store(records), export or records.with_suffix(".json")
-        write(store, records)
-        store.close()
-    write_page(records, out)
-    _console().print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -325,7 +312,7 @@ def bench(
     record: Annotated[Path | None, typer.Option(help="The record's own path, instead of --out.")] = None,
     tags: Annotated[
         str | None,
-        typer.Option(help="Only these: shapes of `scan` or `cross` on a GPU (lm,vim-t), or models of `model`."),
+        typer.Option(help="Only these: shapes of `scan` or `cross` (lm,vim-t), models of `model`, parts of `vision`."),
     ] = None,
 ) -> None:
     """Time operators against the reference and other packages, after checking that they agree."""
@@ -338,6 +325,10 @@ def bench(
 def cite() -> None:
     """Print how to cite Selectra, as BibTeX."""
     _console().print(CITATION.format(version=_installed_version()), highlight=False, markup=False, soft_wrap=True)
+
+
+app.command()(cli_compare.compare)
+app.command()(cli_compare.report)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:

@@ -117,7 +117,7 @@ def test_mixtures_and_their_targets():
     images, rows = held(60), torch.arange(60)
     plain = images.plain(rows)
     for name in ("mixup", "cutmix"):
-        augment = Augment(**{name: 1.0})
+        augment = Augment(mixup=float(name == "mixup"), cutmix=float(name == "cutmix"))
         x, target = images.with_tables(augment).view(rows, augment, 0, 0)
         assert target is not None and torch.allclose(target.sum(1), torch.ones(60))
         two = (target > 0).sum(1)

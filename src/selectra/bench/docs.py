@@ -18,6 +18,7 @@ from selectra.bench.scan_table import host_table, memory_table, precision_table,
 from selectra.bench.stack_table import cpu_parts_table, cpu_scan_table, stack_table, stream_table
 from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
+from selectra.bench.vision_table import attention_table, einfft_table, growth_table, training_table
 from selectra.errors import ConfigError, DataError
 
 MARK = re.compile(r"(<!-- table (\w+) from ([^>]+?) -->\n).*?(<!-- end -->)", re.S)
@@ -43,6 +44,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "cpu_scan": cpu_scan_table,
     "cpu_targets": cpu_target_table,
     "start": start_table,
+    "vision_training": training_table,
+    "vision_attention": attention_table,
+    "vision_growth": growth_table,
+    "vision_einfft": einfft_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
 }
 
