@@ -144,7 +144,7 @@ class _Loop:
         self.batches = order.start_at(state.at.position)
         self.wrapped = wrap(state.model, state.world, state.run.train.compile)
         training_mode(state.model)
-        self.precision = state.run.train.precision
+        self.precision: Precision = state.run.train.precision
         self.watch = BackendWatch()
         self.stop = False
 
