@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-# Here and not in every process that is forked.
-import optuna  # noqa: F401
 import pandas as pd
 import torch
 from rich.console import Console
@@ -118,10 +115,11 @@ def main() -> None:
         folder = Path(text)
         write_series(folder / "series.csv")
         study = make_study(folder / "series.csv")
-        for name in ("whole", "killed"):
-            os.waitpid(begin(study, folder / f"{name}.sqlite", folder / f"{name}.log", 0.0), 0)
+        os.waitpid(begin(study, folder / "killed.sqlite", folder / "killed.log", 0.0), 0)
+        torch.set_num_threads(1)
         began = time.monotonic()
-        os.waitpid(begin(study, folder / "whole.sqlite", folder / "whole.log"), 0)
+        # Here: what is loaded at first use then need not be loaded after every kill.
+        conduct(study, Wish(folder / "whole.sqlite", device="cpu"), Console(quiet=True))
         whole, truth = time.monotonic() - began, tables(folder / "whole.sqlite")
         killed, log, moments, kept = folder / "killed.sqlite", folder / "killed.log", [], {}
         while len(moments) < KILLS:

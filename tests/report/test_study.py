@@ -112,7 +112,7 @@ def test_verdict_comes_first_and_losses_are_said(content: dict[str, Any]) -> Non
     lost = text[text.index("## Where mamba loses") : text.index("## Not told apart")]
     for rival, outcome in outcomes.items():
         assert (f"worse than {rival} on waves" in lost) == (outcome == "worse")
-    assert "parameters on waves" in lost
+    assert "needs more parameters on waves" in lost
     assert len(re.findall(r"^selectra train ", text, re.M)) == 7
 
 

@@ -19,11 +19,14 @@ from selectra.report.study_plots import pictures
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra study", 1
+# What a cost is called, how more of it is said, and its unit.
 COSTS = {
-    "parameters": ("parameters", "{:,}", ""), "forward_ms": ("time of a forward pass", "{:.3g}", " ms"),
-    "step_ms": ("time of a training step", "{:.3g}", " ms"),
-    "activations_mb": ("memory kept for the backward", "{:.3g}", " MiB"),
-}  # fmt: skip
+    "parameters": ("parameters", "{} parameters", ""),
+    "forward_ms": ("time of a forward pass", "{} time for a forward pass", " ms"),
+    "step_ms": ("time of a training step", "{} time for a training step", " ms"),
+    "activations_mb": ("memory kept for the backward", "{} memory kept for the backward", " MiB"),
+}
+CURVES = ("forward_ms", "step_ms", "activations_mb")
 COLUMNS = (
     "part", "base", "variant", "seed", "trial", "metric", "test", "val", "pruned", "best_step", "steps", "seconds",
     "parameters", "device", "settings", "key", "command", "reason",
@@ -108,15 +111,20 @@ def _resolution(row: Row) -> str:
 def cost_claims(content: Row, outcome: str) -> list[str]:
     """Where the subject costs less, or more."""
     found = []
-    for quantity, (words, form, unit) in COSTS.items():
+    for quantity, (_, words, unit) in COSTS.items():
         rows = [row for row in content["costs"] if row["quantity"] == quantity and row["outcome"] == outcome]
+        less = "more" if outcome == "worse" else "fewer" if quantity == "parameters" else "less"
         for base in dict.fromkeys(row["base"] for row in rows):
             mine = [row for row in rows if row["base"] == base]
-            rivals = ", ".join(f"{row['rival']} ({form.format(row['theirs'])}{unit})" for row in mine)
-            less = "less" if outcome == "better" else "more"
-            own = f"{form.format(mine[0]['ours'])}{unit}"
-            found.append(f"{content['subject']} has {less} {words} on {base}, {own}, than {rivals}")
+            rivals = ", ".join(f"{row['rival']} ({brief(row['theirs'])}{unit})" for row in mine)
+            own = f"{brief(mine[0]['ours'])}{unit}"
+            found.append(f"{content['subject']} needs {words.format(less)} on {base}, {own}, than {rivals}")
     return found
+
+
+def brief(value: float) -> str:
+    """Three digits that count, or all those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def summary(content: Row, base: str) -> tuple[list[str], list[list[str]]]:
@@ -134,8 +142,8 @@ def _summary_row(row: Row) -> list[str]:
     return [
         row["variant"], row["kind"] or "-", number(row["mean"]), "no chance" if row["sure"] else number(row["spread"]),
         "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}", f"{cost['parameters']:,}",
-        f"{cost['flops']:,}", f"{cost['forward_ms']:.3g} ± {cost['forward_iqr_ms']:.2g}",
-        f"{cost['step_ms']:.3g} ± {cost['step_iqr_ms']:.2g}" if cost["step_ms"] else "-",
+        f"{cost['flops']:,}", f"{brief(cost['forward_ms'])} ± {cost['forward_iqr_ms']:.2g}",
+        f"{brief(cost['step_ms'])} ± {cost['step_iqr_ms']:.2g}" if cost["step_ms"] else "-",
         f"{cost['activations_mb']:.3g}", f"{cost['throughput']:,.0f}", number(row["seconds"], 1),
     ]  # fmt: skip
 
@@ -320,7 +328,7 @@ def _curve_table(content: Row) -> tuple[list[str], list[list[str]]]:
     found = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         of = {row["length"]: row for row in rows if row["variant"] == variant}
-        found.append([variant, *(f"{of[n]['forward_ms']:.3g} / {of[n]['step_ms']:.3g} / {of[n]['activations_mb']:.3g}"
+        found.append([variant, *(" / ".join(brief(of[n][name]) for name in CURVES)
                                  if n in of else "-" for n in lengths)])  # fmt: skip
     return ["forward ms / step ms / MiB", *map(str, lengths)], found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from selectra.report.svg import COLORS, LINE, MARKERS, TEXT, Picture
 
@@ -65,7 +65,7 @@ def trainings(content: Row, rows: Sequence[Row], name: str) -> str:
 def differences(content: Row) -> str:
     """How far the subject lies from each rival, with bootstrap intervals."""
     rows, (color, _) = content["overall"], looks(content)[content["subject"]]
-    picture = Picture("differences", WIDTH, 0.9 + 0.34 * len(rows))
+    picture = Picture("differences", WIDTH, 1.1 + 0.34 * len(rows))
     for place, row in enumerate(rows):
         picture.ax.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2)
         words = (f"{content['subject']} against {row['rival']}: {row['difference']:+.2f}{row['unit']}, "
@@ -78,8 +78,8 @@ def differences(content: Row) -> str:
     picture.ax.set_ylim(len(rows) - 0.5, -0.5)
     better = "right" if content["higher_is_better"] else "left"
     unit = f" in {rows[0]['unit']}" if rows[0]["unit"] else ""
-    picture.ax.set_xlabel(f"difference in {content['metric']}{unit} ({better} of zero: {content['subject']} is better; "
-                          "filled: beyond chance)", fontsize=8)  # fmt: skip
+    words = f"difference in {content['metric']}{unit}; {better} of zero {content['subject']} is better"
+    picture.ax.set_xlabel(f"{words}\nfilled: beyond chance", fontsize=8)
     return picture.svg("Differences with their intervals")
 
 
@@ -97,7 +97,7 @@ def against_cost(content: Row, rows: Sequence[Row], number: int) -> str:
     _plain_ticks(picture.ax.xaxis)
     picture.ax.set_xlabel(f"forward pass of {rows[0]['cost']['batch']} samples, ms ({rows[0]['cost']['device']})")
     picture.ax.set_ylabel(content["metric"])
-    picture.figure.legend(loc="outside upper center", ncols=min(4, len(rows)), fontsize=8)
+    picture.legend()
     return picture.svg(f"{content['metric']} against the time of a forward pass")
 
 
@@ -129,11 +129,12 @@ def curve(content: Row, rows: Sequence[Row], quantity: str, unit: str) -> str:
     picture.ax.grid(which="minor", color=LINE, linewidth=0.2)
     picture.ax.set_xlabel("look-back")
     picture.ax.set_ylabel(unit)
-    picture.figure.legend(loc="outside upper center", ncols=4, fontsize=8)
+    picture.legend()
     return picture.svg(f"{unit} against the look-back")
 
 
 def _plain_ticks(axis: Any) -> None:
     """2000 in place of 2 times ten to the third; no words on minor ticks."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

@@ -43,6 +43,14 @@ class Picture:
         self.titles.append(text)
         return f"point-{len(self.titles) - 1}"
 
+    def legend(self) -> None:
+        """Above the picture; outside the style's block matplotlib would give it a frame of its own colours."""
+        handles, labels = self.ax.get_legend_handles_labels()
+        self.figure.legend(
+            handles, labels, loc="outside upper center", ncols=min(4, len(labels)), fontsize=8, frameon=False,
+            labelcolor=TEXT,
+        )  # fmt: skip
+
     def svg(self, label: str) -> str:
         """The picture as an element of HTML, described by `label` to those who do not see it."""
         buffer = StringIO()
