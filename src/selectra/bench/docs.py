@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
+from selectra.bench.cpu_limit import limit_table
 from selectra.bench.cpu_targets import cpu_target_table
 from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "stream": stream_table,
     "cpu_parts": cpu_parts_table,
     "cpu_scan": cpu_scan_table,
+    "cpu_limits": limit_table,
     "cpu_targets": cpu_target_table,
     "start": start_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
