@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from selectra.bench.calls import Arguments, Ours
+from selectra.bench.calls import Ours
 from selectra.bench.scan_table import markdown
 from selectra.bench.shapes import Case
 from selectra.bench.timing import Timing, interleaved
@@ -79,9 +79,13 @@ def measure_limits(case: Case, seconds: float) -> Row:
     """
     arguments = case.arguments(CPU, SEED)
     nothing = dict.fromkeys(("D", "z", "delta_bias"))
-    plain = Ours(arguments | nothing, "cpu", save=False, softplus=False)
+    delta, bias = arguments["delta"], arguments["delta_bias"]
+    assert delta is not None
+    assert bias is not None
+    plain = Ours(arguments | nothing | {"delta": F.softplus(delta + bias)}, "cpu", save=False, softplus=False)
     full, trained = Ours(arguments, "cpu", save=False), Ours(arguments, "cpu")
-    outputs, dy = trained.forward(), torch.ones_like(trained.forward()[0])
+    outputs = trained.forward()
+    dy = torch.ones_like(outputs[0])
     kernels: dict[str, Callable[[], object]] = {
         "plain_fwd": plain.forward,
         "fwd": full.forward,
@@ -89,8 +93,8 @@ def measure_limits(case: Case, seconds: float) -> Row:
     }
     moved = {way: moved_bytes(case, COUNTS[way]) for way in WAYS}
     copies = {f"copy {way}": _copying(moved[way] // 2) for way in WAYS}
-    works = {name: _working(work) for name, work in WORK.items()}
-    timings = interleaved({**kernels, **works, **copies}, seconds, CPU)
+    rounds = {name: _working(work) for name, work in WORK.items()}
+    timings = interleaved({**kernels, **rounds, **copies}, seconds, CPU)
     native = library()
     vectors = ROUNDS * native.round_vectors * threads()
     rates = {name: vectors * native.lanes(torch.float32) / timings[name].median for name in WORK}
@@ -143,10 +147,7 @@ def _copying(size: int) -> Callable[[], object]:
     native = library()
     source, target = (native.room((size,), torch.uint8).fill_(1) for _ in range(2))
 
-    def run(keep: tuple[Tensor, ...] = (source, target)) -> None:
-        native.call("rate", torch.float32, [COPY, 1, threads(), keep[0].data_ptr(), keep[1].data_ptr(), size])
-
-    return run
+    return lambda: native.call("rate", torch.float32, [COPY, 1, threads(), source.data_ptr(), target.data_ptr(), size])
 
 
 def limit_table(record: Record) -> str:
@@ -157,7 +158,7 @@ def limit_table(record: Record) -> str:
     for row in record["limits"]:
         cells = [str((row["B"], row["D"], row["L"], row["N"]))]
         for way in WAYS:
-            ours, floor, share = (row[f"{what}_{way}{unit}"] for what, unit in (("ours", "_ms"), ("floor", "_ms"), ("share", "")))
+            ours, floor, share = (row[name] for name in (f"ours_{way}_ms", f"floor_{way}_ms", f"share_{way}"))
             by = "bytes" if row[f"floor_{way}"]["bytes_ms"] == floor else "arithmetic"
             cells += [f"{ours:.2f}", f"{floor:.2f}, {by}", f"{share:.0%}"]
         rows.append(cells)
