@@ -93,6 +93,8 @@ def main(
     rows = [compare(shape, rounds) for shape in SHAPES]
     record = {
         "command": f"python results/conv_cpu.py --rounds {rounds}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "seed": 0,
         "threads": torch.get_num_threads(),
         **environment(),
         "rows": rows,
