@@ -9,7 +9,8 @@
 namespace selectra {
 
 extern const Kernels SELECTRA_KERNELS;
-const Kernels SELECTRA_KERNELS = {kLanes, scan_forward,            scan_backward,            conv_forward, conv_backward,
-                                  step,   SELECTRA_CROSS(forward), SELECTRA_CROSS(backward), rate};
+const Kernels SELECTRA_KERNELS = {
+    kLanes, scan_forward,            scan_backward,            conv_forward, conv_backward,
+    step,   SELECTRA_CROSS(forward), SELECTRA_CROSS(backward), rate};
 
 }  // namespace selectra
