@@ -16,7 +16,14 @@ from selectra.bench.cpu_targets import cpu_target_table
 from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
-from selectra.bench.stack_table import cpu_parts_table, cpu_scan_table, stack_table, stream_table
+from selectra.bench.stack_table import (
+    conv_table,
+    cpu_parts_table,
+    cpu_scan_table,
+    stack_table,
+    stream_table,
+    threads_table,
+)
 from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
 from selectra.errors import ConfigError, DataError
@@ -43,6 +50,8 @@ TABLES: dict[str, Callable[..., str]] = {
     "cpu_parts": cpu_parts_table,
     "cpu_scan": cpu_scan_table,
     "cpu_limits": limit_table,
+    "cpu_conv": conv_table,
+    "cpu_threads": threads_table,
     "cpu_targets": cpu_target_table,
     "start": start_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
