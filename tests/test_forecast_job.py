@@ -1,6 +1,7 @@
 """A forecast job that is interrupted, repeated in a used folder, or given something that does not fit."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,11 @@ def test_without_levels_there_are_no_intervals(file):
     assert "CRPS" not in (out / "report.html").read_text()
     job_ = ForecastJob(level=(), futr=Path("next.csv"), cv=2, lookback="auto")
     assert "--level none --futr next.csv --cv 2" in job_.command() and "--lookback auto" in job_.command()
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    job = ForecastJob(models=("naive",), out=tmp_path / "out", device="cuda:99")
+    with pytest.raises(ConfigError, match="cuda"):
+        forecast_job(job, Console(file=StringIO()))
+    assert not (tmp_path / "out").exists()
+    assert "--device cuda:99" in job.command() and "--device" not in ForecastJob().command()

@@ -55,7 +55,7 @@ def test_positions_heads_and_channels_are_fitted():
     model = vim()
     with torch.no_grad():
         model.pos_embed.normal_()
-    other = vim(img_size=(48, 40), n_classes=3, in_channels=1)
+    other: Any = vim(img_size=(48, 40), n_classes=3, in_channels=1)
     head = other.head.weight.clone()
     loaded = load_pretrained(other, official(model))
     assert loaded.resized == ("patch_embed.proj.weight", "pos_embed")

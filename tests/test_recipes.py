@@ -1,8 +1,10 @@
 """Every recipe resolves, documents itself, and trains with the smallest model."""
 
 import pytest
+import torch
 
 from selectra import recipes as _recipes
+from selectra.recipes.cifar10 import PARAMETERS
 from selectra.registry import models, recipes
 from selectra.spec import Run, Spec, override
 from selectra.train import job
@@ -21,6 +23,33 @@ def test_recipe_resolves(name):
 def test_every_file_is_a_recipe():
     assert {"tsm2_weather", "tsm2_etth1"} <= set(recipes.names())
     assert _recipes.tsm2_weather() == recipes.build(Spec("tsm2_weather"))
+
+
+CIFAR10 = [name for name in recipes.names("image") if name.endswith("_cifar10")]
+FACTS = {"n_classes": 10, "in_channels": 3, "img_size": 32}
+
+
+def test_models_on_cifar10_are_of_one_size_and_share_the_rest():
+    assert len(CIFAR10) >= 9
+    first = recipes.build(Spec(CIFAR10[0]))
+    for name in CIFAR10:
+        run = recipes.build(Spec(name))
+        with torch.device("meta"):
+            model = models.build(run.model, FACTS)
+        count = sum(p.numel() for p in model.parameters())
+        assert abs(count / PARAMETERS - 1) < 0.02, (name, count)
+        assert run.model_copy(update={"model": first.model, "name": first.name}) == first
+
+
+@pytest.mark.parametrize("name", ["vim2_cifar10", "rsmamba_ucmerced"])
+def test_images_train_two_steps(name, tmp_path):
+    run = recipes.build(Spec(name))
+    small = f"model={run.model.name.partition('_')[0]}_smoke"
+    words = [small, "data.path=shapes", "train.steps=2", "train.batch_size=4", "train.precision=float32"]
+    run = override(run, [*words, "data.per_class=2", "train.device=cpu"])
+    built = job.build(job.typed(run))
+    fitted = fit(built.model, built.task, built.data.windows("train"), built.data.windows("val"), run, progress=False)
+    assert fitted.steps == 2 and set(fitted.best) == {"top1", "loss"}
 
 
 def test_weather_trains_two_steps(tmp_path):

@@ -10,6 +10,7 @@ class Sort(StrEnum):
     data = "data"
     tasks = "tasks"
     recipes = "recipes"
+    studies = "studies"
 
 
 class Split(StrEnum):
@@ -41,14 +42,9 @@ class Benchmark(StrEnum):
     stream = "stream"
     model = "model"
     start = "start"
+    vision = "vision"
     plot = "plot"
     tables = "tables"
-
-
-class Comparison(StrEnum):
-    """What can be compared."""
-
-    forecasting = "forecasting"
 
 
 class Stamps(StrEnum):

@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from selectra.choices import Benchmark, Comparison, DataAction, Part, Sort, Split, Stamps
+from selectra import cli_compare
+from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError
+from selectra.image_commands import explain, predict
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.train.stop import DivergedError, StoppedError
@@ -116,6 +118,10 @@ def evaluate(
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
     _console().print(table)
+
+
+app.command()(predict)
+app.command()(explain)
 
 
 @app.command("list")
@@ -226,6 +232,7 @@ def forecast(
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and order.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in one batch.")] = 32,
     quick: Annotated[bool, typer.Option("--quick", help="Train briefly, for a first look.")] = False,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
 ) -> None:
     """Forecast a table of series: train, compare with baselines, write table, picture and page."""
     from selectra.forecaster import ForecastJob, forecast_job  # noqa: PLC0415
@@ -234,7 +241,7 @@ def forecast(
         file=file, models=tuple(name.strip() for name in model.split(",")), horizon=horizon,
         lookback=read_lookback(lookback), level=read_levels(level), futr=futr, cv=cv,
         split=split.value, target=target, time=time, freq=freq, stamps=stamps.value, epochs=epochs,
-        out=out, seed=seed, batch_size=batch_size, quick=quick,
+        out=out, seed=seed, batch_size=batch_size, quick=quick, device=device,
     )  # fmt: skip
     try:
         forecast_job(job, _console())
@@ -279,55 +286,6 @@ def data_(
 
 
 @app.command()
-def compare(
-    what: Annotated[Comparison, typer.Argument(help="What is compared.")] = Comparison.forecasting,
-    store: Annotated[Path, typer.Option(help="The file of cells and records; an earlier one is gone on with.")] = Path(
-        "forecasting.sqlite"
-    ),
-    tables: Annotated[str, typer.Option(help="Which tables, separated by commas, in the order of work.")] = "a,b",
-    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
-    time_limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds after which nothing is begun any more.")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes for what needs no GPU; on a CPU, for all.")] = 1,
-    packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of every training.")] = 1000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 32,
-) -> None:
-    """Train models against each other, every finished cell stored at once."""
-    from selectra.compare.command import Wish, compare_forecasting  # noqa: PLC0415
-    from selectra.compare.forecasting import Budget  # noqa: PLC0415
-
-    names = tuple(name.strip() for name in tables.split(","))
-    wish = Wish(store, names, device, time_limit, workers, packed, Budget(steps, batch_size))
-    compare_forecasting(wish, _console())
-
-
-@app.command()
-def report(
-    records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
-    out: Annotated[Path, typer.Option(help="The page, in Markdown.")] = Path("forecasting.md"),
-    export: Annotated[
-        Path | None, typer.Option(help="Where a store's records go, as JSON and CSV; default: beside the store.")
-    ] = None,
-) -> None:
-    """Write the page of a comparison from its records."""
-    from selectra.report.forecasting import write_page  # noqa: PLC0415
-
-    if records.suffix != ".json":
-        from selectra.compare.export import write  # noqa: PLC0415
-        from selectra.compare.store import Store  # noqa: PLC0415
-
-        if not records.is_file():
-            raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
-        store, records = Store(records), export or records.with_suffix(".json")
-        write(store, records)
-        store.close()
-    write_page(records, out)
-    _console().print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
-
-
-@app.command()
 def doctor() -> None:
     """Check this installation: backends, correctness, speed."""
     from selectra.doctor import doctor as examine  # noqa: PLC0415
@@ -354,7 +312,7 @@ def bench(
     record: Annotated[Path | None, typer.Option(help="The record's own path, instead of --out.")] = None,
     tags: Annotated[
         str | None,
-        typer.Option(help="Only these: shapes of `scan` or `cross` on a GPU (lm,vim-t), or models of `model`."),
+        typer.Option(help="Only these: shapes of `scan` or `cross` (lm,vim-t), models of `model`, parts of `vision`."),
     ] = None,
 ) -> None:
     """Time operators against the reference and other packages, after checking that they agree."""
@@ -367,6 +325,10 @@ def bench(
 def cite() -> None:
     """Print how to cite Selectra, as BibTeX."""
     _console().print(CITATION.format(version=_installed_version()), highlight=False, markup=False, soft_wrap=True)
+
+
+app.command()(cli_compare.compare)
+app.command()(cli_compare.report)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:

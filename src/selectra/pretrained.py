@@ -1,12 +1,14 @@
 """Weights from a file into an image model: read safely, under official or own names, fitted to another task.
 
 A file may hold the state itself or have it under "model", "state_dict" or another usual name, and keys may have the
-prefix of a wrapper. Positions are resized to the model's grid, a head for other classes is left as it starts, and
-filters of other channels are summed or repeated; whatever else does not fit is an error.
+prefix of a wrapper. Positions are resized to the model's grid, a head for other classes is left as it starts, filters
+of other channels are summed or repeated, those of images see the middle frame of a clip's patch; whatever else does not
+fit is an error.
 """
 
 import math
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,46 +27,71 @@ CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 HEADS = ("head.", "aux_head.")
 MOST_SHOWN = 8
+# Settings that official trainings save beside their weights; they are read as dictionaries, which run nothing.
+SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
 
 
 class Loaded(NamedTuple):
     """What became of a model's parameters."""
 
     resized: tuple[str, ...]
-    """Positions of another grid and filters of other channels."""
+    """Positions of another grid and filters of other channels or frames."""
     fresh: tuple[str, ...]
-    """A head for other classes, which stays as it was."""
+    """A head for other classes, and positions in time where the file is of images: they stay as they were."""
 
 
-def load_pretrained(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> Loaded:
+def load_pretrained(
+    model: nn.Module, source: str | Path | Mapping[str, Tensor], grid: tuple[int, int] | None = None
+) -> Loaded:
     """Load an image model's weights in place.
 
     Args:
         model: One of ours.
         source: A `.safetensors`, `.pth` or `.pt` file, or a state; keys are ours or those of the official code.
+        grid: Rows and columns of the source's positions, where they are not of a square and not of this model's grid.
 
     Raises:
         DataError: The file cannot be read or would run code; the state lacks parameters, or has others or other shapes.
     """
     name = "the state" if isinstance(source, Mapping) else str(source)
     state = strip(dict(source)) if isinstance(source, Mapping) else read_state(Path(source))
-    ours = model.state_dict()
+    fitted, loaded = fit_state(model, state, name, grid)
+    model.load_state_dict(fitted)
+    return loaded
+
+
+def fit_state(
+    model: nn.Module, given: Mapping[str, Tensor], name: str = "the state", grid: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], Loaded]:
+    """A state in the names and shapes of an image model, whole: what the model starts anew is as it is there.
+
+    Args:
+        model: One of ours.
+        given: A state under our names or those of the official code; parts that the model has dropped may be in it.
+        name: Of the state, for messages.
+        grid: As of `load_pretrained`.
+
+    Raises:
+        DataError: It lacks parameters, or has others or other shapes.
+    """
+    ours, state = model.state_dict(), dict(given)
     if hasattr(model, "from_official_keys"):
         renamed = model.from_official_keys(state)  # pyright: ignore[reportCallIssue]
         # Some keys are alike in both: the names of more parameters are the right ones.
         state = renamed if len(renamed.keys() & ours.keys()) > len(state.keys() & ours.keys()) else state
-    fresh = tuple(sorted(key for key in ours if key.startswith(HEADS) and _differs(state, ours, key)))
+    fresh = tuple(sorted(key for key in ours if _is_fresh(state, ours, key)))
     resized = []
     for key in sorted(state.keys() & ours.keys() - set(fresh)):
-        if state[key].shape != ours[key].shape:
-            fitted = _fit(model, key, state[key], ours[key])
+        is_of_another_grid = key == "pos_embed" and grid is not None and grid != getattr(model, "grid", grid)
+        if state[key].shape != ours[key].shape or is_of_another_grid:
+            fitted = _fit(model, key, state[key], ours[key], grid)
             if fitted is not None:
                 state[key] = fitted
                 resized.append(key)
+    dropped: set[str] = getattr(model, "pruned", set())
+    state = {key: value for key, value in state.items() if key in ours or key not in dropped}
     _require_fitting(name, type(model).__name__, state, ours, fresh)
-    kept = {key: value for key, value in state.items() if key in ours and key not in fresh}
-    model.load_state_dict(kept, strict=False)
-    return Loaded(tuple(resized), fresh)
+    return {key: ours[key] if key in fresh else state[key] for key in ours}, Loaded(tuple(resized), fresh)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -78,7 +105,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return strip(load_file(path))
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"'{path}' holds more than weights, and reading it could run its code: {reason}") from error
@@ -101,32 +129,51 @@ def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _differs(state: dict[str, Tensor], ours: dict[str, Tensor], key: str) -> bool:
-    """Whether a head has no like in the state; also where the state has no head."""
-    return key not in state or state[key].shape != ours[key].shape
+def _is_fresh(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a parameter starts anew: a head without its like in the state; positions in time if that is of images."""
+    if key == "time_embed":
+        patches = state.get("patch_embed.proj.weight")
+        return key not in state and patches is not None and patches.dim() == 4
+    return key.startswith(HEADS) and (key not in state or state[key].shape != ours[key].shape)
 
 
-def _fit(model: nn.Module, key: str, value: Tensor, own: Tensor) -> Tensor | None:
+def _fit(model: nn.Module, key: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
     """The value in our shape, or None where it has no place."""
+    if hasattr(model, "fit_weight"):
+        fitted = model.fit_weight(key, value, own)  # pyright: ignore[reportCallIssue]
+        if fitted is not None:
+            return fitted
     if key == "pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
-        return _fit_positions(model, value)
+        return _fit_positions(model, value, grid)
+    if key == "patch_embed.proj.weight" and value.dim() == 4 and own.dim() == 5:
+        value = inflate(value, own.shape[2])
     if key == "time_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
         return nn.functional.interpolate(value.transpose(1, 2).float(), own.shape[1], mode="linear").transpose(1, 2)
-    if key.startswith(("patch_embed.", "stages.0.embed.")) and value.dim() == own.dim() >= 4:
+    if (
+        key.startswith(("patch_embed.", "stages.0.embed.", *getattr(model, "first_filters", ())))
+        and value.dim() == own.dim() >= 4
+    ):
         others_fit = value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]
         return fit_channels(value, own.shape[1]) if others_fit else None
     return None
 
 
-def _fit_positions(model: Any, table: Float[Tensor, "1 m d"]) -> Tensor | None:
-    """Positions of a square grid at the model's."""
-    slots = model.slots if hasattr(model, "slots") else lambda _: (0,)
+def _fit_positions(model: Any, table: Float[Tensor, "1 m d"], grid: tuple[int, int] | None) -> Tensor | None:
+    """Positions of this grid, or of a square one, at the model's."""
     new = math.prod(model.grid)
-    n_tokens = table.shape[1] - len(slots(new))
+    n_tokens = table.shape[1] - len(model.slots(new))
     side = math.isqrt(max(n_tokens, 0))
-    if side == 0 or side * side != n_tokens:
+    rows, columns = grid or (side, side)
+    if n_tokens < 1 or rows * columns != n_tokens:
         return None
-    return resize_positions(table, (side, side), model.grid, slots(n_tokens), slots(new))
+    return resize_positions(table, (rows, columns), model.grid, model.slots(n_tokens), model.slots(new))
+
+
+def inflate(weight: Float[Tensor, "d c h w"], frames: int) -> Float[Tensor, "d c t h w"]:
+    """Filters of images for clips: they see the middle frame of a patch and no other (VideoMamba's code)."""
+    others = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
+    others[:, :, frames // 2] = weight
+    return others
 
 
 def fit_channels(weight: Float[Tensor, "d c *k"], in_channels: int) -> Float[Tensor, "d c2 *k"]:
@@ -154,4 +201,7 @@ def _require_fitting(
         if keys
     ]
     if problems:
-        raise DataError(f"{name} does not fit this {kind}: {'; '.join(problems)}. Is it of another model or size?")
+        hint = " Positions that are not of a square need grid=(rows, columns)." if "'pos_embed'" in str(shapes) else ""
+        raise DataError(
+            f"{name} does not fit this {kind}: {'; '.join(problems)}. Is it of another model or size?{hint}"
+        )

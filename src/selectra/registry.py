@@ -98,9 +98,11 @@ class Registry:
         """The registered names in alphabetical order, of one kind if given."""
         return sorted(name for name, entry in self._entries.items() if kind is None or entry.kind == kind)
 
-    def families(self) -> list[str]:
-        """The names without sizes."""
-        return sorted(self._families)
+    def families(self, kind: str | None = None) -> list[str]:
+        """The names without sizes, of one kind if given."""
+        return sorted(
+            name for name, sizes in self._families.items() if kind is None or self._entries[sizes[0]].kind == kind
+        )
 
     def entry(self, name: str) -> Entry:
         """Look a name up; a name without its size means the size "base", or the only one.
@@ -117,7 +119,10 @@ class Registry:
         if members:
             raise ConfigError(f"{self.what} '{name}' has several sizes; choose one of {members}.")
         known = [*self._entries, *self._families]
-        raise ConfigError(f"there is no {self.what} '{name}'; there are {self.names()}.{nearest(name, known)}")
+        sizes = f" `selectra list {self.what}s` shows their sizes." if self.names() != self.families() else ""
+        raise ConfigError(
+            f"there is no {self.what} '{name}'; there are {self.families()}.{nearest(name, known)}{sizes}"
+        )
 
     def resolve(
         self, spec: Spec, facts: Mapping[str, Any] | None = None, *, partial: bool = False
@@ -220,3 +225,4 @@ models = Registry("model")
 datasets = Registry("dataset")
 tasks = Registry("task")
 recipes = Registry("recipe")
+studies = Registry("study")

@@ -11,18 +11,20 @@ from selectra.spec import Run, Spec, nearest, override
 if TYPE_CHECKING:
     from selectra.registry import Registry
 
-USUAL_DATA = {"series": "series_file"}
+USUAL_DATA = {"series": "series_file", "image": "images"}
 
 
 def registries() -> "dict[Sort, Registry]":
     """All registries, filled."""
     from selectra import data, models, recipes, registry, tasks  # noqa: F401, PLC0415
+    from selectra.recipes import studies  # noqa: F401, PLC0415
 
     return {
         Sort.models: registry.models,
         Sort.data: registry.datasets,
         Sort.tasks: registry.tasks,
         Sort.recipes: registry.recipes,
+        Sort.studies: registry.studies,
     }
 
 

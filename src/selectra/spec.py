@@ -123,6 +123,9 @@ class Optim(Section):
     """Optimizer steps in which the learning rate rises linearly to `lr`."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all parameters; None leaves gradients as they are."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Learning rate of a stage, or of a block where all have one resolution, over that of the next: the head has `lr`,
+    what is nearer to the image less."""
 
 
 class Train(Section):
@@ -150,6 +153,23 @@ class Train(Section):
     """Processes that prepare batches; 0 prepares them in the training process."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" is a CUDA device where there is one."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What products are rounded to (autocast); weights stay float32, and float16 scales the loss."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of the running mean of the weights, which is then what is measured and kept; it rises to this value in the
+    first steps, as (1 + step) / (10 + step). None measures and keeps the weights themselves."""
+    pretrained: str | None = None
+    """A file of weights to start from, `.safetensors` or `.pth`; positions are resized, and a head for other classes
+    starts afresh."""
+    freeze: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    """How many stages, or blocks where all have one resolution, are left as they are, what is before them too; "all"
+    trains the head alone."""
+    channels_last: bool = False
+    """Keep convolutions' weights, and so images between them, channels last in memory: faster on a GPU."""
+    recompute: bool = False
+    """Do not store what is inside a block for the backward pass, and compute it again: less memory, more time."""
+    compile: bool = False
+    """Let torch.compile make one program of the model."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -31,6 +31,7 @@ def _option_type(hint: Any) -> str:
 
 def with_options(message: str) -> str:
     """A message about the data that names arguments of Python, `freq=...`, with the options of `forecast` instead."""
+    message = re.sub(r"\bfutr_df(=\.\.\.)?", "--futr", message)
     return re.sub(r"(?<![\w.'-])(time|freq|stamps|target|split)=(?=[\w.])", r"--\1 ", message)
 
 

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import TypeCheckError
 
 from selectra.errors import ConfigError
+from selectra.layers import missing, revin
+from selectra.layers.missing import carry_forward, is_complete
 from selectra.layers.revin import RevIN
 
 MODES = pytest.mark.parametrize("mode", ["none", "last", "mean", "instance"])
@@ -97,3 +99,25 @@ def test_an_unknown_mode_is_named():
     # The shape-checking hook, where it runs, refuses the value before the constructor does.
     with pytest.raises((ConfigError, TypeCheckError), match="'mean'"):
         RevIN(1, "median")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("mode", ["none", "last", "mean", "instance", "revin"])
+def test_a_window_that_is_known_to_be_complete_gives_the_same_bits(mode, monkeypatch):
+    x, observed = torch.randn(3, 9, 2), torch.ones(3, 9, 2, dtype=torch.bool)
+    norm = RevIN(2, mode)
+    known, filled = norm(x, observed), carry_forward(x, observed)
+    for module in (missing, revin):
+        monkeypatch.setattr(module, "is_complete", lambda observed: observed is None)
+    unknown = norm(x, observed)
+    assert torch.equal(filled, x) and torch.equal(carry_forward(x, observed), x)
+    for one, other in zip((known[0], *known[1]), (unknown[0], *unknown[1]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_completeness_is_not_asked_of_a_trace():
+    observed = torch.ones(2, 4, 1, dtype=torch.bool)
+    assert is_complete(observed) and is_complete(None) and not is_complete(observed.logical_not())
+    assert not is_complete(observed.to("meta"))
+    seen = []
+    torch.func.vmap(lambda each: seen.append(is_complete(each)) or each)(observed)
+    assert seen == [False]

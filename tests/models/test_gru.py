@@ -38,3 +38,27 @@ def test_a_gap_is_not_a_value():
 def test_the_number_of_parameters():
     first, second = 3 * (2 * 8 + 8 * 8 + 2 * 8), 3 * (8 * 8 + 8 * 8 + 2 * 8)
     assert sum(p.numel() for p in GRU(**SIZES).parameters()) == first + second + 8 * 4 + 4
+
+
+def test_a_state_carried_past_the_window_is_another_forecast() -> None:
+    """Why an update passes over the whole window: 5 rows that have left it are still in a carried state.
+
+    By how much is for the weights to say: here the network has learned to remember.
+    """
+    model = GRU(seq_len=24, horizon=4, n_series=2, d_model=8, window_norm="none").eval()
+    with torch.no_grad():
+        for layer in range(2):
+            # The gate that keeps the state, which a training may open as far.
+            getattr(model.gru, f"bias_hh_l{layer}")[8:16] += 4
+    rows = torch.randn(3, 29, 2)
+
+    def from_state(x: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        given = torch.stack([x, torch.zeros_like(x)], -1).transpose(1, 2)
+        _, after = model.gru(given.flatten(0, 1), state)
+        return model.head(after[-1].unflatten(0, given.shape[:2])), after
+
+    with torch.no_grad():
+        fresh, (first, state) = model(rows[:, 5:]), from_state(rows[:, :24], None)
+        carried, _ = from_state(rows[:, 24:], state)
+        torch.testing.assert_close(first.flatten(), model(rows[:, :24]).flatten())
+    assert (carried.flatten() - fresh.flatten()).abs().max() > 1e-3

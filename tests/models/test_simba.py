@@ -104,7 +104,7 @@ def test_the_norms_eps_is_read(norm_layer, eps):
 
 
 def test_the_norms_eps_without_an_official_configuration():
-    model = Simba(**SIZES)
+    model: Any = Simba(**SIZES)
     assert model.class_block.norm2.eps == 1e-6 and model.class_block.norm1.eps == 1e-5
 
 

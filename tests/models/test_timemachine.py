@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from selectra.errors import ConfigError
-from selectra.models.timemachine import TimeMachine, one_channel, one_token
+from selectra.mixers import S6
+from selectra.models.timemachine import Lone, TimeMachine
 from selectra.official import from_official
-from selectra.ops import selective_scan
 from selectra.registry import models
 from selectra.spec import Spec
 from tests.golden import PRECISIONS, Golden
@@ -151,21 +151,36 @@ def test_what_cannot_be_is_named(config, message):
         from_official(SOURCE, config, {})
 
 
-@pytest.mark.parametrize(("length", "width", "read"), [(1, 5, one_token), (9, 1, one_channel)])
+@pytest.mark.parametrize(("length", "width"), [(1, 5), (9, 1), (1, 1)])
+@pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_one_token_and_one_channel_are_scans(length: int, width: int, read: Any, reverse: bool) -> None:
-    """Outputs and all gradients, in float64."""
-    n = 7
-    shapes = [(3, length, width), (3, length, width), (width, n), (3, length, n), (3, length, n), (width,)]
-    inputs = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    u, delta, A, B, C, bias = inputs
-    decay = -A.exp()
-    found = read(u, delta, decay, B, C, bias, reverse)
-    wanted = selective_scan(u, delta, decay, B, C, delta_bias=bias, delta_softplus=True, reverse=reverse)
-    torch.testing.assert_close(found, wanted)
-    gradients = [torch.autograd.grad(y.sin().sum(), inputs, retain_graph=True) for y in (found, wanted)]
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+def test_one_token_and_one_channel_are_mambas(length: int, width: int, rank: int, reverse: bool) -> None:
+    """Outputs and all gradients against the whole Mamba, in float64."""
+    sizes: dict[str, Any] = {"d_state": 7, "d_conv": 2, "expand": 1, "dt_rank": rank}
+    lone, whole = Lone(width, **sizes).double(), S6(width, **sizes).double()
+    with torch.no_grad():
+        for parameter in lone.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    whole.load_state_dict(lone.state_dict())
+    x = torch.randn(3, length, width, dtype=torch.float64, requires_grad=True)
+    results = []
+    for mamba in (lone, whole):
+        y = mamba(x, reverse=reverse)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), [x, *mamba.parameters()])))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_an_adapter_on_a_lone_mambas_projection_is_heard() -> None:
+    mamba = Lone(1, d_state=4, d_conv=2, expand=1)
+    x = torch.randn(2, 6, 1)
+    before = mamba(x)
+
+    def doubled(_module: Any, _inputs: Any, y: Any) -> Any:
+        return 2 * y
+
+    mamba.x_proj.register_forward_hook(doubled)
+    assert not torch.allclose(mamba(x), before)
 
 
 @pytest.mark.gpu

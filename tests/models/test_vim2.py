@@ -143,6 +143,45 @@ def test_static_selection_leaves_a_fixed_linear_map_over_channels():
         assert torch.allclose(path.mix(u, z, reverse=reverse)[0], expected, rtol=1e-9)
 
 
+def test_a_whole_channel_mixer_with_static_selection():
+    """Of ViM2 as built: one fixed map for each direction and group, between its projections, for every token alike."""
+    mixer = moved(GridChannels(8, 12, 4, 2).double())
+    inner, total = mixer.mixer, torch.zeros(())
+    x = torch.randn(2, 3, 5, 8).double()
+    steps = mixer.in_proj(x).flatten(0, 2).unflatten(1, (3, 4))
+    *inputs, z = inner.in_proj(steps).chunk(3, dim=-1)
+    for path, u, reverse in zip((inner.ahead, inner.back), inputs, (False, True), strict=True):
+        dt, B, C = torch.randn(1).double(), torch.randn(2).double(), torch.randn(2).double()
+        path.x_proj = Constant(torch.cat([dt, B, C]))
+        fixed = kernel(F.softplus(path.dt_proj(dt)), -path.A_log.exp(), B, C, path.D, 3)
+        activated = path.convolve(u, reverse=reverse)[0]
+        total = total + torch.einsum("dts,bsd->btd", fixed.flip(1, 2) if reverse else fixed, activated)
+    expected = mixer.out_proj(inner.out_proj(total * F.silu(z)).reshape(2, 3, 5, 12))
+    assert torch.allclose(mixer(x), expected, rtol=1e-9)
+
+
+def test_a_whole_token_mixer_with_static_selection(monkeypatch):
+    """Of ViM2 as built: the scan of an impulse at each position is the fixed map of all inputs."""
+    stage: Any = moved(ViM2(**SIZES).layers[0].double())
+    mixer, (h, w, d, n) = stage.tokens[0].mixer, (3, 4, 16, 4)
+    constants = [torch.randn(4, size).double() for size in (d, n, n)]
+    monkeypatch.setattr(mixer, "select", lambda u: tuple(t.expand(*u.shape[:3], -1, -1) for t in constants))
+    scanned = []
+    monkeypatch.setattr(F, "silu", lambda u: u)
+    mixer.conv2d = torch.nn.Conv2d(d, d, 1, groups=d, bias=False).double()
+    torch.nn.init.ones_(mixer.conv2d.weight)
+    for i in range(h * w):
+        impulse = torch.zeros(1, h * w, d).double()
+        impulse[:, i] = 1
+        scanned.append(mixer.mix(impulse.view(1, h, w, d)).flatten(1, 2)[0])
+    fixed = torch.stack(scanned)  # s t d
+    for _ in range(2):
+        x = torch.randn(2, h, w, 8).double()
+        u, z = mixer.in_proj(x).chunk(2, dim=3)
+        mixed = torch.einsum("std,bsd->btd", fixed, u.flatten(1, 2)).view(2, h, w, d)
+        assert torch.allclose(mixer(x), mixer.out_proj(mixer.out_norm(mixed) * z), rtol=1e-9, atol=1e-12)
+
+
 # Ours, and the paper's in millions.
 @pytest.mark.parametrize(
     ("size", "expected", "published"), [("tiny", 22_467_052, 20), ("small", 40_384_528, 43), ("base", 69_701_968, 74)]

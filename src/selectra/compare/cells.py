@@ -10,6 +10,9 @@ from typing import Any
 from selectra.errors import ConfigError
 from selectra.spec import Run
 
+# What is stored as it is.
+MORE = ("variates", "by_gradient", "group", "weight", "trial")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -23,6 +26,8 @@ class Cell:
         by_gradient: Whether it belongs on a GPU; what is solved or needs no training is done on a CPU.
         group: Cells that are decided on together, such as one model's trials of learning rates.
         weight: Places that it takes of those that a GPU has for trainings side by side.
+        trial: Its number among its group's trials of settings, which see the validation part alone and may be pruned;
+            None for a training that is scored on the test part.
     """
 
     run: Run
@@ -32,11 +37,14 @@ class Cell:
     by_gradient: bool = True
     group: str = ""
     weight: int = 1
+    trial: int | None = None
 
     @property
     def key(self) -> str:
         """The same for the same training, whatever tables it stands in."""
-        text = json.dumps({"run": json.loads(self.run.model_copy(update={"name": ""}).to_json()), "v": self.variates})
+        content = {"run": json.loads(self.run.model_copy(update={"name": ""}).to_json()), "v": self.variates}
+        # Two trials may happen to have the same settings.
+        text = json.dumps(content if self.trial is None else content | {"trial": self.trial})
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -47,8 +55,7 @@ class Cell:
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
         content = {"run": json.loads(self.run.to_json()), "place": self.place, "label": dict(self.label)}
-        more = {name: getattr(self, name) for name in ("variates", "by_gradient", "group", "weight")}
-        return json.dumps({**content, **more})
+        return json.dumps({**content, **{name: getattr(self, name) for name in MORE}})
 
     @classmethod
     def from_json(cls, text: str) -> "Cell":
@@ -56,8 +63,8 @@ class Cell:
         content = json.loads(text)
         run = Run.from_json(json.dumps(content["run"]), "a stored cell")
         label = MappingProxyType(content["label"])
-        more = (content[name] for name in ("variates", "by_gradient", "group", "weight"))
-        return cls(run, content["place"], label, *more)
+        # A store of an earlier day has no trials of this kind.
+        return cls(run, content["place"], label, **{name: content[name] for name in MORE if name in content})
 
 
 def differences(base: Run, run: Run) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,8 @@ from selectra.errors import ConfigError
 
 RESAMPLES = 9999
 CONFIDENCE = 0.95
+# Of all differences that a study looks at, the chance that one is called real and is none.
+ERROR_RATE = 0.05
 FEWEST = 3
 
 
@@ -19,17 +21,8 @@ def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dic
     Raises:
         ConfigError: There are fewer than three pairs.
     """
-    if len(ours) != len(theirs) or len(ours) < FEWEST:
-        raise ConfigError(f"a paired interval needs {FEWEST} pairs or more, got {len(ours)} and {len(theirs)} values.")
-    differences = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
-    low = high = float(differences.mean())
-    # Equal differences have no distribution to resample.
-    if np.ptp(differences) > 0:
-        found = stats.bootstrap(
-            (differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="BCa",
-            random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
-        low, high = float(found.confidence_interval.low), float(found.confidence_interval.high)
+    differences = _differences(ours, theirs)
+    low, high = _interval(differences, seed)
     return {
         "mean": float(np.mean(ours)), "rival": float(np.mean(theirs)), "difference": float(differences.mean()),
         "low": low, "high": high, "wins": int((differences < 0).sum()), "pairs": len(differences),
@@ -38,6 +31,78 @@ def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dic
     }  # fmt: skip
 
 
+def _differences(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
+    if len(ours) != len(theirs) or len(ours) < FEWEST:
+        raise ConfigError(f"a paired interval needs {FEWEST} pairs or more, got {len(ours)} and {len(theirs)} values.")
+    return np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
+
+
+def _interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
+    # Equal differences have no distribution to resample.
+    if np.ptp(differences) <= 1e-12 * np.abs(differences).max(initial=0.0):
+        return float(differences.mean()), float(differences.mean())
+    found = stats.bootstrap(
+        (differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="BCa",
+        random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
 def spread(values: Sequence[float]) -> float | None:
     """The standard deviation of a sample; None for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, Any]:
+    """How much lower or higher `ours` is, pair by pair: interval, wins, and the p-value of a paired t-test.
+
+    The difference is that of logarithms in per cent, so that a pair of large values weighs no more than one of small
+    ones; where a value is not above zero, it is the plain difference. `resolution` is the smallest difference that so
+    many pairs of this spread could just have shown, alone. With three pairs a bootstrap interval is hardly wider than
+    the pairs' own range; the t-test, which knows how few they are, is what a verdict rests on.
+
+    Raises:
+        ConfigError: There are fewer than three pairs.
+    """
+    raw = _differences(ours, theirs)
+    relative = min(*ours, *theirs) > 0
+    each = 100 * _differences(np.log(ours).tolist(), np.log(theirs).tolist()) if relative else raw
+    sure = float(np.ptp(each)) <= 1e-9 * max(1.0, float(np.abs(each).max()))
+    low, high = _interval(each, seed)
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * float(np.std(each, ddof=1)) / np.sqrt(len(each))
+    mean = float(each.mean())
+    always = 0.0 if abs(mean) > 1e-9 else 1.0
+    p_value = always if sure else float(stats.ttest_1samp(each, 0.0)[1])
+    return {
+        "mean": float(np.mean(ours)), "rival": float(np.mean(theirs)), "unit": "%" if relative else "",
+        "difference": _percent(mean, relative), "low": _percent(low, relative), "high": _percent(high, relative),
+        "wins": int((raw < 0).sum()), "pairs": len(raw), "p": p_value, "resolution": _percent(float(t), relative),
+    }  # fmt: skip
+
+
+def _percent(value: float, relative: bool) -> float:
+    """A hundred times a difference of logarithms as a change in per cent."""
+    return 100 * float(np.expm1(value / 100)) if relative else value
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, so that the chance of any false one stays below the level (Holm 1979)."""
+    order, adjusted, highest = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def judged(contrasts: Sequence[dict[str, Any]], higher_is_better: bool = False) -> list[dict[str, Any]]:
+    """Contrasts that are looked at together, each with its adjusted p-value and an outcome: better, worse, level.
+
+    A difference counts where the adjusted p-value is below 0.05 and the bootstrap interval leaves zero out.
+    """
+    found = []
+    for each, p_adjusted in zip(contrasts, holm([each["p"] for each in contrasts]), strict=True):
+        real = p_adjusted < ERROR_RATE and (each["low"] > 0 or each["high"] < 0)
+        good = (each["difference"] > 0) == higher_is_better
+        outcome = ("better" if good else "worse") if real else "level"
+        found.append({**each, "p_adjusted": p_adjusted, "outcome": outcome})
+    return found

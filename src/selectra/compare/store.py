@@ -111,6 +111,12 @@ class Store:
         with self._writing():
             self._file.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
 
+    def settle(self, name: str, value: Any) -> Any:
+        """Keep a fact unless there is one already; what is kept. Of several workers the first one decides."""
+        with self._writing():
+            self._file.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
+        return self.recall(name)
+
     def recall(self, name: str) -> Any:
         """What `remember` kept; None where it did not."""
         found = self._one("SELECT value FROM meta WHERE name = ?", (name,))

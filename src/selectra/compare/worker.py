@@ -1,13 +1,14 @@
 """Do the cells of a store: those by gradient packed on a GPU, or one after the other by the plain loop."""
 
 import dataclasses
+import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,12 +19,15 @@ from selectra.compare.cells import Cell
 from selectra.compare.forecasting import variate_order
 from selectra.compare.on_device import OnDevice, Resident
 from selectra.compare.store import Store
+from selectra.compare.tune import PrunedError
 from selectra.data.series import SeriesData
 from selectra.data.table import Table, read_table
 from selectra.data.windows import Windows
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, tasks
-from selectra.tasks import Forecasting
+from selectra.spec import Spec
+from selectra.tasks.task import Task
+from selectra.train.batches import TrainingOrder
 from selectra.train.loop import evaluate, fit
 from selectra.train.parallel import World
 from selectra.train.record import BackendWatch, environment
@@ -36,17 +40,21 @@ PARTS = ("train", "val", "test")
 # Evaluations that are queued ahead on a stream, so that the GPU has work while the host prepares the next training.
 AHEAD = 2
 ASK_EVERY = 0.5
+# Batches of an evaluation; no result depends on it.
+EVALUATED = 256
 OnDone = Callable[[Cell, str, dict[str, Any]], None]
+# For a trial: whether it is to be ended, from its validation errors so far.
+Judge = Callable[[Cell], Callable[[Sequence[float]], bool]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Built:
     """A cell's data, task and model, on the CPU."""
 
-    data: SeriesData
-    task: Forecasting
+    data: Any
+    task: Any
     model: nn.Module
-    parts: dict[str, Windows]
+    parts: dict[str, Any]
 
 
 def data_path(path: str) -> Path:
@@ -72,19 +80,42 @@ def _ordered(path: Path, time: str | None, freq: str | None, stamps: str, variat
     return dataclasses.replace(table, names=names, values=table.values[:, order], observed=table.observed[:, order])
 
 
+@lru_cache(maxsize=8)
+def load(spec: Spec) -> Any:
+    """A data set, read once for all cells on it."""
+    return datasets.build(spec)
+
+
 def build(cell: Cell) -> Built:
-    """As `train.job.build`, the table read once for all cells and its series in the cell's order."""
+    """As `train.job.build`, the data read once for all cells and series in the cell's order."""
+    data = _tabled(cell) if cell.variates or _in_folder(cell.run.data) else load(cell.run.data)
+    torch.manual_seed(cell.run.train.seed)
+    model = models.build(cell.run.model, data.facts)
+    task = tasks.build(cell.run.task, data.facts).for_data(data)
+    return Built(data, task, model, {part: data.windows(part) for part in PARTS})
+
+
+def _in_folder(spec: Spec) -> bool:
+    """Whether the data is a file that only the folder of SELECTRA_DATA has."""
+    path, folder = str(spec.args.get("path") or ""), os.environ.get(DATA_VARIABLE, "")
+    return bool(path and folder) and not Path(path).exists() and (Path(folder) / path).is_file()
+
+
+def _tabled(cell: Cell) -> SeriesData:
     args = {name: item.value for name, item in datasets.resolve(cell.run.data).items()}
     if args["futr"] is not None:
         raise ConfigError("a comparison takes no file of future covariates; leave 'data.futr' out.")
     shape = {name: args[name] for name in ("seq_len", "horizon", "target", "constant")}
     shape["split"] = "ratio" if args["split"] == "auto" else args["split"]
     where = (data_path(args["path"]), args["time"], args["freq"], args["stamps"])
-    data = SeriesData(_ordered(*where, cell.variates), **shape)
-    torch.manual_seed(cell.run.train.seed)
-    model = models.build(cell.run.model, data.facts)
-    task = tasks.build(cell.run.task, data.facts).for_data(data)
-    return Built(data, task, model, {part: data.windows(part) for part in PARTS})
+    return SeriesData(_ordered(*where, cell.variates), **shape)
+
+
+def order_digest(cell: Cell, windows: Any) -> str:
+    """What tells the order of the first pass over the training windows from any other."""
+    sampler = TrainingOrder(windows, cell.run.train, World()).sampler
+    sampler.set_epoch(0)
+    return hashlib.sha256(repr(list(sampler)).encode()).hexdigest()[:16]
 
 
 def _facts(cell: Cell, built: Built, device: torch.device, packed: int) -> dict[str, Any]:
@@ -96,6 +127,7 @@ def _facts(cell: Cell, built: Built, device: torch.device, packed: int) -> dict[
         "test_windows": len(built.parts["test"]),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "packed": packed,
+        **({"data_order": order_digest(cell, built.parts["train"])} if cell.trial is None and cell.by_gradient else {}),
         **_environment(),
     }
 
@@ -105,8 +137,19 @@ def _environment() -> dict[str, Any]:
     return environment()
 
 
+def never(cell: Cell) -> Callable[[Sequence[float]], bool]:
+    """Ends no trial."""
+    return lambda history: False
+
+
 def work_on_cpu(
-    store: Store, until: float, on_done: OnDone, by_gradient: bool | None = None, wait: bool = False
+    store: Store,
+    until: float,
+    on_done: OnDone,
+    by_gradient: bool | None = None,
+    wait: bool = False,
+    device: torch.device | None = None,
+    judge: Judge = never,
 ) -> None:
     """Do cells one after the other by the plain loop.
 
@@ -115,6 +158,8 @@ def work_on_cpu(
         on_done: Called with every finished cell.
         by_gradient: Only those that belong on a GPU, or only those that do not.
         wait: Wait for cells that may yet be given back, or come.
+        device: Where models are trained; default: the CPU.
+        judge: What ends a trial early.
     """
     with store.beating():
         while time.monotonic() < until:
@@ -124,28 +169,61 @@ def work_on_cpu(
                     return
                 time.sleep(0.5)
                 continue
-            state, record = _plain(cell)
+            state, record = _plain(cell, device or torch.device("cpu"), judge)
             if store.finish(cell, record, state):
                 on_done(cell, state, record)
 
 
-def _plain(cell: Cell) -> tuple[str, dict[str, Any]]:
+class _Watched:
+    """A task that keeps the validation errors, and ends a trial that is to be ended."""
+
+    def __init__(self, task: Task, ends: Callable[[Sequence[float]], bool]) -> None:
+        self.task, self.ends = task, ends
+        self.history: list[float] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The task's; raises where this trial is worse than those before."""
+        score = self.task.score(metrics)
+        self.history.append(score)
+        if self.ends(self.history):
+            raise PrunedError
+        return score
+
+
+def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[str, Any]]:
     try:
-        built, world = build(cell), World(device=torch.device("cpu"))
-        watch = BackendWatch()
-        fitted = fit(
-            built.model, built.task, built.parts["train"], built.parts["val"], cell.run, progress=False, world=world
-        )
-        with watch:
-            built.model(built.parts["val"][[0]].x)
-        test = evaluate(built.model, built.task, built.parts["test"], 256, world)
+        built, world = build(cell), World(device=device)
+        watched = _Watched(built.task, judge(cell) if cell.trial is not None else lambda history: False)
+        # All else that a task has is the inner one's.
+        task = cast(Task, watched)
+        began = time.monotonic()
+        try:
+            fitted = fit(
+                built.model, task, built.parts["train"], built.parts["val"], cell.run, progress=False, world=world
+            )
+        except PrunedError:
+            result: dict[str, Any] = {"pruned": True, "seconds": time.monotonic() - began}
+        else:
+            result = {
+                "val": fitted.best, "best_step": fitted.best_step, "steps": fitted.steps, "seconds": fitted.seconds,
+                "backends": _backends(built, device),
+            }  # fmt: skip
+            if cell.trial is None:
+                result["test"] = evaluate(built.model, built.task, built.parts["test"], EVALUATED, world)
     except (ConfigError, DataError, DivergedError) as error:
         return "failed", {**cell.label, "reason": str(error)}
-    result = {
-        "val": fitted.best, "test": test, "best_step": fitted.best_step, "steps": fitted.steps,
-        "seconds": fitted.seconds, "backends": watch.found(),
-    }  # fmt: skip
-    return "done", {**_facts(cell, built, world.device, 1), **result}
+    history = {"history": watched.history, "score": min(watched.history, default=None)}
+    return "done", {**_facts(cell, built, device, 1), **history, **result}
+
+
+def _backends(built: Built, device: torch.device) -> dict[str, str]:
+    watch, batch = BackendWatch(), built.parts["val"][[0]].to(device)
+    with watch, torch.no_grad():
+        built.task.loss(built.model, batch)
+    return watch.found()
 
 
 class _Slot:
@@ -199,6 +277,11 @@ class _Slot:
         """The record of a training that has ended; the slot is free after it."""
         outcome = self.training.outcome()
         record = {**self.facts, **dataclasses.asdict(outcome), "backends": self.training.backends}
+        if self.cell is not None and self.cell.trial is not None:
+            # The graphs hold the test part; a trial's choice does not see it.
+            del record["test"]
+            record["history"] = [each["mse"] for each in outcome.history]
+            record["score"] = min(record["history"], default=None)
         del self.training
         self.cell = None
         if outcome.best_step == 0:
@@ -214,7 +297,9 @@ class _Residents:
         self.found: dict[Any, Resident] = {}
 
     def __call__(self, cell: Cell, windows: Windows) -> Resident:
-        key = (cell.run.data.args["path"], cell.variates)
+        spec = cell.run.data
+        same = tuple(pair for pair in spec.pairs if pair[0] not in ("seq_len", "horizon"))
+        key = (spec.name, same, cell.variates)
         if key not in self.found:
             self.found[key] = Resident.of(windows, self.device)
             torch.cuda.synchronize(self.device)

@@ -1,5 +1,7 @@
 """Sources to batches and facts; importing this room registers every data set."""
 
+from selectra.data.images import ImageBatch as ImageBatch
+from selectra.data.images import Images as Images
 from selectra.data.series import SeriesData as SeriesData
 from selectra.data.series import SeriesFile as SeriesFile
 from selectra.data.text import TextData as TextData

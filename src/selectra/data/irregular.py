@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,12 +27,12 @@ MONTHS, LAST_HOUR = (3, 4, 9, 10, 11), 3
 ADVICE = "Keep one row for each stamp, or read rows as evenly spaced, whatever their stamps, with stamps=order."
 
 
-def place_in(name: str, index: pd.DatetimeIndex, ids: pd.Series | None = None) -> Place:
-    """Finds the first row of a stamp; `ids` are the series of a long table's rows."""
+def place_in(name: str, index: pd.DatetimeIndex, series_of: Callable[[int], str] | None = None) -> Place:
+    """Finds the first row of a stamp; `series_of` names the series of a long table's row."""
 
     def place(stamp: pd.Timestamp) -> str:
         row = int(np.flatnonzero(index == stamp)[0])
-        series = "" if ids is None else f", series {ids.iloc[row]!r}"
+        series = "" if series_of is None else f", series {series_of(row)!r}"
         return f"time column {name!r}, row {row + 1} below the header{series}"
 
     return place
@@ -102,8 +102,12 @@ def refuse_mixed(index: pd.DatetimeIndex, place: Place) -> None:
         )
 
 
-def refuse_mixed_series(keys: pd.DataFrame) -> None:
-    """Refuse a long table, columns `unique_id` and `ds`, whose series have different distances or phases of rows."""
+def refuse_mixed_series(keys: pd.DataFrame, names: Sequence[str]) -> None:
+    """Refuse a long table whose series have different distances or phases of rows.
+
+    Args:
+        keys: Columns `unique_id`, a number into `names`, and `ds`.
+    """
     rows = keys.assign(row=np.arange(len(keys))).sort_values(["unique_id", "ds"], kind="stable")
     steps = rows["ds"].diff().where(rows["unique_id"].eq(rows["unique_id"].shift())).dropna()
     if steps.empty:
@@ -117,7 +121,8 @@ def refuse_mixed_series(keys: pd.DataFrame) -> None:
         kinds = regular.drop_duplicates()
         one, other = kinds.index[0], kinds.index[1]
         raise DataError(
-            f"mixed frequencies: the rows of series {one!r} are {_said(regular[one])} apart, those of series {other!r} "
+            f"mixed frequencies: the rows of series {names[one]!r} are {_said(regular[one])} apart, those of series "
+            f"{names[other]!r} "
             f"(column 'ds', row {_first_row(rows, other)} below the header) {_said(regular[other])}. Resample them to "
             "one frequency, or forecast them apart; freq=... takes the rows between as missing."
         )
@@ -129,13 +134,14 @@ def refuse_mixed_series(keys: pd.DataFrame) -> None:
     if (phase != pd.Timedelta(0)).any():
         other = phase.index[int(np.flatnonzero((phase != pd.Timedelta(0)).to_numpy())[0])]
         raise DataError(
-            f"the rows of all series are {_said(step)} apart, and those of series {other!r} (column 'ds', row "
-            f"{_first_row(rows, other)} below the header: {first[other]}) lie between those of {first.index[0]!r} "
+            f"the rows of all series are {_said(step)} apart, and those of series {names[other]!r} (column 'ds', row "
+            f"{_first_row(rows, other)} below the header: {first[other]}) lie between those of "
+            f"{names[first.index[0]]!r} "
             f"({first.iloc[0]}). Round the stamps, or forecast them apart; freq=... takes the rows between as missing."
         )
 
 
-def _first_row(rows: pd.DataFrame, name: str) -> int:
+def _first_row(rows: pd.DataFrame, name: int) -> int:
     return int(rows.loc[rows["unique_id"] == name, "row"].min()) + 1
 
 

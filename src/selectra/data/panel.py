@@ -280,7 +280,8 @@ def _ends(frame: pd.DataFrame, table: Table) -> np.ndarray:
     if table.layout != "long":
         return np.full(len(table.names), table.rows)
     index, _ = parse_stamps(frame["ds"], "ds", freq=table.freq)
-    last = pd.Series(index).groupby(frame["unique_id"].astype(str).to_numpy()).max().reindex(list(table.names))
+    codes, names = pd.factorize(frame["unique_id"].astype(str))
+    last = pd.Series(index).groupby(codes).max().set_axis(pd.Index(names)).reindex(list(table.names))
     rows = table.stamps.get_indexer(pd.DatetimeIndex(last))
     return rows + 1
 

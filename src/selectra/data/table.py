@@ -206,24 +206,26 @@ def _from_long(frame: pd.DataFrame, freq: str | None) -> tuple[pd.DataFrame, pd.
     unused = [name for name in frame.columns if name not in LONG_COLUMNS]
     if unused:
         notes.append(f"columns not used: {', '.join(unused)}")
-    keys = pd.DataFrame({"unique_id": frame["unique_id"].astype(str).to_numpy(), "ds": index})
+    # Whole numbers in the place of names: millions of rows of text are gigabytes.
+    codes, names = pd.factorize(frame["unique_id"].astype(str))
+    codes, names = codes.astype(np.int32), [str(name) for name in names]
+    keys = pd.DataFrame({"unique_id": codes, "ds": index})
     twice = keys.duplicated()
     if twice.any():
         row = int(np.flatnonzero(twice)[0])
-        first = keys.iloc[row]
-        same = pd.DatetimeIndex(keys.loc[keys["unique_id"] == first["unique_id"], "ds"])
+        same = pd.DatetimeIndex(keys.loc[keys["unique_id"] == codes[row], "ds"])
         raise DataError(
             f"{int(twice.sum())} rows repeat a stamp of their own series; the first is "
-            f"{first['ds']} of {first['unique_id']!r} (column 'ds', row {row + 1} below the header). {daylight(same)}"
+            f"{index[row]} of {names[codes[row]]!r} (column 'ds', row {row + 1} below the header). {daylight(same)}"
             "Keep one row for each series and stamp."
         )
     if freq is None:
-        refuse_mixed_series(keys)
-    keys["y"] = _numbers(frame[["y"]])["y"].to_numpy()
-    order = keys["unique_id"].unique().tolist()
-    wide = keys.pivot(index="ds", columns="unique_id", values="y")[order]
-    place = place_in("ds", index, keys["unique_id"])
-    return wide.reset_index(drop=True), pd.DatetimeIndex(wide.index), notes, place
+        refuse_mixed_series(keys, names)
+    stamps, rows = np.unique(index.to_numpy(), return_inverse=True)
+    values = np.full((len(stamps), len(names)), np.nan)
+    values[rows, codes] = _numbers(frame[["y"]])["y"].to_numpy()
+    place = place_in("ds", index, lambda row: names[codes[row]])
+    return pd.DataFrame(values, columns=names, copy=False), pd.DatetimeIndex(stamps), notes, place
 
 
 def _numbers(frame: pd.DataFrame) -> pd.DataFrame:

@@ -30,6 +30,7 @@ from selectra.report.plots import write_forecast_picture
 from selectra.report.tables import columns_of, shown_row, verdict
 from selectra.spec import Optim, Run, Spec, Train
 from selectra.train.checkpoint import writable_folder
+from selectra.train.parallel import pick_device
 from selectra.train.record import environment
 from selectra.train.stop import StoppedError
 
@@ -98,6 +99,7 @@ class ForecastJob(BaseModel):
             value = getattr(self, name)
             words += [] if value is None else [f"--{name}", str(value)]
         words += ["--cv", str(self.cv)] if self.cv else []
+        words += ["--device", self.device] if self.device != "auto" else []
         return shlex.join([*words, *(["--quick"] if self.quick else []), "--out", str(self.out)])
 
     def load(self) -> SeriesFile:
@@ -151,6 +153,7 @@ def forecast_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
 
 
 def _whole_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
+    pick_device(job.device)
     files.check_folder(job.out, job.models, job.file)
     data = job.load()
     levels = check_levels(job.level)
@@ -240,7 +243,7 @@ def _check_models(job: ForecastJob, data: dict[int, SeriesData], console: Consol
     name or size shows at once."""
     names = tuple(dict.fromkeys(job.models))
     if not names:
-        raise ConfigError(f"name at least one model with --model; there are {models.names('series')}.")
+        raise ConfigError(f"name at least one model with --model; there are {models.families('series')}.")
     season = next(iter(data.values())).season
     fitting = [lookback for lookback in data if season <= lookback]
     if len(names) > 1 and "seasonal_naive" in names and not fitting:
@@ -250,7 +253,7 @@ def _check_models(job: ForecastJob, data: dict[int, SeriesData], console: Consol
     for name in names:
         if models.entry(name).kind != "series":
             raise ConfigError(
-                f"{name!r} is a model for {models.entry(name).kind}s; for series there are {models.names('series')}."
+                f"{name!r} is a model for {models.entry(name).kind}s; for series there are {models.families('series')}."
             )
         found[name] = (fitting or list(data)) if name.startswith("seasonal_naive") else list(data)
         for lookback in found[name]:

@@ -18,8 +18,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= rate < 1:
-            raise ConfigError(f"drop_path={rate}: must be at least 0 and less than 1")
+        require_rate(rate)
         self.rate = rate
 
     def forward(self, x: Float[Tensor, " b *rest"]) -> Float[Tensor, " b *rest"]:
@@ -34,7 +33,14 @@ class DropPath(nn.Module):
 
 def rising_rates(rate: float, depth: int) -> list[float]:
     """Rates of `DropPath` from 0 in the first of `depth` blocks to `rate` in the last, in equal steps."""
+    require_rate(rate)
     return [rate * i / max(1, depth - 1) for i in range(depth)]
+
+
+def require_rate(rate: float) -> None:
+    """Raise unless a branch can be left out so often."""
+    if not 0 <= rate < 1:
+        raise ConfigError(f"drop_path={rate}: must be at least 0 and less than 1")
 
 
 class LayerScale(nn.Module):

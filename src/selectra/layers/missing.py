@@ -3,6 +3,16 @@
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_complete(observed: Bool[Tensor, "b l *s"] | None) -> bool:
+    """Whether nothing is missing, as far as that can be known without waiting for a device or breaking a trace."""
+    if observed is None:
+        return True
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    plain = observed.device.type == "cpu" and type(observed) is Tensor and not traced
+    return plain and _functorch.maybe_current_level() is None and bool(observed.all())
 
 
 def carry_forward(
@@ -13,7 +23,7 @@ def carry_forward(
     Where nothing was observed before, the first observed value stands; a series without any gets 0, the mean of
     standardised data. What lies beneath the mask has no influence, NaN included.
     """
-    if observed is None:
+    if observed is None or is_complete(observed):
         return x
     length = x.shape[axis]
     shape = [1] * x.ndim

@@ -1,6 +1,6 @@
 """Norms of the residual stream."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal
 
 import torch
@@ -106,7 +106,11 @@ class PreNorm(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], drops: Iterable[nn.Module], x: Float[Tensor, "b l d"], after: Collection[int]
+    blocks: Iterable[nn.Module],
+    drops: Iterable[nn.Module],
+    x: Float[Tensor, "b l d"],
+    after: Collection[int],
+    through: Callable[..., Any] | None = None,
 ) -> list[tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]]:
     """`PreNorm` blocks one behind the other.
 
@@ -114,15 +118,18 @@ def run_blocks(
         blocks: The blocks.
         drops: What each block's output goes through before it is added: `DropPath`.
         x: What the stream starts with.
-        after: Numbers of the blocks behind which to look.
+        after: Numbers of the blocks behind which to look; those behind the last of them are not run.
+        through: Calls a block, the first of its arguments, with the others; by default nothing is done about it.
 
     Returns:
         For each of these, in rising order, what is to be added and the stream; an `AddNorm` takes both.
     """
     residual, seen = None, []
     for number, (block, drop) in enumerate(zip(blocks, drops, strict=True)):
-        x, residual = block(x, residual)
+        x, residual = block(x, residual) if through is None else through(block, x, residual)
         x = drop(x)
         if number in after:
             seen.append((x, residual))
+        if len(seen) == len(after):
+            break
     return seen

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError
+from selectra.layers.missing import is_complete
 
 WindowNorm = Literal["none", "last", "mean", "instance", "revin"]
 """What is removed from each window: nothing; its last observed value; its mean; its mean and standard deviation; both,
@@ -56,14 +57,15 @@ class RevIN(nn.Module):
         self, x: Float[Tensor, "b l s"], observed: Bool[Tensor, "b l s"] | None = None
     ) -> tuple[Float[Tensor, "b l s"], Statistics]:
         """The normalised window and what `inverse` needs."""
-        if observed is not None:
+        complete = is_complete(observed)
+        if observed is not None and not complete:
             x = x.masked_fill(~observed, 0)
         shift, scale = self._statistics(x if self.scale_gradient else x.detach(), observed)
         statistics = Statistics(shift.detach(), scale)
         x = (x - statistics.shift) / statistics.scale
         if self.weight is not None and self.bias is not None:
             x = x * self.weight + self.bias
-        return (x if observed is None else x.masked_fill(~observed, 0)), statistics
+        return (x if observed is None or complete else x.masked_fill(~observed, 0)), statistics
 
     def inverse(self, y: Float[Tensor, "b h s *q"], statistics: Statistics) -> Float[Tensor, "b h s *q"]:
         """A forecast, or its quantiles, in the window's own units."""
@@ -83,7 +85,9 @@ class RevIN(nn.Module):
         if self.mode == "none" or x.shape[1] == 0:
             return Statistics(zero, one)
         if self.mode == "last":
-            return Statistics(x[:, -1:] if observed is None else _last_observed(x, observed), one)
+            return Statistics(
+                x[:, -1:] if observed is None or is_complete(observed) else _last_observed(x, observed), one
+            )
         if observed is None:
             variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
             return Statistics(mean, one if self.mode == "mean" else (variance + self.eps).sqrt())

@@ -1,5 +1,6 @@
-"""The architectures: one file each, one line each."""
+"""The architectures: one file each, one line each; some have their readers of official weights in a file beside."""
 
+from .convnext import ConvNeXt as ConvNeXt
 from .dlinear import DLinear as DLinear
 from .gpt import GPT as GPT
 from .gru import GRU as GRU
@@ -9,20 +10,28 @@ from .jamba import Jamba as Jamba
 from .linear import Linear as Linear
 from .mamba_lm import MambaLM as MambaLM
 from .mambavision import MambaVision as MambaVision
+from .mlp_mixer import MLPMixer as MLPMixer
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
 from .nlinear import NormLinear as NormLinear
 from .patchtst import PatchTST as PatchTST
+from .resnet import ResNet as ResNet
 from .retnet import RetNet as RetNet
 from .rsmamba import RSMamba as RSMamba
+from .rsmamba_official import read_rsmamba as read_rsmamba
 from .rwkv import RWKV as RWKV
 from .s_mamba import SMamba as SMamba
 from .simba import Simba as Simba
+from .simba_official import read_simba as read_simba
 from .simba_series import SimbaSeries as SimbaSeries
+from .swin import Swin as Swin
 from .timemachine import TimeMachine as TimeMachine
 from .tsm2 import TSM2 as TSM2
 from .tsmixer import TSMixer as TSMixer
 from .videomamba import VideoMamba as VideoMamba
 from .vim import Vim as Vim
 from .vim2 import ViM2 as ViM2
+from .vit import DeiT as DeiT
+from .vit import ViT as ViT
 from .vmamba import VMamba as VMamba
+from .vmamba_official import read_vssm as read_vssm

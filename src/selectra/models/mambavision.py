@@ -8,12 +8,14 @@ mamba_vision.py`; written anew from the paper.
 Glossary: levels are the stages; the first two convolve, in the others blocks mix the tokens of windows, the first half
 of them by `HalfMamba`, the second by attention.
 
-Departures: the bias of the steps is added twice, in their projection and in the scan, as the authors confirm of their
-code; the weights were trained so. Not held to stored outputs of the official code, of which there are none here.
+Departures, paper and official code against each other and against this:
+  steps' bias  is added twice, in their projection and in the scan, as the authors confirm of their code (issue 32); the
+               weights were trained so
+  outputs      are not held to stored ones of the official code, of which there are none here
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, LayerScale, rising_rates
 from selectra.layers.image import Mlp, require_image
+from selectra.layers.image_model import LAST, Pyramid
 from selectra.mixers.s6 import at_least_float32, start_step
 from selectra.mixers.sizes import mixer_sizes
 from selectra.official import Official, reads
@@ -114,21 +117,28 @@ class Level(nn.Module):
         super().__init__()
         self.blocks, self.window, self.downsample = nn.Sequential(*blocks), window, downsample
 
-    def forward(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b d h w"]:
-        """All but the way to the next."""
+    def forward(
+        self, x: Float[Tensor, "b d h w"], through: Callable[..., Any] | None = None
+    ) -> Float[Tensor, "b d h w"]:
+        """All but the way to the next; `through` calls a block."""
         if self.window is None:
-            return self.blocks(x)
+            return self._mix(x, through)
         batch, _, height, width = x.shape
         n = self.window
         # Zeros fill the last windows, and are tokens there.
         x = F.pad(x, (0, -width % n, 0, -height % n)).unflatten(3, (-1, n)).unflatten(2, (-1, n))  # b d i n j n
         rows, columns = x.shape[2], x.shape[4]
-        tokens = self.blocks(x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2))
+        tokens = self._mix(x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2), through)
         x = tokens.view(batch, rows, columns, n, n, -1).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
         return x[:, :, :height, :width]
 
+    def _mix(self, x: Tensor, through: Callable[..., Any] | None) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if through is None else through(block, x)
+        return x
 
-class MambaVision(nn.Module):
+
+class MambaVision(Pyramid):
     """The classifier.
 
     Args:
@@ -165,16 +175,14 @@ class MambaVision(nn.Module):
         super().__init__()
         if not 1 <= len(depths) <= 4 or not len(depths) == len(n_heads) == len(windows):
             raise ConfigError(f"depths={depths}, num_heads={n_heads}, window_size={windows}: needs up to four of each")
-        self.in_channels = in_channels
-        self.feature_dims = tuple(d_model * 2**i for i in range(len(depths)))
-        self.feature_strides = tuple(4 * 2**i for i in range(len(depths)))
+        dims = [d_model * 2**i for i in range(len(depths))]
         self.stem = nn.Sequential()
         for d_in, d_out in ((in_channels, d_stem), (d_stem, d_model)):
             self.stem.append(nn.Conv2d(d_in, d_out, 3, 2, 1, bias=False))
             self.stem.extend([nn.BatchNorm2d(d_out, eps=1e-4), nn.ReLU()])
         rates = iter(rising_rates(drop_path, sum(depths)))
         self.levels = nn.ModuleList()
-        for i, (d, depth) in enumerate(zip(self.feature_dims, depths, strict=True)):
+        for i, (d, depth) in enumerate(zip(dims, depths, strict=True)):
             if i < 2:
                 blocks: list[nn.Module] = [ConvBlock(d, conv_scale, next(rates)) for _ in range(depth)]
             else:
@@ -192,28 +200,36 @@ class MambaVision(nn.Module):
                 ]
             way = nn.Conv2d(d, 2 * d, 3, 2, 1, bias=False) if i + 1 < len(depths) else None
             self.levels.append(Level(blocks, None if i < 2 else windows[i], way))
-        self.norm = nn.BatchNorm2d(self.feature_dims[-1])
-        self.head = nn.Linear(self.feature_dims[-1], n_classes)
+        self.norm = nn.BatchNorm2d(dims[-1])
+        self.head = nn.Linear(dims[-1], n_classes)
+        self.describe(in_channels, dims, [4 * 2**i for i in range(len(dims))], range(len(dims)), "avg")
 
-    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
-        """The grid behind every level's blocks, finest first, not normalised."""
-        require_image(x, self.in_channels)
+    level_name = "levels"
+
+    def run(
+        self, x: Float[Tensor, "b c H W"], after: Collection[int]
+    ) -> tuple[list[Float[Tensor, "b h w d"]], tuple[int, ...]]:
+        """The grids behind the blocks of some levels."""
+        require_image(x, self.in_chans)
         x, grids = self.stem(x), []
-        for level in self.levels:
+        for i, level in enumerate(self.levels):
             assert isinstance(level, Level)
-            x = level(x)
-            grids.append(x.permute(0, 2, 3, 1))
+            x = level(x, self.through)
+            if i in after:
+                grids.append(x.permute(0, 2, 3, 1))
+            if len(grids) == len(after):
+                break
             if level.downsample is not None:
                 x = level.downsample(x)
-        return grids
+        return grids, ()
 
-    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        """What the head reads: the last grid's mean."""
-        return self.norm(self.features(x)[-1].permute(0, 3, 1, 2)).mean((2, 3))
+    def normed(self, state: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b h w d"]:
+        is_last = level + 1 == len(self.feature_info) and self.norm is not None
+        return self.norm(state.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) if is_last else state
 
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        return self.head(self.embed(x))
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        fine = [(r"^levels\.(\d+)\.downsample", LAST), (r"^levels\.(\d+)\.\w+\.(\d+)", None), (r"^norm\.", LAST)]
+        return {"stem": r"^stem", "blocks": r"^levels\.(\d+)" if coarse else fine}
 
     def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's state under our keys."""

@@ -15,11 +15,12 @@ Departures:
   unused parts  two Mambas and an attention that each official layer holds and never calls are left out
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from selectra.errors import ConfigError
 from selectra.layers.covariates import refuse_covariates
 from selectra.layers.embed import VariateEmbed
 from selectra.layers.encoder import EncoderLayer
@@ -91,6 +92,7 @@ class SMamba(nn.Module):
         d_state: State size per channel of the Mambas.
         d_conv: Width of their short convolutions.
         expand: Their inner width over `d_model`.
+        directions: Scan the series both ways, as published, or from the first to the last alone.
         window_norm: What is removed from each window and given back to its forecast.
         dropout: Rate after the embedding and in the feed-forward networks.
         quantiles: Levels to forecast in place of one value; adds a last axis.
@@ -108,6 +110,7 @@ class SMamba(nn.Module):
         d_state: int = 2,
         d_conv: int = 2,
         expand: int | float = 1,
+        directions: Literal["both", "ahead"] = "both",
         window_norm: WindowNorm = "instance",
         dropout: float = 0.1,
         quantiles: tuple[float, ...] = (),
@@ -118,9 +121,14 @@ class SMamba(nn.Module):
         require_rate(dropout=dropout)
         self.revin = RevIN(n_series, window_norm, scale_gradient=window_norm == "instance")
         self.embed = VariateEmbed(seq_len, d_model, dropout)
-        mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        if directions not in ("both", "ahead"):
+            raise ConfigError(f"directions={directions!r}: takes 'both' or 'ahead'")
+        mixer, mixed = (
+            {"d_state": d_state, "d_conv": d_conv, "expand": expand},
+            BothWays if directions == "both" else S6,
+        )
         self.layers = nn.Sequential(
-            *(EncoderLayer(BothWays(d_model, **mixer), d_model, d_ff, dropout=dropout) for _ in range(depth))
+            *(EncoderLayer(mixed(d_model, **mixer), d_model, d_ff, dropout=dropout) for _ in range(depth))
         )
         self.norm_f = nn.LayerNorm(d_model)
         self.head = ForecastHead(d_model, horizon, quantiles)

@@ -16,17 +16,19 @@ Departures, paper and official code against each other and against this:
   Alg. 1         has no second layer and no soft threshold in one listing; the code has both
   Eq. 8          is the bilinear rule where the text says zero-order hold; the code has Mamba's, as here
   results        the text says 82.7 and 83.9 % for S (EinFFT) and L, the tables 81.7 and 84.4 %; published parameter
-                 counts include the auxiliary head (`token_labels=True`)
+                 counts include the auxiliary head (`token_labels=True`); models trained with token labels, here and in
+                 the comparison, stand beside others; L with the MLP is called unstable
   class block    its Mamba sees one token alone, so nothing recurs in it and its A has no effect
   token labels   training on them mixes tokens and gives scores of every token; here both modes give what the official
-                 evaluation does: class scores plus half of the tokens' greatest
+                 evaluation does: class scores plus half of the tokens' greatest. Users report not-a-numbers in official
+                 training without them (badripatro/simba#6, open)
+  training       the text has a rate of 1e-5, its table and the script 1e-3; 300 or 310 epochs; drop path 0.1 in the
+                 paper and the configuration, 0.05 in the repository's command
   start          the official code draws the steps' projections anew and zeroes their bias, so that all steps start at
                  0.69; here they start as Mamba does (`start="shipped"` for the other)
 """
 
-import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -38,9 +40,9 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import ConvNorm, Mlp, convolve, require_image, start_linear
+from selectra.layers.image_model import LAST, Pyramid, leave_out
 from selectra.mixers import S6, EinFFT, MonarchMLP
 from selectra.mixers.sizes import require_sizes
-from selectra.official import Official, reads
 from selectra.registry import models
 
 ChannelMixer = Literal["einfft", "monarch", "mlp"]
@@ -77,12 +79,14 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolutions with batch norm that bring an image to a quarter of its sides."""
+    """Convolutions with batch norm that make a token of `patch_size` pixels a side: a quarter of an image's sides."""
 
-    def __init__(self, in_channels: int, d_hidden: int, d_model: int) -> None:
+    def __init__(self, in_channels: int, d_hidden: int, d_model: int, patch_size: int = 4) -> None:
         super().__init__()
+        if patch_size % 2:
+            raise ConfigError(f"patch_size={patch_size}: needs an even number")
         self.in_channels = in_channels
-        widths, shapes = (in_channels, d_hidden, d_hidden, d_hidden), ((7, 2, 3), (3, 1, 1), (3, 1, 1))
+        widths, shapes = (in_channels, d_hidden, d_hidden, d_hidden), ((7, patch_size // 2, 3), (3, 1, 1), (3, 1, 1))
         self.conv = nn.Sequential()
         for (d_in, d_out), (kernel, stride, padding) in zip(pairwise(widths), shapes, strict=True):
             self.conv.append(nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=False))
@@ -99,7 +103,8 @@ class Stage(nn.Module):
 
     def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], d_model: int) -> None:
         super().__init__()
-        self.embed, self.blocks, self.norm = embed, nn.Sequential(*blocks), nn.LayerNorm(d_model, eps=EPS)
+        self.embed, self.blocks = embed, nn.Sequential(*blocks)
+        self.norm: nn.LayerNorm | None = nn.LayerNorm(d_model, eps=EPS)
 
 
 SMALL: dict[str, Any] = {}
@@ -122,7 +127,7 @@ LARGE: dict[str, Any] = {"d_stem": 64, "dims": (96, 192, 384, 512), "depths": (3
     base_monarch=BASE | {"channel_mixer": "monarch"},
     large_monarch=LARGE | {"channel_mixer": "monarch"},
 )
-class Simba(nn.Module):
+class Simba(Pyramid):
     """SiMBA's classifier, for images of any size.
 
     Args:
@@ -137,6 +142,7 @@ class Simba(nn.Module):
         d_state: State size per channel of the Mambas.
         d_conv: Width of their short convolutions.
         expand: Their inner width over the width of their stage.
+        patch_size: Pixels of a token's side behind the stem; the official one is 4.
         token_labels: Add half of the tokens' greatest scores, by a head of their own.
         drop_path: Rate at which the last block's branches are left out in training; earlier ones less often.
         start: The steps' projections at the start as Mamba has them, or as the official code.
@@ -156,76 +162,127 @@ class Simba(nn.Module):
         d_state: int = 64,
         d_conv: int = 4,
         expand: int | float = 2,
+        patch_size: int = 4,
         token_labels: bool = False,
         drop_path: float = 0.0,
         start: Literal["mamba", "shipped"] = "mamba",
     ) -> None:
         super().__init__()
-        require_sizes(n_classes=n_classes, in_channels=in_channels, d_stem=d_stem)
+        require_sizes(n_classes=n_classes, in_channels=in_channels, d_stem=d_stem, patch_size=patch_size)
         if not dims or not len(dims) == len(depths) == len(mlp_ratios):
             raise ConfigError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: needs one of each for a stage")
-        self.feature_dims, self.feature_strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
 
         def mamba(d_model: int) -> S6:
             return S6(d_model, d_state, d_conv, expand)
 
         def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
-            return _channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
+            return make_channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
-        embeds = [Stem(in_channels, d_stem, dims[0]), *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims))]
+        embeds = [
+            Stem(in_channels, d_stem, dims[0], patch_size),
+            *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims)),
+        ]
         rates = iter(rising_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
             Stage(embed, [Block(d, mamba(d), channel(d, ratio, ConvMlp), next(rates)) for _ in range(depth)], d)
             for embed, d, depth, ratio in zip(embeds, dims, depths, mlp_ratios, strict=True)
         )
-        self.class_block = Block(dims[-1], mamba(dims[-1]), channel(dims[-1], mlp_ratios[-1], Mlp))
+        self.class_block: Block | None = Block(dims[-1], mamba(dims[-1]), channel(dims[-1], mlp_ratios[-1], Mlp))
         self.head = nn.Linear(dims[-1], n_classes)
-        self.aux_head = nn.Linear(dims[-1], n_classes) if token_labels else None
+        self.aux_head: nn.Linear | None = nn.Linear(dims[-1], n_classes) if token_labels else None
         self._start(start)
+        self.describe(in_channels, dims, [patch_size * 2**i for i in range(len(dims))], range(len(dims)), "token")
 
-    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
-        """The normalised grid of every stage, finest first."""
-        grids = self._grids(x)
-        return [*grids[:-1], self._norm(grids[-1])]
+    level_name, normed_features = "stages", True
 
-    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        """What the head reads: the class token."""
-        return self._class_token(self._grids(x)[-1])
+    def run(
+        self, x: Float[Tensor, "b c H W"], after: Collection[int]
+    ) -> tuple[list[Float[Tensor, "b h w d"]], tuple[int, ...]]:
+        """The grids behind some stages; all but the last stage's are normalised, since the next one reads them so."""
+        grids = []
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            x = stage.embed(x)
+            for block in stage.blocks:
+                x = self.through(block, x)
+            # From the last one the class token is made before the norm.
+            if i + 1 < len(self.feature_info):
+                x = self._norm(x, i)
+            if i in after:
+                grids.append(x)
+            if len(grids) == len(after):
+                break
+        return grids, ()
 
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        grid = self._grids(x)[-1]
-        scores = self.head(self._class_token(grid))
-        if self.aux_head is None:
-            return scores
-        return scores + 0.5 * self.aux_head(self._norm(grid)).flatten(1, 2).amax(1)
+    def normed(self, state: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b h w d"]:
+        return self._norm(state, level) if level + 1 == len(self.feature_info) else state
+
+    def out(self, state: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b d h w"]:
+        # The last norm belongs to the head, which makes a class token before it.
+        return state.permute(0, 3, 1, 2)
+
+    def pools(self) -> tuple[str, ...]:
+        return (*super().pools(), *(("token",) if self.class_block is not None else ()))
+
+    def pool(self, x: Float[Tensor, "b d h w"]) -> Tensor:
+        grid = x.permute(0, 2, 3, 1)
+        if self.global_pool == "token":
+            assert self.class_block is not None
+            token = self.class_block(grid.mean((1, 2), keepdim=True))
+            return self.normed(token, len(self.stages) - 1)[:, 0, 0]
+        return super().pool(self.normed(grid, len(self.stages) - 1).permute(0, 3, 1, 2))
+
+    def forward_head(self, x: Float[Tensor, "b d h w"], pre_logits: bool = False) -> Tensor:
+        """Scores of the classes; a head of tokens' labels adds half of their greatest."""
+        y = super().forward_head(x, pre_logits)
+        if self.aux_head is None or pre_logits:
+            return y
+        tokens = self.normed(x.permute(0, 2, 3, 1), len(self.stages) - 1)
+        return y + 0.5 * self.aux_head(tokens).flatten(1, 2).amax(1)
+
+    def get_classifier(self) -> Any:
+        return self.head if self.aux_head is None else (self.head, self.aux_head)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        if self.aux_head is not None:
+            aux_head = self.new_head(num_classes)
+            self.aux_head = aux_head if isinstance(aux_head, nn.Linear) else None
+
+    def drop_head(self) -> None:
+        super().drop_head()
+        self.class_block = None
+
+    def cut(self, stop: int, prune_norm: bool) -> None:
+        self.stages = self.stages[: stop + 1]
+        if prune_norm and stop + 1 == len(self.feature_info):
+            leave_out(self.stages[-1], "norm")
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        fine = [
+            (r"^stages\.(\d+)\.embed", (-1,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", LAST),
+            (r"^class_block", LAST),
+        ]
+        return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
+
+    @classmethod
+    def first_conv(cls, **arguments: Any) -> str:
+        return "stages.0.embed.conv.0"
 
     def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's state under our keys."""
-        return _rename(state, len(self.stages))
+        return rename(state, len(self.stages))
 
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
-    def _grids(self, x: Tensor) -> list[Tensor]:
-        """Behind every stage; the last one is not normalised, since the class token is made from it before."""
-        grids = []
-        for stage in self.stages:
-            assert isinstance(stage, Stage)
-            x = stage.blocks(stage.embed(x))
-            if stage is not self.stages[-1]:
-                x = stage.norm(x)
-            grids.append(x)
-        return grids
-
-    def _norm(self, x: Tensor) -> Tensor:
-        last = self.stages[-1]
-        assert isinstance(last, Stage)
-        return last.norm(x)
-
-    def _class_token(self, grid: Float[Tensor, "b h w d"]) -> Float[Tensor, "b d"]:
-        return self._norm(self.class_block(grid.mean((1, 2), keepdim=True)))[:, 0, 0]
+    def _norm(self, x: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b h w d"]:
+        stage = self.stages[level]
+        assert isinstance(stage, Stage)
+        return x if stage.norm is None else stage.norm(x)
 
     @torch.no_grad()
     def _start(self, start: str) -> None:
@@ -239,7 +296,7 @@ class Simba(nn.Module):
                     nn.init.zeros_(module.bias)
 
 
-def _channel_mixer(
+def make_channel_mixer(
     kind: ChannelMixer, d_model: int, d_hidden: int, n_blocks: int, mlp: Callable[[int, int], nn.Module]
 ) -> nn.Module:
     if kind not in get_args(ChannelMixer):
@@ -249,106 +306,7 @@ def _channel_mixer(
     return EinFFT(d_model, n_blocks) if kind == "einfft" else MonarchMLP(d_model, d_hidden, n_blocks)
 
 
-class OfficialBlock(Official):
-    """A block alone, on a sequence of tokens; the grid's height and width come with it or with the configuration."""
-
-    model: Block
-
-    def __init__(self, model: Block, height: int | None, width: int | None) -> None:
-        super().__init__(model, _rename_block)
-        self.height, self.width = height, width
-
-    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
-        height, width = (self.height if H is None else H), (self.width if W is None else W)
-        if height is None or width is None or height * width != x.shape[1]:
-            raise ConfigError(f"H={height} and W={width}: x has {x.shape[1]} tokens, which must be H W")
-        return (self.model(x.unflatten(1, (height, width))).flatten(1, 2),)
-
-
-OfficialMixer = Literal["mlp", "EinFFT"]
-# As partial, class or text: "LayerNorm eps=1e-6".
-NormLayer = Any
-
-
-@reads("badripatro/simba:SiMBA")
-def read_simba(
-    *,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    stem_hidden_dim: int = 32,
-    embed_dims: tuple[int, ...] = (64, 128, 320, 448),
-    mlp_ratios: tuple[int | float, ...] = (8, 8, 4, 4),
-    drop_path_rate: float = 0.0,
-    norm_layer: NormLayer = nn.LayerNorm,
-    depths: tuple[int, ...] = (3, 4, 6, 3),
-    sr_ratios: tuple[int, ...] = (4, 2, 1, 1),
-    num_stages: int = 4,
-    token_label: bool = True,
-    cm_type: OfficialMixer = "mlp",
-) -> Official:
-    """The classifier; `cm_type` is what the official code changes by hand, `sr_ratios` has no effect there either."""
-    if not num_stages == len(embed_dims) == len(depths) == len(mlp_ratios):
-        raise ConfigError(f"option 'num_stages' is {num_stages}; embed_dims, depths and mlp_ratios need one for each")
-    model = Simba(
-        n_classes=num_classes,
-        in_channels=in_chans,
-        d_stem=stem_hidden_dim,
-        dims=embed_dims,
-        depths=depths,
-        channel_mixer=_mixer_kind(cm_type),
-        mlp_ratios=mlp_ratios,
-        token_labels=token_label,
-        drop_path=drop_path_rate,
-    )
-    _set_eps(model, norm_layer)
-    return Official(model, partial(_rename, n_stages=num_stages))
-
-
-@reads("badripatro/simba:Block_mamba")
-def read_block(
-    *,
-    dim: int,
-    mlp_ratio: int | float,
-    drop_path: float = 0.0,
-    norm_layer: NormLayer = nn.LayerNorm,
-    sr_ratio: int = 1,
-    cm_type: OfficialMixer = "mlp",
-    H: int | None = None,
-    W: int | None = None,
-    mamba: str = "d_state=64,d_conv=4,expand=2",
-) -> OfficialBlock:
-    """One block; H and W are those of the official forward, `mamba` the sizes that its Mamba was given."""
-    sizes: dict[str, Any] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", mamba)}
-    if set(sizes) - {"d_state", "d_conv", "expand"}:
-        raise ConfigError(f"option 'mamba' is {mamba!r}; it takes d_state=, d_conv= and expand=")
-    channel = _channel_mixer(_mixer_kind(cm_type), dim, int(dim * mlp_ratio), 4, ConvMlp)
-    block = Block(dim, S6(dim, **{"d_state": 64, **sizes}), channel, drop_path)
-    _set_eps(block, norm_layer)
-    return OfficialBlock(block, H, W)
-
-
-def _mixer_kind(cm_type: OfficialMixer) -> ChannelMixer:
-    return "mlp" if cm_type == "mlp" else "einfft"
-
-
-def _set_eps(model: nn.Module, norm_layer: NormLayer) -> None:
-    """Give the norms that the official class takes as an argument its eps."""
-    if isinstance(norm_layer, str):
-        found = re.fullmatch(r"LayerNorm(?:[ (]*eps ?= ?([0-9.e-]+)\)?)?", norm_layer)
-        eps = None if found is None else float(found[1] or 1e-5)
-    else:
-        made = norm_layer(1) if callable(norm_layer) else None
-        eps = made.eps if isinstance(made, nn.LayerNorm) else None
-    if eps is None:
-        raise ConfigError(f"option 'norm_layer' is {norm_layer!r}; it takes LayerNorm, such as 'LayerNorm eps=1e-6'")
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.norm2.eps = eps
-        if isinstance(module, Stage):
-            module.norm.eps = eps
-
-
-def _rename(state: dict[str, Tensor], n_stages: int) -> dict[str, Tensor]:
+def rename(state: dict[str, Tensor], n_stages: int) -> dict[str, Tensor]:
     renamed = {}
     for key, value in state.items():
         first, _, rest = key.partition(".")
@@ -372,7 +330,7 @@ def _rename(state: dict[str, Tensor], n_stages: int) -> dict[str, Tensor]:
     return renamed
 
 
-def _rename_block(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def rename_block(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {_block_key(key): value for key, value in state.items()}
 
 

@@ -36,7 +36,7 @@ from selectra.mixers import S6, EinFFT, MonarchMLP
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
-ChannelMixer = Literal["einfft", "monarch", "mlp"]
+ChannelMixer = Literal["einfft", "monarch", "mlp", "none"]
 # The released block's norm.
 EPS = 1e-6
 
@@ -57,14 +57,17 @@ class ConvMLP(nn.Module):
 class Block(nn.Module):
     """SiMBA's block: Mamba along the tokens, then a mixer of their channels."""
 
-    def __init__(self, d_model: int, mamba: S6, channel: nn.Module, dropout: float) -> None:
+    def __init__(self, d_model: int, mamba: S6, channel: nn.Module | None, dropout: float) -> None:
         super().__init__()
         # The norm before Mamba is inside of the released `MambaLayer`, with PyTorch's eps.
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model, eps=EPS)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = None if channel is None else nn.LayerNorm(d_model, eps=EPS)
         self.mamba, self.channel, self.dropout = mamba, channel, nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "b p d"]) -> Float[Tensor, "b p d"]:
         x = x + self.dropout(self.mamba(self.norm1(x)))
+        if self.channel is None or self.norm2 is None:
+            return x
         return x + self.dropout(self.channel(self.norm2(x)))
 
 
@@ -87,7 +90,7 @@ class SimbaSeries(nn.Module):
         n_series: Number of series.
         d_model: Width of a token.
         depth: Number of blocks.
-        channel_mixer: What mixes the features of a token.
+        channel_mixer: What mixes the features of a token; "none" leaves Mamba alone, to see what the mixer is worth.
         n_blocks: Blocks of EinFFT and of Monarch matrices.
         mlp_ratio: Inner width of the Monarch or MLP mixer over `d_model`.
         d_state: State size per channel of the Mambas.
@@ -126,7 +129,9 @@ class SimbaSeries(nn.Module):
         self.revin = RevIN(n_series, window_norm)
         self.embed = PatchEmbedSeries(seq_len, d_model, patch_len, stride)
 
-        def channel() -> nn.Module:
+        def channel() -> nn.Module | None:
+            if channel_mixer == "none":
+                return None
             if channel_mixer == "einfft":
                 return EinFFT(d_model, n_blocks)
             if channel_mixer == "monarch":

@@ -25,6 +25,7 @@ from selectra.layers.head import ForecastHead, require_rate
 from selectra.layers.missing import carry_forward
 from selectra.layers.revin import RevIN, WindowNorm
 from selectra.mixers import S6
+from selectra.mixers.projections import is_plain
 from selectra.mixers.s6 import at_least_float32
 from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, reads
@@ -58,8 +59,8 @@ SIZES: dict[str, dict[str, Any]] = {
 class Lone(S6):
     """A Mamba that reads one token, or one channel: what channel independence makes of TimeMachine's four.
 
-    The same function. On a GPU kernels share their work by channels and by steps, and here there is one of either; so
-    one token from the empty state is taken without a scan, and one channel of N states as N channels of one state.
+    The same function, with fewer numbers. One token from the empty state is taken without a scan. Where there is one
+    channel, step, B and C are all multiples of it, so that nothing of the size of a state is made but the states.
     """
 
     def mix_whole(
@@ -72,47 +73,51 @@ class Lone(S6):
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
     ) -> Float[Tensor, "b l d_inner"]:
         """As `S6.mix_whole`."""
-        plain = u.is_cuda and mask is None and cu_seqlens is None
-        if not plain or (u.shape[1] != 1 and u.shape[2] != 1):
+        simple = mask is None and cu_seqlens is None and is_plain(self.x_proj) and is_plain(self.dt_proj)
+        if not simple or (u.shape[1] != 1 and u.shape[2] != 1):
             return super().mix_whole(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
         u, _ = self.convolve(u, reverse=reverse)
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        read = one_token if u.shape[1] == 1 else one_channel
         A = -at_least_float32(self.A_log).exp()
-        y = read(u, F.linear(dt, self.dt_proj.weight), A, B, C, self.dt_proj.bias, reverse) + self.D * u
+        read = one_token if u.shape[1] == 1 else one_channel
+        y = read(u, self.x_proj.weight, self.dt_proj.weight, A, self.dt_proj.bias, reverse) + self.D * u
         return y if z is None else y * F.silu(z)
 
 
 def one_token(
     u: Float[Tensor, "b 1 d"],
-    delta: Float[Tensor, "b 1 d"],
+    x_proj: Float[Tensor, "r_2n d"],
+    dt_proj: Float[Tensor, "d r"],
     A: Float[Tensor, "d n"],
-    B: Float[Tensor, "b 1 n"],
-    C: Float[Tensor, "b 1 n"],
     bias: Float[Tensor, " d"],
     reverse: bool,
 ) -> Float[Tensor, "b 1 d"]:
-    """A selective scan (without D and z) of one position from the empty state, on which A has nothing to act."""
+    """Selection and scan (without D and z) of one position from the empty state, on which A has nothing to act."""
+    dt, B, C = F.linear(u, x_proj).split([dt_proj.shape[1], A.shape[1], A.shape[1]], dim=-1)
     # A's gradient is 0, as the scan's is, and not absent.
-    return F.softplus(delta + bias) * u * (B * C).sum(-1, keepdim=True) + 0.0 * A.sum()
+    return F.softplus(F.linear(dt, dt_proj) + bias) * u * (B * C).sum(-1, keepdim=True) + 0.0 * A.sum()
 
 
 def one_channel(
     u: Float[Tensor, "b l 1"],
-    delta: Float[Tensor, "b l 1"],
+    x_proj: Float[Tensor, "r_2n 1"],
+    dt_proj: Float[Tensor, "1 r"],
     A: Float[Tensor, "1 n"],
-    B: Float[Tensor, "b l n"],
-    C: Float[Tensor, "b l n"],
     bias: Float[Tensor, " 1"],
     reverse: bool,
 ) -> Float[Tensor, "b l 1"]:
-    """A selective scan (without D and z) of one channel, its states as channels that are driven by B and read by C."""
-    n = B.shape[2]
-    one = u.new_ones(1, 1, 1).expand(*u.shape[:2], 1)
+    """Selection and scan (without D and z) of one channel.
+
+    With B = u b and C = u c the states' drive is delta u^2 b: each state runs as a channel of one state driven by
+    u^2, and the output is u times their sum weighted by b c.
+    """
+    n = A.shape[1]
+    step, b, c = x_proj[:, 0].split([dt_proj.shape[1], n, n])
+    delta, one = u * (dt_proj @ step), u.new_ones(1, 1, 1).expand(*u.shape[:2], 1)
     states = selective_scan(
-        u * B, delta.expand(-1, -1, n), A.T, one, one, delta_bias=bias.expand(n), delta_softplus=True, reverse=reverse
+        u.square().expand(-1, -1, n), delta.expand(-1, -1, n), A.T, one, one, delta_bias=bias.expand(n),
+        delta_softplus=True, reverse=reverse,
     )  # fmt: skip
-    return (states * C).sum(-1, keepdim=True)
+    return u * (states @ (b * c)[:, None])
 
 
 @models.register(

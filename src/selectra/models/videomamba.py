@@ -13,9 +13,13 @@ Departures, paper and official code against each other and against this:
   start        the official code starts the whole model as linear maps do, so that Mamba's start of the steps is lost
                and all of them begin at 0.69; here they start as Mamba's (`start="shipped"` for the other)
   base         is left out of the paper's comparison; it is the last of the released image sizes
+  middle       M and B are trained by distillation from S; the zoo's models were fine-tuned without the layer-wise decay
+               that the paper names, by a fault since mended (without gain)
+  views        on Something-Something are 3 x 3 in the zoo's table, 3 x 2 in the paper's
   positions    of another size or number of frames are resized here; the official code refuses them
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -35,6 +39,7 @@ from selectra.layers.image import (
     resize_positions,
     start_linear,
 )
+from selectra.layers.image_model import Plain
 from selectra.layers.norm import AddNorm, PreNorm, run_blocks
 from selectra.mixers import S6, Bidirectional, SelectivePath
 from selectra.mixers.sizes import require_sizes
@@ -87,7 +92,7 @@ def _clips(size: dict[str, Any]) -> dict[str, Any]:
     middle=MIDDLE,
     base={"d_model": 768},
 )
-class VideoMamba(nn.Module):
+class VideoMamba(Plain):
     """VideoMamba's classifier of images, or, with `n_frames`, of clips; positions are resized to what it is given.
 
     Args:
@@ -145,23 +150,12 @@ class VideoMamba(nn.Module):
         self.drops = nn.ModuleList(map(DropPath, rising_rates(drop_path, depth)))
         self.norm_f = AddNorm(d_model)
         self.head = nn.Linear(d_model, n_classes)
-        self.seen = quarters(depth)
-        self.feature_dims = (d_model,) * len(self.seen)
-        self.feature_strides = (self.patch_embed.stride,) * len(self.seen)
         self._start(start)
+        self.describe(in_channels, [d_model] * depth, [self.patch_embed.stride] * depth, quarters(depth), "token")
 
-    def features(self, x: Float[Tensor, "b c *T H W"]) -> list[Float[Tensor, "b *t h w d"]]:
-        """The grid behind each quarter of the blocks, normalised as the last one is; all have one resolution."""
-        states, grid = self._run(x, self.seen)
-        return [state[:, 1:].unflatten(1, grid) for state in states]
-
-    def embed(self, x: Float[Tensor, "b c *T H W"]) -> Float[Tensor, "b d"]:
-        """What the head reads: the class token."""
-        return self._run(x, self.seen[-1:])[0][0][:, 0]
-
-    def forward(self, x: Float[Tensor, "b c *T H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        return self.head(self.embed(x))
+    def slots(self, n_tokens: int) -> tuple[int, ...]:
+        """The class token is the first."""
+        return (0,)
 
     def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's state under our keys."""
@@ -171,8 +165,10 @@ class VideoMamba(nn.Module):
         """What to shard and to checkpoint."""
         return list(self.layers)
 
-    def _run(self, x: Tensor, after: list[int]) -> tuple[list[Tensor], tuple[int, ...]]:
-        """The normalised tokens behind some of the blocks, and the sides of the grid, frames first."""
+    def run(
+        self, x: Float[Tensor, "b c *T H W"], after: Collection[int]
+    ) -> tuple[list[tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]], tuple[int, ...]]:
+        """What is to be added and the stream behind some of the blocks, and the sides of the grid, frames first."""
         x = self.patch_embed(x)
         grid = tuple(x.shape[1:-1])
         positions = resize_positions(self.pos_embed, self.grid, (grid[-2], grid[-1]), (0,), (0,))
@@ -182,7 +178,7 @@ class VideoMamba(nn.Module):
         if self.time_embed is not None:
             x = x + _resize_time(self.time_embed, x.shape[1])[:, :, None]
         x = insert_token(x.flatten(1, 2), self.cls_token + positions[:, :1], 0)
-        return [self.norm_f(*pair)[0] for pair in run_blocks(self.layers, self.drops, x, after)], grid
+        return run_blocks(self.layers, self.drops, x, after, self.through), grid
 
     def _start(self, start: str) -> None:
         paths = [module for module in self.modules() if isinstance(module, SelectivePath)]

@@ -13,10 +13,17 @@ Departures, paper and official code against each other and against this:
   positions     official code that resizes them takes the class token's to be the first, while it is the middle one;
                 here it stays with its token, and grids are resized by themselves, when an image has another size
   CPU path      of the official mixer leaves the backward direction out (`use_fast_path=False`): it is not rebuilt
-  results       the paper's last version has 80.3 and 81.4 % for S and S+, the repository 80.5 and 81.6 %
+  results       the paper's last version has 80.3 and 81.4 % for S and S+, the repository 80.5 and 81.6 %; users did not
+                find the published gain in speed and memory in S and B (hustvl/Vim#17)
+  precision     official training is float32; users report not-a-numbers under autocast (hustvl/Vim#30). Here scan and
+                residual stream are float32 inside, whatever the activations are
+  training      the paper's weight decay is 0.05, the script of Ti has 0.1; its fine-tuning at stride 8 has a rate of
+                1e-5, the script 5e-6
+  B bar         the paper prints (delta A)^-1 (exp(delta A) - I) delta B; all code, this too, has delta B
   not built     rotary positions, flipped sequences, pairs of layers (`if_bidirectional`): no released weights have them
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -31,10 +38,10 @@ from selectra.layers.image import (
     Size,
     insert_token,
     quarters,
-    remove_tokens,
     resize_positions,
     start_linear,
 )
+from selectra.layers.image_model import Plain
 from selectra.layers.norm import AddNorm, PreNorm, run_blocks
 from selectra.mixers import S6, Bidirectional
 from selectra.mixers.s6 import at_least_float32, require_input
@@ -100,7 +107,7 @@ class SharedBidirectional(S6):
     small_stride8={"d_model": 384, "stride": 8},
     base_stride8={"d_model": 768, "stride": 8},
 )
-class Vim(nn.Module):
+class Vim(Plain):
     """Vim's classifier; positions are learned for `img_size` and resized for images of another size.
 
     Args:
@@ -139,7 +146,7 @@ class Vim(nn.Module):
         require_sizes(n_classes=n_classes, depth=depth)
         if pool not in get_args(Pool):
             raise ConfigError(f"pool={pool!r}: takes {', '.join(map(repr, get_args(Pool)))}")
-        self.pool: Pool = pool
+        self.kind: Pool = pool
         self.patch_embed = PatchEmbed(in_channels, d_model, patch_size, stride)
         self.grid = self.patch_embed.grid(img_size)
         n_tokens = self.grid[0] * self.grid[1]
@@ -154,31 +161,21 @@ class Vim(nn.Module):
         self.drops = nn.ModuleList(map(DropPath, rising_rates(drop_path, depth)))
         self.norm_f = AddNorm(d_model)
         self.head = nn.Linear(d_model, n_classes)
-        self.seen = quarters(depth)
-        self.feature_dims = (d_model,) * len(self.seen)
-        self.feature_strides = (self.patch_embed.stride,) * len(self.seen)
         self._start()
+        read = {"mean": "avg", "max": "scores"}.get(pool, "token")
+        self.describe(in_channels, [d_model] * depth, [self.patch_embed.stride] * depth, quarters(depth), read)
 
     def slots(self, n_tokens: int) -> tuple[int, ...]:
         """Where the class tokens stand among `n_tokens` others, counted with those before them."""
-        return {"middle": (n_tokens // 2,), "head": (0,), "double": (0, n_tokens + 1)}.get(self.pool, ())
+        return {"middle": (n_tokens // 2,), "head": (0,), "double": (0, n_tokens + 1)}.get(self.kind, ())
 
-    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
-        """The grid behind each quarter of the blocks, normalised as the last one is; all have one resolution."""
-        states, grid, slots = self._run(x, self.seen)
-        return [remove_tokens(state, slots).unflatten(1, grid) for state in states]
+    def forward_head(self, x: Float[Tensor, "b l d"], pre_logits: bool = False) -> Tensor:
+        """Scores of the classes; with `pool="max"` the greatest of all tokens', which the classifier reads all."""
+        y = super().forward_head(x, pre_logits)
+        return y.amax(1) if self.global_pool == "scores" and not pre_logits else y
 
-    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"] | Float[Tensor, "b l d"]:
-        """What the head reads: the class token or tokens, or the mean; all tokens for their greatest scores."""
-        (state,), _, slots = self._run(x, self.seen[-1:])
-        if slots:
-            return state[:, slots[0]] if len(slots) == 1 else (state[:, slots[0]] + state[:, slots[1]]) / 2
-        return state.mean(1) if self.pool == "mean" else state
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        y = self.head(self.embed(x))
-        return y.amax(1) if self.pool == "max" else y
+    def pool(self, x: Float[Tensor, "b l d"]) -> Tensor:
+        return x if self.global_pool == "scores" else super().pool(x)
 
     def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's state under our keys."""
@@ -188,8 +185,10 @@ class Vim(nn.Module):
         """What to shard and to checkpoint."""
         return list(self.layers)
 
-    def _run(self, x: Tensor, after: list[int]) -> tuple[list[Tensor], tuple[int, int], tuple[int, ...]]:
-        """The normalised tokens behind some of the blocks, the grid's sides and the class tokens' places."""
+    def run(
+        self, x: Float[Tensor, "b c H W"], after: Collection[int]
+    ) -> tuple[list[tuple[Float[Tensor, "b l d"], Float[Tensor, "b l d"]]], tuple[int, ...]]:
+        """What is to be added and the stream behind some of the blocks, and the grid's sides."""
         x = self.patch_embed(x)
         grid, x = (x.shape[1], x.shape[2]), x.flatten(1, 2)
         slots = self.slots(x.shape[1])
@@ -199,7 +198,7 @@ class Vim(nn.Module):
         # Some official configurations have no positions.
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, self.grid, grid, self.slots(self.grid[0] * self.grid[1]), slots)
-        return [self.norm_f(*pair)[0] for pair in run_blocks(self.layers, self.drops, x, after)], grid, slots
+        return run_blocks(self.layers, self.drops, x, after, self.through), grid
 
     def _start(self) -> None:
         """As in the official code; the output projections are scaled down by the root of the depth."""

@@ -9,28 +9,38 @@ were ever released, and the second version replaces all methods.
 Glossary: L layers of a stage; y_Token, y_Channel, alpha, beta, theta, gamma as in Sec. 3.2 (`WeightedAverage`).
 
 Departures, all of them our choices where the paper is silent or contradicts itself; most can be switched off:
+  y^(0)          the text has y_Token^(0) twice for the inputs of a stage; the second is read as y_Channel^(0)
+  gate           its sign is called a non-linearity; here it multiplies by an activated map of the input, as in Mamba.
+                 The figure has an output projection, the equations none; here there is one
   routes         the paper names top left to bottom right, its reverse, and top right to bottom left and its reverse;
                  VMamba, which it says these come from, goes by rows, by columns and backwards; so does this
   selection      the equations select B, C and the step from the input, VMamba's code from the convolution's output; so
                  does this, and so it equals `vmamba` without channel mixers, as the paper says it should
   residuals      the equations have none, norms are not mentioned: here each mixer stands behind a LayerNorm and is
                  added to its input, which the same equality asks for
-  averaging      no start is given: here the plain chain, from which skips are learned (`averaging=False` keeps it)
+  averaging      no start is given: here the plain chain, from which skips are learned (`averaging=False` keeps it).
+                 The memory that the paper states makes its weights scalars, not normalised; so they are here. Others'
+                 readings differ: a vector per token divided by the number of terms (samba-mixer), a softmax (a
+                 replication of TSM2)
   layers         the table has two token mixers for each channel mixer, the equations one: here a layer is one token
                  mixer, and every second layer, or the last, has a channel mixer (`channel_every`); others hand on
                  what it would have heard
   channel mixer  "CW-Linear c, CW-S6 c, CW-Linear c" with the table's widths c, which are not those of the stage. A
                  linear map along all tokens would have 32 M parameters in the first stage alone, against the 20 M
                  published, so maps act on channels. S6 scans each token's channels in groups of `channel_group`,
-                 with the same parameters for all tokens (`channel_mixer="mlp"` or `"none"` instead)
+                 with the same parameters for all tokens (`channel_mixer="mlp"` or `"none"` instead). One section
+                 has two directions along the channels, another "the same scans as the token mixer"; here there are two
   stem           4 x 4 patches give 56 x 56 tokens of 224 pixels, the table prints 112 x 112
   parameters     22.5, 40.4 and 69.7 M here for tiny, small and base; the paper prints 20, 43 and 74 M, which its own
                  table cannot give: the token mixers, the ways between stages and the head alone have 19.3 M in tiny,
                  which leaves 0.7 M for the same channel mixers that would have 9.3 M in small
   B bar          is printed as exp(delta A - I); as in Mamba's code it is delta B here
+  results        are "preliminary" in the paper, without FLOPs; its row of ViM-T for COCO has box figures in the columns
+                 of masks
 """
 
-from typing import Literal, get_args
+from collections.abc import Callable, Collection
+from typing import Any, Literal, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,6 +48,7 @@ from torch import Tensor, nn
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import Mlp, NormedPatches, PatchMerging, start_linear
+from selectra.layers.image_model import LAST, Pyramid
 from selectra.mixers import CrossScan2d, SelectiveChannel, SelectivePath, WeightedAverage
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
@@ -98,12 +109,15 @@ class Stage(nn.Module):
         self.tokens, self.channels, self.downsample = nn.ModuleList(tokens), nn.ModuleList(channels), downsample
         self.average = WeightedAverage(len(tokens)) if averaging else None
 
-    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        """Everything but the way to the next stage."""
+    def forward(
+        self, x: Float[Tensor, "b h w d"], through: Callable[..., Any] | None = None
+    ) -> Float[Tensor, "b h w d"]:
+        """Everything but the way to the next stage; `through` calls a mixer, if given."""
+        call = through or (lambda mixer, x: mixer(x))
         tokens, channels = [x], [x]
         for token, channel in zip(self.tokens, self.channels, strict=True):
-            tokens.append(token(self.average.token_input(tokens, channels) if self.average else channels[-1]))
-            channels.append(channel(self.average.channel_input(tokens, channels) if self.average else tokens[-1]))
+            tokens.append(call(token, self.average.token_input(tokens, channels) if self.average else channels[-1]))
+            channels.append(call(channel, self.average.channel_input(tokens, channels) if self.average else tokens[-1]))
         return channels[-1]
 
 
@@ -116,7 +130,7 @@ class Stage(nn.Module):
     small={"depths": (2, 2, 18, 2)},
     base={"depths": (2, 2, 18, 2), "dims": (128, 256, 512, 1024), "channel_dims": (256, 512, 1024, 1024)},
 )
-class ViM2(nn.Module):
+class ViM2(Pyramid):
     """ViM2's classifier; our reading, no code was released. Images of any size of a patch or more.
 
     Args:
@@ -160,8 +174,6 @@ class ViM2(nn.Module):
             raise ConfigError(f"dims={dims}, depths={depths}, channel_dims={channel_dims}: needs one of each a stage")
         if channel_mixer not in get_args(ChannelMixer):
             raise ConfigError(f"channel_mixer={channel_mixer!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
-        self.feature_dims = tuple(dims)
-        self.feature_strides = tuple(patch_size * 2**i for i in range(len(dims)))
         self.patch_embed = NormedPatches(in_channels, dims[0], patch_size)
         rates = rising_rates(drop_path, sum(depths))
         self.layers = nn.ModuleList()
@@ -179,25 +191,32 @@ class ViM2(nn.Module):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], n_classes)
         start_linear(self.modules(), (m.dt_proj for m in self.modules() if isinstance(m, SelectivePath)))
+        strides = [patch_size * 2**i for i in range(len(dims))]
+        self.describe(in_channels, dims, strides, range(len(dims)), "avg")
 
-    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
-        """The grid behind every stage, finest first, not normalised."""
+    def run(
+        self, x: Float[Tensor, "b c H W"], after: Collection[int]
+    ) -> tuple[list[Float[Tensor, "b h w d"]], tuple[int, ...]]:
+        """The grids behind some stages."""
         x, grids = self.patch_embed(x), []
-        for stage in self.layers:
+        for i, stage in enumerate(self.layers):
             assert isinstance(stage, Stage)
-            x = stage(x)
-            grids.append(x)
+            x = stage(x, self.through)
+            if i in after:
+                grids.append(x)
+            if len(grids) == len(after):
+                break
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        return grids
+        return grids, ()
 
-    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        """What the head reads: the last grid's mean."""
-        return self.norm(self.features(x)[-1]).mean((1, 2))
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        return self.head(self.embed(x))
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        fine = [
+            (r"^layers\.(\d+)\.downsample", LAST),
+            (r"^layers\.(\d+)\.(?:tokens|channels|average\.\w+)\.(\d+)", None),
+            (r"^norm\.", LAST),
+        ]
+        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""

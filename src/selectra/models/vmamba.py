@@ -13,13 +13,16 @@ Departures, paper and official code against each other and against this:
   start         the official code at its last version draws the steps' projections anew with all linear maps, so that
                 the special start of their weights is lost, and keeps that of their biases; what made the released
                 checkpoints kept both, and so does this (`start="shipped"` for the other)
-  VMamba-B      the first paper reports 83.2 % for it, the repository 83.7 %
+  results       the first paper reports 83.2 % for VMamba-B, the repository 83.7 %; of vanilla T 4.5 GFLOPs were first
+                stated and 5.6 later; training is slower than Swin's, as the authors say (MzeroMiko/VMamba#234)
   precision     scans are float32 inside whatever the activations are, as in v05; v0 also scans float32 inputs
-  forward types those with fewer routes, other norms or activations after the scan are not built, no weights have them
+  forward types those with fewer routes (which keep four sets of parameters), other norms or activations after the scan
+                are not built, no weights have them; the code names types of Mamba-2 ("m0") and lacks what they call
+  B bar         the paper prints (delta A)^-1 (exp(delta A) - I) delta B; all code, this too, has delta B
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, get_args
@@ -31,12 +34,11 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import ConvNorm, Mlp, NormedPatches, PatchMerging, require_image, start_linear
+from selectra.layers.image_model import LAST, Pyramid
 from selectra.mixers import CrossPaths, CrossScan2d
 from selectra.mixers.cross_scan_2d import require_grid
 from selectra.mixers.sizes import mixer_sizes, require_sizes
-from selectra.official import Official, reads, with_options_of
 from selectra.registry import models
-from selectra.spec import nearest
 
 Stem = Literal["patches", "convolutions"]
 Downsample = Literal["merge", "conv2", "conv3"]
@@ -139,7 +141,7 @@ def _second_version(expand: int, depths: tuple[int, ...], width: int = 96) -> di
     small_s1l20=_second_version(1, (2, 2, 20, 2)),
     base_s1l20=_second_version(1, (2, 2, 20, 2), 128),
 )
-class VMamba(nn.Module):
+class VMamba(Pyramid):
     """VMamba's classifier; "tiny", "small" and "base" are the vanilla sizes. Images of any size of a patch or more.
 
     Args:
@@ -185,8 +187,6 @@ class VMamba(nn.Module):
         require_sizes(n_classes=n_classes, in_channels=in_channels, patch_size=patch_size)
         if len(dims) != len(depths) or not dims:
             raise ConfigError(f"dims={dims} and depths={depths}: needs one of each for every stage")
-        self.feature_dims = tuple(dims)
-        self.feature_strides = tuple(patch_size * 2**i for i in range(len(dims)))
         self.patch_embed = _stem(stem)(in_channels, dims[0], patch_size)
         mixer = partial(
             CrossScan2d if gate else UngatedCrossScan2d,
@@ -210,30 +210,37 @@ class VMamba(nn.Module):
             for path in self.modules():
                 if isinstance(path, CrossPaths):
                     nn.init.trunc_normal_(path.dt_proj, std=0.02)
+        strides = [patch_size * 2**i for i in range(len(dims))]
+        self.describe(in_channels, dims, strides, range(len(dims)), "avg")
 
-    def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
-        """The grid after every stage's blocks, finest first, not normalised."""
+    def run(
+        self, x: Float[Tensor, "b c H W"], after: Collection[int]
+    ) -> tuple[list[Float[Tensor, "b h w d"]], tuple[int, ...]]:
+        """The grids behind the blocks of some stages."""
         x, grids = self.patch_embed(x), []
-        for stage in self.layers:
+        for i, stage in enumerate(self.layers):
             assert isinstance(stage, Stage)
             for block in stage.blocks:
-                x = block(x)
-            grids.append(x)
+                x = self.through(block, x)
+            if i in after:
+                grids.append(x)
+            if len(grids) == len(after):
+                break
             if stage.downsample is not None:
                 x = stage.downsample(x)
-        return grids
+        return grids, ()
 
-    def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
-        """What the head sees: the last grid's mean."""
-        return self.norm(self.features(x)[-1]).mean((1, 2))
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        fine = [(r"^layers\.(\d+)\.downsample", LAST), (r"^layers\.(\d+)\.\w+\.(\d+)", None), (r"^norm\.", LAST)]
+        return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else fine}
 
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
-        """Scores of the classes, before a softmax."""
-        return self.head(self.embed(x))
+    @classmethod
+    def first_conv(cls, *, stem: Stem = "patches", **arguments: Any) -> str:
+        return "patch_embed.proj" if stem == "patches" else "patch_embed.first.conv"
 
     def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's state under our keys."""
-        return _rename(state, self)
+        return rename(state, self)
 
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
@@ -254,120 +261,12 @@ def _downsample(kind: str, d_in: int, d_out: int) -> nn.Module:
     return ConvNorm(d_in, d_out, 2, 2, 0) if kind == "conv2" else ConvNorm(d_in, d_out, 3, 2, 1)
 
 
-class Backbone(nn.Module):
-    """VMamba's grids, each with a norm of its own, channels first: what the official detectors are built on."""
-
-    def __init__(self, backbone: VMamba, out_indices: Sequence[int]) -> None:
-        super().__init__()
-        self.backbone, self.out_indices = backbone, tuple(out_indices)
-        del backbone.norm, backbone.head
-        for i in self.out_indices:
-            if not 0 <= i < len(backbone.feature_dims):
-                raise ConfigError(f"option 'out_indices' has {i}; there are {len(backbone.feature_dims)} stages")
-            self.add_module(f"outnorm{i}", nn.LayerNorm(backbone.feature_dims[i]))
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> tuple[Float[Tensor, "b d h w"], ...]:
-        grids = self.backbone.features(x)
-        return tuple(self.get_submodule(f"outnorm{i}")(grids[i]).permute(0, 3, 1, 2) for i in self.out_indices)
-
-
-# Official forward types that compute the same: they differ in kernels, in their precision and in the layout; "_noz" is
-# for no gate.
-FIRST_TYPES, CORES = ("v0", "v0seq"), ("v01", "v02", "v03", "v04", "v05", "v2", "v3")
-FORWARD_TYPES = (*FIRST_TYPES, *(core + end for core in CORES for end in ("", "_noz", "_no32", "_noz_no32")))
-NormLayer = Literal["ln", "ln2d", "LN", "LN2D"]
-
-
-@reads("MzeroMiko/VMamba:VSSM")
-def read_vssm(
-    *,
-    patch_size: int = 4,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    depths: tuple[int, ...] = (2, 2, 9, 2),
-    dims: int | tuple[int, ...] = (96, 192, 384, 768),
-    ssm_d_state: int = 16,
-    ssm_ratio: float = 2.0,
-    ssm_dt_rank: int | Literal["auto"] = "auto",
-    ssm_act_layer: Literal["silu"] = "silu",
-    ssm_conv: int = 3,
-    ssm_conv_bias: bool = True,
-    ssm_drop_rate: float = 0.0,
-    ssm_init: Literal["v0", "v1", "v2"] = "v0",
-    forward_type: str = "v2",
-    mlp_ratio: float = 4.0,
-    mlp_act_layer: Literal["gelu"] = "gelu",
-    mlp_drop_rate: float = 0.0,
-    gmlp: Literal[False] = False,
-    drop_path_rate: float = 0.1,
-    patch_norm: Literal[True] = True,
-    norm_layer: NormLayer = "LN",
-    downsample_version: Literal["v1", "v2", "v3"] = "v2",
-    patchembed_version: Literal["v1", "v2"] = "v1",
-    use_checkpoint: bool = False,
-    posembed: Literal[False] = False,
-    imgsize: int = 224,
-) -> Official:
-    """The classifier. `ssm_init`, `use_checkpoint`, `imgsize` and the norm's layout have no effect on what it computes.
-
-    Checkpoints of the first and of the second version are taken, with their own names for the parameters.
-    """
-    require_no_rate(ssm_drop_rate=ssm_drop_rate, mlp_drop_rate=mlp_drop_rate)
-    if forward_type not in FORWARD_TYPES:
-        raise ConfigError(
-            f"option 'forward_type' is {forward_type!r}; it takes {', '.join(map(repr, FORWARD_TYPES))}."
-            f"{nearest(forward_type, FORWARD_TYPES)}"
-        )
-    if forward_type in FIRST_TYPES:
-        # That type has a convolution of its own, whatever these options say.
-        ssm_conv, ssm_conv_bias = 3, True
-    model = VMamba(
-        n_classes=num_classes,
-        in_channels=in_chans,
-        dims=tuple(dims * 2**i for i in range(len(depths))) if isinstance(dims, int) else dims,
-        depths=depths,
-        d_state=ssm_d_state,
-        expand=ssm_ratio,
-        dt_rank=ssm_dt_rank,
-        gate="_noz" not in forward_type,
-        conv_bias=ssm_conv_bias,
-        d_conv=ssm_conv,
-        mlp_ratio=max(mlp_ratio, 0.0),
-        stem="patches" if patchembed_version == "v1" else "convolutions",
-        downsample={"v1": "merge", "v2": "conv2", "v3": "conv3"}[downsample_version],  # pyright: ignore[reportArgumentType]
-        patch_size=patch_size,
-        drop_path=drop_path_rate,
-    )
-    return Official(model, partial(_rename, model=model))
-
-
-@reads("MzeroMiko/VMamba:Backbone_VSSM")
-@with_options_of(read_vssm)
-def read_backbone(*, out_indices: tuple[int, ...] = (0, 1, 2, 3), pretrained: None = None, **options: Any) -> Official:
-    """The grids of the stages `out_indices`, normalised, channels first."""
-    model = read_vssm(**options).model
-    assert isinstance(model, VMamba)
-    return Official(Backbone(model, out_indices), partial(_rename_backbone, model=model))
-
-
-def require_no_rate(**rates: float) -> None:
-    """Raise unless each official dropout rate is 0."""
-    for name, rate in rates.items():
-        if rate != 0:
-            raise ConfigError(f"option '{name}' is {rate}; it takes 0, no released model has another")
-
-
-def _rename_backbone(state: dict[str, Tensor], model: VMamba) -> dict[str, Tensor]:
-    own = {key: value for key, value in state.items() if key.startswith("outnorm")}
-    rest = _rename({key: value for key, value in state.items() if key not in own}, model)
-    return {**own, **{f"backbone.{key}": value for key, value in rest.items()}}
-
-
-def _rename(state: dict[str, Tensor], model: VMamba) -> dict[str, Tensor]:
+def rename(state: dict[str, Tensor], model: VMamba) -> dict[str, Tensor]:
     """Names of the last version's two files, and of the first version's checkpoints."""
-    merges = [stage.downsample for stage in model.layers if isinstance(stage, Stage) and stage.downsample is not None]
-    of_merge = {"1.": "norm.", "2.": "reduction."}
-    downsample = of_merge if merges and isinstance(merges[0], PatchMerging) else {"1.": "conv.", "3.": "norm."}
+    ways = [stage.downsample for stage in model.layers if isinstance(stage, Stage) and stage.downsample is not None]
+    # Of a model that was cut behind its first stage the state says it.
+    is_merge = isinstance(ways[0], PatchMerging) if ways else any(".downsample.2." in key for key in state)
+    downsample = {"1.": "norm.", "2.": "reduction."} if is_merge else {"1.": "conv.", "3.": "norm."}
     if isinstance(model.patch_embed, ConvStem):
         stem = {"0.": "first.conv.", "2.": "first.norm.", "5.": "second.conv.", "7.": "second.norm."}
     else:

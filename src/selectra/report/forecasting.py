@@ -2,21 +2,15 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from selectra.errors import DataError
+from selectra.report.explained import misses, responsible
+from selectra.report.markdown import DATA, NAMES, Row, error, grid
 from selectra.report.read import whole
 
-NAMES = {
-    "tsm2": "TSM2", "timemachine": "TimeMachine", "simba_series": "SiMBA", "s_mamba": "S-Mamba", "patchtst": "PatchTST",
-    "itransformer": "iTransformer", "tsmixer": "TSMixer", "dlinear": "DLinear", "nlinear": "NLinear",
-    "rlinear": "RLinear", "gru": "GRU", "linear": "linear (closed form)", "naive": "naive",
-    "seasonal_naive": "seasonal naive",
-}  # fmt: skip
-DATA = {"etth1": "ETTh1", "etth2": "ETTh2", "ettm1": "ETTm1", "ettm2": "ETTm2", "exchange": "Exchange",
-        "weather": "Weather"}  # fmt: skip
 # Of tables (a) and (b).
 N_CELLS = 24
 TITLES = {
@@ -24,7 +18,6 @@ TITLES = {
     "b": "Table (b): look-back 96, the main models",
     "c": "Table (c): look-back chosen on validation",
 }
-Row = dict[str, Any]
 
 
 def read_records(path: Path) -> dict[str, Any]:
@@ -54,6 +47,7 @@ def page(content: dict[str, Any], source: str) -> str:
     parts = [
         "# Forecasting: Mamba models against strong and simple rivals",
         headline(content["verdict"]),
+        responsible(content),
         _method(content, source),
         _pairs(content["verdict"]),
         _wins(content),
@@ -61,20 +55,9 @@ def page(content: dict[str, Any], source: str) -> str:
     ]
     for name in ("a", "b"):
         parts += _table(name, content["tables"][name])
-    parts += _longer(content["tables"]["c"])
+    parts += [*_longer(content["tables"]["c"]), misses(content)]
     parts += [_ablation(content["ablation"]), _orders(content["orders"]), _costs(content["costs"]), _cells(content)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first are numbers."""
-    lines = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def error(value: float | None) -> str:
-    """An error of standardised values, as tables print them."""
-    return "-" if value is None else f"{value:.3f}"
 
 
 def signed(value: float) -> str:

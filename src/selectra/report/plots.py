@@ -12,9 +12,11 @@ import matplotlib.dates as mdates
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from selectra.report.read import Result, read_result, split_unit, whole
 
@@ -22,8 +24,13 @@ PICTURE = "forecast.png"
 MAX_PANELS = 12
 MIN_HISTORY = 24
 MAX_SERIES_ROWS = 40
-# Okabe and Ito's colours, which colour-blind readers tell apart; black is the truth.
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5F4690")
+# The main model's, which no other model gets. It and the first of the others are Okabe and Ito's colours, which
+# colour-blind readers tell apart; black is the truth.
+MAIN = "#D55E00"
+COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#5F4690", "#A3B000", "#882255")
+MARKERS = "sD^vP*X<>hp"
+# A mean error this many times the median model's would press the others' lines together.
+FAR = 2.5
 HISTORY, TRUTH, HELD_OUT, FUTURE = "#8a8a8a", "#111111", "#f1efe8", "#e3edf6"
 # Entries of the legend in one line, for one, two or three panels beside each other.
 LEGEND_COLUMNS = {1: 5, 2: 6, 3: 8}
@@ -31,9 +38,11 @@ STYLES = ("-", "--", "-.", ":")
 
 
 def colors_of(models: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and line style of each model; styles change once the colours are used up."""
-    n = len(COLORS)
-    return {name: (COLORS[i % n], STYLES[(i // n) % len(STYLES)]) for i, name in enumerate(models)}
+    """Colour and line style of each model, the main one first; styles change once the colours are used up."""
+    n, (main, *others) = len(COLORS), models
+    return {main: (MAIN, STYLES[0])} | {
+        name: (COLORS[i % n], STYLES[(i // n) % len(STYLES)]) for i, name in enumerate(others)
+    }
 
 
 def chosen_series(series: list[str]) -> list[str]:
@@ -133,22 +142,34 @@ def _plain(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
+def _plain_numbers(axis: Axis) -> None:
+    """0.1, 0.2, 0.5, 1 along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
 def step_figure(result: Result) -> Figure:
     """Mean squared error at each step of the horizon."""
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     ax = figure.subplots()
-    styles = colors_of(result.models)
-    for model, (color, style) in styles.items():
+    means = []
+    for model, (color, style) in colors_of(result.models).items():
         values = np.array(result.errors["models"][model]["mse_by_step"], dtype=float)
+        means.append(np.nanmean(values))
         marker = "o" if len(values) <= 12 else None
         thick = 2.0 if model == result.models[0] else 1.3
         steps = np.arange(1, len(values) + 1)
         ax.plot(steps, values, color=color, linestyle=style, linewidth=thick, label=model, marker=marker, markersize=4)
     ax.set_xlabel(f"step of the horizon ({result.run['data']['freq']})", fontsize=9)
     ax.set_ylabel("MSE, standardised", fontsize=9)
-    ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
     _plain(ax)
+    if max(means) > FAR * np.median(means) and min(means) > 0:
+        ax.set_yscale("log")
+        _plain_numbers(ax.yaxis)
+    else:
+        ax.set_ylim(bottom=0)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9)
     return figure
 
@@ -164,7 +185,6 @@ def series_figure(result: Result) -> Figure:
     )
     figure = Figure(figsize=(9, 1.3 + 0.3 * len(shown)), layout="constrained")
     ax = figure.subplots()
-    markers = "osD^vP*X"
     everything = []
     for i, (model, (color, _)) in enumerate(colors_of(result.models).items()):
         values = np.array(result.errors["models"][model]["mse_by_series"], dtype=float)[shown]
@@ -172,7 +192,7 @@ def series_figure(result: Result) -> Figure:
         ax.plot(
             values,
             np.arange(len(shown)),
-            markers[i % 8],
+            "o" if i == 0 else MARKERS[(i - 1) % len(MARKERS)],
             color=color,
             label=model,
             markersize=7 if i == 0 else 5,
@@ -185,6 +205,7 @@ def series_figure(result: Result) -> Figure:
     positive = positive[np.isfinite(positive) & (positive > 0)]
     if len(positive) and positive.max() > 20 * positive.min():
         ax.set_xscale("log")
+        _plain_numbers(ax.xaxis)
     else:
         ax.set_xlim(left=0)
     ax.set_xlabel("MSE, standardised", fontsize=9)

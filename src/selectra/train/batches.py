@@ -78,6 +78,9 @@ class TrainingOrder:
         epoch, skip = divmod(position, len(self))
         while True:
             self.sampler.set_epoch(epoch)
+            # A split whose views differ from pass to pass is told which one comes.
+            if hasattr(self.windows, "at_pass"):
+                self.windows.at_pass(epoch, self.sampler.seed)  # pyright: ignore[reportAttributeAccessIssue]
             yield from _load(self.windows, list(self.batches)[skip:], self.workers)
             epoch, skip = epoch + 1, 0
 

@@ -15,10 +15,12 @@ from selectra import models as _models
 from selectra.errors import ConfigError, DataError
 from selectra.language.checkpoint import save_pretrained
 from selectra.language.model import LanguageModel
+from selectra.pretrained import load_pretrained
 from selectra.registry import Resolved, datasets, models, tasks
 from selectra.spec import Run, Spec
 from selectra.tasks.task import Task
-from selectra.train.checkpoint import WEIGHTS, load_weights, replacing, writable_folder
+from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights, replacing, writable_folder
+from selectra.train.depth import freeze
 from selectra.train.loop import Fitted, evaluate, fit
 from selectra.train.parallel import World, joined
 from selectra.train.record import environment, read_data, read_run
@@ -96,11 +98,14 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
     writable_folder(out)
     with joined(run.parallel, run.train.device) as world:
         built = build(run)
+        begin_from(built.model, run, None if not resume else out, console)
         if world.first:
             for line in built.data.summary():
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
             count = sum(p.numel() for p in built.model.parameters())
-            console.print(f"{run.model.name}: {count:,} parameters, on {world.device}", highlight=False)
+            trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
+            part = f" ({trained:,} trained)" if trained < count else ""
+            console.print(f"{run.model.name}: {count:,} parameters{part}, on {world.device}", highlight=False)
         train, val = built.data.windows("train"), built.data.windows("val")
         fitted = fit(
             built.model, built.task, train, val, run, out,
@@ -112,6 +117,26 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
             save_pretrained(built.model, out / PRETRAINED)
             built.data.tokenizer.save(out / PRETRAINED)
     return fitted
+
+
+def begin_from(model: nn.Module, run: Run, resumed: Path | None, console: Console) -> None:
+    """Take the weights to start from, and freeze what the run says; a training that goes on has its weights.
+
+    Args:
+        resumed: Folder whose checkpoint will be gone on with, if it has one; None starts anew.
+
+    Raises:
+        DataError: The file is missing or damaged, or of another model.
+        ConfigError: There is nothing to freeze so much of.
+    """
+    path, goes_on = run.train.pretrained, resumed is not None and (resumed / CHECKPOINT).is_file()
+    if path is not None and not goes_on:
+        loaded = load_pretrained(model, path)
+        what = (("resized", loaded.resized), ("starting afresh", loaded.fresh))
+        notes = [f"{word}: {', '.join(names)}" for word, names in what if names]
+        line = f"Weights of '{path}'" + (f" ({'; '.join(notes)})" if notes else "") + "."
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    freeze(model, run.train.freeze)
 
 
 def evaluate_job(
@@ -136,7 +161,8 @@ def evaluate_job(
         windows = built.data.windows(split)
         if len(windows) == 0:
             raise DataError(f"the split '{split}' has no windows.")
-        metrics = evaluate(built.model.to(world.device), built.task, windows, batch_size or run.train.batch_size, world)
+        size = batch_size or run.train.batch_size
+        metrics = evaluate(built.model.to(world.device), built.task, windows, size, world, run.train.precision)
         if world.first:
             _write_metrics(out, split, len(windows), metrics, world)
     return metrics, len(windows)

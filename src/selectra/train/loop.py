@@ -15,13 +15,16 @@ from torch import nn
 from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
-from selectra.tasks.task import Task
+from selectra.tasks.task import Loss, Task
 from selectra.train.batches import Passes, TrainingOrder, Windows, every_window_once
 from selectra.train.checkpoint import CHECKPOINT, writable_folder
+from selectra.train.depth import training_mode
 from selectra.train.optim import clip, require_finite, scale_gradients
-from selectra.train.parallel import World, pick_device, wait_for_gradients, wrap
+from selectra.train.parallel import World, pick_device, recomputed, wait_for_gradients, wrap
+from selectra.train.precision import Precision, autocast, overflowed
 from selectra.train.progress import Clock, Display
 from selectra.train.record import BackendWatch, Record, open_record
+from selectra.train.sentinel import Draws, first_broken
 from selectra.train.state import State, StoppedBy
 from selectra.train.stop import StopFlag, StoppedError, stopping_gently
 
@@ -38,15 +41,22 @@ class Fitted:
 
 
 def evaluate(
-    model: nn.Module, task: Task, windows: Windows, batch_size: int, world: World | None = None
+    model: nn.Module,
+    task: Task,
+    windows: Windows,
+    batch_size: int,
+    world: World | None = None,
+    precision: Precision = "float32",
 ) -> dict[str, float]:
     """The task's metrics on every window exactly once, whatever the batch size and the number of processes."""
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
     evaluator, was_training = task.evaluator(), model.training
     model.eval()
-    for batch in every_window_once(windows, batch_size, world):
-        evaluator.update(model, batch.to(world.device))
-    model.train(was_training)
+    with autocast(world.device, precision):
+        for batch in every_window_once(windows, batch_size, world):
+            evaluator.update(model, batch.to(world.device))
+    if was_training:
+        training_mode(model)
     evaluator.reduce(world.gather)
     return evaluator.compute()
 
@@ -87,6 +97,8 @@ def fit(
     if out is not None and world.first:
         writable_folder(out)
     order = TrainingOrder(train_windows, run.train, world) if learns else None
+    if run.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     state = State(model.to(world.device), run, order, out, world, data)
     resume = resume and learns and out is not None and (out / CHECKPOINT).is_file()
     length = state.resume() if resume else 0
@@ -100,7 +112,8 @@ def fit(
         else:
             n_eval = ceil(len(val_windows) / run.train.batch_size) if val_windows else 0
             clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval))
-            with Display(shown, clock, run.name, early=run.train.patience is not None) as display:
+            early = run.train.patience is not None
+            with Display(shown, clock, run.name, early) as display, recomputed(model, run.train.recompute):
                 _Loop(state, task, order, val_windows, record, display, flag).go()
     model.load_state_dict(state.best)
     return Fitted(state.at.best, state.at.best_step, state.at.step, state.at.seconds, state.at.stopped_by)
@@ -112,7 +125,7 @@ def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> Non
     if solve is not None:
         solve(Passes(train, state.run.train.batch_size, state.world.device))
     if val:
-        metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world)
+        metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world, state.run.train.precision)
         state.note(metrics, task.score(metrics))
     state.keep()
     state.at.seconds = time.monotonic() - began
@@ -129,7 +142,9 @@ class _Loop:
         self.state, self.task, self.val = state, task, val
         self.record, self.display, self.flag = record, display, flag
         self.batches = order.start_at(state.at.position)
-        self.wrapped = wrap(state.model, state.world).train()
+        self.wrapped = wrap(state.model, state.world, state.run.train.compile)
+        training_mode(state.model)
+        self.precision: Precision = state.run.train.precision
         self.watch = BackendWatch()
         self.stop = False
 
@@ -147,12 +162,13 @@ class _Loop:
         state, run, world, began = self.state, self.state.run, self.state.world, time.monotonic()
         first = not self.display.clock.step_times
         sums: dict[str, torch.Tensor] = {}
+        draws, seen = Draws(world.device), []
         with self.watch if first else nullcontext():
             for i in range(run.train.accumulate):
-                batch = next(self.batches).to(world.device)
+                seen.append(batch := next(self.batches).to(world.device))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
-                    loss = self.task.loss(self.wrapped, batch)
-                    loss.sum.backward()
+                    loss = self.loss_of(self.wrapped, batch)
+                    state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
         asked = torch.tensor(float(self.flag.asked), device=world.device).double()
@@ -161,9 +177,11 @@ class _Loop:
         count = max(totals.pop("count"), 1.0)
         means = {name: value / count for name, value in totals.items()}
         # Right for ragged targets, for accumulation and for every process.
+        state.scaler.unscale_(state.optimizer)
         scale_gradients(state.model, world.size / count)
         norm = clip(state.model, run.optim.clip)
-        require_finite(means["loss"], norm, state.model, state.at.step + 1)
+        if not overflowed(state.scaler, means["loss"], norm):
+            require_finite(means["loss"], norm, state.model, state.at.step + 1, lambda: self.find(seen, draws))
         state.advance(run.train.accumulate)
         seconds = time.monotonic() - began
         self.display.clock.step_times.append(seconds)
@@ -173,6 +191,18 @@ class _Loop:
         self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds)
         state.at.seconds += seconds
         return means["loss"]
+
+    def loss_of(self, model: nn.Module, batch: Any) -> Loss:
+        """The task's loss, in the precision asked for."""
+        with autocast(self.state.world.device, self.precision):
+            return self.task.loss(model, batch)
+
+    def find(self, batches: list[Any], draws: Draws) -> str:
+        """The first layer and tensor of a step that is not finite."""
+        scaler = self.state.scaler
+        return first_broken(
+            self.state.model, batches, lambda batch: scaler.scale(self.loss_of(self.state.model, batch).sum), draws
+        )
 
     def after_step(self) -> None:
         """Evaluate, save, stop: whatever is due."""
@@ -188,7 +218,9 @@ class _Loop:
         """Measure on the validation windows, keep the best weights, and see whether this is the end."""
         state, began = self.state, time.monotonic()
         if self.val:
-            metrics = evaluate(state.model, self.task, self.val, state.run.train.batch_size, state.world)
+            metrics = evaluate(
+                state.measured, self.task, self.val, state.run.train.batch_size, state.world, self.precision
+            )
             seconds = time.monotonic() - began
             best = state.note(metrics, self.task.score(metrics))
             self.record.write("metrics", step=state.at.step, split="val", best=best, seconds=seconds, **metrics)

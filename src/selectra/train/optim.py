@@ -1,7 +1,8 @@
 """The optimizer, the learning rate over time, and what happens to gradients between backward and step."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from math import isfinite
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from selectra.spec import Optim
+from selectra.train.depth import depths
 from selectra.train.stop import DivergedError
 
 
@@ -34,14 +36,19 @@ def decayed(name: str, parameter: nn.Parameter, left_out: Collection[int] = ()) 
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
-    """AdamW in two groups, with and without weight decay."""
+    """AdamW in two groups, with and without weight decay; with `layer_decay` two for every depth."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     without = without_decay(model)
-    groups = [
-        {"params": [p for name, p in trained if decayed(name, p, without)], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in trained if not decayed(name, p, without)], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=optim.betas)
+    depth_of, n_units = depths(model) if optim.layer_decay < 1 else ({}, 0)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    # The head's groups come first: theirs is the learning rate that is shown.
+    for depth in range(n_units + 1, -1, -1) if depth_of else [n_units + 1]:
+        for acts in (True, False):
+            rate = optim.lr * optim.layer_decay ** (n_units + 1 - depth)
+            groups[depth, acts] = {"params": [], "weight_decay": optim.weight_decay if acts else 0.0, "lr": rate}
+    for name, parameter in trained:
+        groups[depth_of.get(name, n_units + 1), decayed(name, parameter, without)]["params"].append(parameter)
+    return AdamW([group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas)
 
 
 def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:
@@ -73,8 +80,11 @@ def clip(model: nn.Module, largest: float | None) -> float:
     return float(norm)
 
 
-def require_finite(loss: float, norm: float, model: nn.Module, step: int) -> None:
+def require_finite(loss: float, norm: float, model: nn.Module, step: int, find: Callable[[], str] = lambda: "") -> None:
     """Stop before the optimizer turns weights into NaN.
+
+    Args:
+        find: Finds the first layer and tensor that is not finite, and says so in a sentence.
 
     Raises:
         DivergedError: The loss or a gradient is not finite; the message names the first such parameter.
@@ -87,7 +97,9 @@ def require_finite(loss: float, norm: float, model: nn.Module, step: int) -> Non
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
     ]
     where = f"the gradient of '{broken[0]}' ({len(broken)} in all) is not finite" if broken else "gradients are finite"
+    found = find()
+    found = f"{found} " if found else ""
     raise DivergedError(
-        f"step {step}: the loss is {loss} and {where}. Weights are as before this step. "
+        f"step {step}: the loss is {loss} and {where}. {found}Weights are as before this step. "
         "Look at the data of that step, lower optim.lr, or set optim.clip."
     )

@@ -5,11 +5,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import ConfigError
 from selectra.spec import Parallel
@@ -94,11 +96,57 @@ def joined(parallel: Parallel, device: str = "auto") -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """The model as the loop calls it: gradients are averaged over processes where there are several."""
+def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
+    """The model as the loop calls it: compiled if asked for, gradients averaged over processes where there are several.
+
+    Its parameters and their names stay those of `model`, which is what is measured and saved.
+    """
+    wrapped = cast(nn.Module, torch.compile(model)) if compiled else model
     if world.size == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+        return wrapped
+    return DistributedDataParallel(wrapped, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+@contextlib.contextmanager
+def recomputed(model: Any, wanted: bool) -> Iterator[None]:
+    """Inside the block a training model's blocks keep their inputs alone and compute the rest again for gradients.
+
+    Dropped paths and units are drawn alike both times, so that results are those without.
+
+    Raises:
+        ConfigError: The model does not say what its blocks are.
+    """
+    if wanted and not hasattr(model, "blocks"):
+        raise ConfigError(f"{type(model).__name__} does not say what its blocks are; leave train.recompute off.")
+    blocks = list(model.blocks()) if wanted else []
+    for block in blocks:
+        again = partial(_without_statistics, block)
+        block.forward = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=lambda again=again: (contextlib.nullcontext(), again()),
+        )
+    try:
+        yield
+    finally:
+        for block in blocks:
+            # The class's own comes back.
+            del block.forward
+
+
+@contextlib.contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms note statistics in copies: what they see there they have seen already."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm in norms:
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
+    try:
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def wait_for_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:

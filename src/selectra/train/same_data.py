@@ -25,7 +25,7 @@ def table_fingerprint(table: Table) -> str:
 
 
 def describe_data(data: Any) -> dict[str, Any] | None:
-    """What identifies the data, in JSON's types; None for data without a table that does not say it itself."""
+    """What identifies the data, in JSON's types: what it says of itself, or of its table; None for any other."""
     if hasattr(data, "describe"):
         return data.describe()
     table: Table | None = getattr(data, "table", None)

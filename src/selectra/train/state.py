@@ -3,6 +3,7 @@
 import json
 import random
 import shlex
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import ceil, inf, isnan
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from selectra.errors import ConfigError
 from selectra.spec import Run
 from selectra.train import checkpoint
+from selectra.train.average import RunningMean
 from selectra.train.batches import TrainingOrder
 from selectra.train.optim import make_optimizer, make_schedule
 from selectra.train.parallel import World
+from selectra.train.precision import make_scaler
 from selectra.train.record import RUN, Record
 from selectra.train.same_data import refuse_changed
 from selectra.train.stop import DivergedError
@@ -60,6 +63,8 @@ class State:
         self.model, self.run, self.world, self.out, self.data = model, run, world, out, data
         self.at = Progress()
         self.best: dict[str, Tensor] = {}
+        # Models that learn nothing by gradient have no running mean.
+        self.mean: RunningMean | None = None
         seed_everything(run.train.seed + world.rank)
         if order is not None:
             accumulate, passes = run.train.accumulate, run.train.epochs or 0.0
@@ -67,6 +72,8 @@ class State:
             self.eval_every = run.train.eval_every or max(1, len(order) // accumulate)
             self.optimizer = make_optimizer(model, run.optim)
             self.schedule = make_schedule(self.optimizer, run.optim, self.steps)
+            self.scaler = make_scaler(world.device, run.train.precision)
+            self.mean = None if run.train.ema is None else RunningMean(model, run.train.ema)
 
     @property
     def rate(self) -> float:
@@ -89,11 +96,22 @@ class State:
         """The command that goes on from the checkpoint."""
         return "" if self.out is None else shlex.join(["selectra", "train", str(self.out / RUN)])
 
+    @property
+    def measured(self) -> nn.Module:
+        """The model that is measured and kept: the running mean where there is one."""
+        return self.model if self.mean is None else self.mean.model
+
     def advance(self, batches: int) -> None:
-        """Take the optimizer's step with the gradients that are there."""
-        self.optimizer.step()
+        """Take the optimizer's step with the gradients that are there; float16 leaves it out where they overflowed."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
-        self.schedule.step()
+        with warnings.catch_warnings():
+            # The schedule misses the optimizer's step where that was left out.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.schedule.step()
+        if self.mean is not None:
+            self.mean.follow(self.model)
         self.at.step += 1
         self.at.position += batches
 
@@ -121,7 +139,7 @@ class State:
 
     def keep(self) -> None:
         """Take the present weights as the ones that training ends with, and export them."""
-        self.best = checkpoint.copy_weights(self.model)
+        self.best = checkpoint.copy_weights(self.measured)
         if self.out is not None and self.world.first:
             metadata = {"format": "pt", "model": json.dumps(self.run.model.to_json())}
             checkpoint.save_weights(self.out / checkpoint.WEIGHTS, self.best, metadata)
@@ -137,6 +155,8 @@ class State:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "mean": None if self.mean is None else self.mean.state_dict(),
             "progress": asdict(self.at),
             "best": self.best,
             "generators": generators,
@@ -159,6 +179,10 @@ class State:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.mean is not None:
+            self.mean.load_state_dict(saved["mean"])
         self.at = Progress(**saved["progress"])
         self.best = saved["best"]
         # A process that did not exist when the checkpoint was taken keeps its own seed.
@@ -183,6 +207,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _refuse_another_run(out: Path, saved: str, run: Run) -> None:
+    # What an earlier version did not write down had the default's value.
+    saved = Run.from_json(saved, str(out)).to_json()
     before, now = _flat(json.loads(saved)), _flat(json.loads(run.to_json()))
     different = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"

@@ -1,0 +1,185 @@
+"""`selectra compare` and `selectra report`: heavy imports happen inside, so that help comes at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from selectra.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from selectra.compare.store import Store
+    from selectra.compare.study import Budget as StudyBudget
+
+BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budget_latency"}
+
+
+def compare(
+    what: Annotated[
+        str, typer.Argument(help="forecasting, vision, a built-in study, or a file of Python that defines one.")
+    ] = "forecasting",
+    file: Annotated[
+        str | None, typer.Argument(help="Your table of series or folder of images; default: bundled data.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="The file of cells and records; an earlier one is gone on with.")
+    ] = None,
+    models: Annotated[str | None, typer.Option(help="Models, separated by commas; the first kind is mamba.")] = None,
+    horizon: Annotated[int, typer.Option(min=1, help="Rows that are forecast.")] = 24,
+    lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Trainings of every model; at least 3.")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=0, help="Draws of the learning rate by optuna for every model; 0: none.")
+    ] = None,
+    budget_params: Annotated[
+        str | None, typer.Option(help="Bring every model to so many parameters, such as 5M or 300k.")
+    ] = None,
+    budget_flops: Annotated[str | None, typer.Option(help="Or to so many FLOPs a sample.")] = None,
+    budget_latency: Annotated[
+        str | None, typer.Option(help="Or to so many milliseconds of a forward pass of 32 samples, here.")
+    ] = None,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which nothing is begun any more.")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Processes for what needs no GPU; on a CPU, for all. Default: one; without GPU each core."
+        ),
+    ] = None,
+    packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or images in a step.")] = None,
+    tables: Annotated[
+        str | None, typer.Option(help="The tables of docs/results/forecasting.md instead: a,b,orders,ablation,costs,c.")
+    ] = None,
+) -> None:
+    """Train models against each other, every finished cell stored at once, and write the page that says who wins."""
+    from selectra.compare.questions import Asked, find_study  # noqa: PLC0415
+
+    if tables is not None or _holds_tables(store):
+        if what != "forecasting" or file is not None or quick:
+            raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
+        _tables(store, tables or "a,b", (device, time_limit, workers or 1, packed), (steps or 1000, batch_size or 32))
+        return
+    budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
+    names = () if models is None else tuple(name.strip() for name in models.split(","))
+    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget)
+    study = find_study(what, asked)
+    from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
+
+    path, console = store or Path(f"{study.name}.sqlite"), _console()
+    counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
+    if counts["done"]:
+        _report_study(path, None, console)
+
+
+def _usual_workers(device: str) -> int:
+    """A process for every core, at most four, where there is no GPU."""
+    import os  # noqa: PLC0415
+
+    from selectra.train.parallel import pick_device  # noqa: PLC0415
+
+    return 1 if pick_device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
+
+
+def _tables(store: Path | None, tables: str, how: tuple[str, float | None, int, int], budget: tuple[int, int]) -> None:
+    from selectra.compare.command import Wish, compare_forecasting  # noqa: PLC0415
+    from selectra.compare.forecasting import Budget  # noqa: PLC0415
+
+    names = tuple(name.strip() for name in tables.split(","))
+    compare_forecasting(Wish(store or Path("forecasting.sqlite"), names, *how, Budget(*budget)), _console())
+
+
+def _holds_tables(store: Path | None) -> bool:
+    """Whether a file is that of the built-in tables, which is gone on with as such."""
+    if store is None or not store.is_file():
+        return False
+    from selectra.compare.store import Store  # noqa: PLC0415
+
+    opened = Store(store)
+    found = opened.recall("budget") is not None
+    opened.close()
+    return found
+
+
+def _budget(given: dict[str, str | None]) -> "StudyBudget | None":
+    from selectra.compare.questions import amount_of  # noqa: PLC0415
+    from selectra.compare.study import Budget  # noqa: PLC0415
+
+    asked = [(name, text) for name, text in given.items() if text is not None]
+    if len(asked) > 1:
+        raise ConfigError(f"models are brought to one budget; got --budget-{asked[0][0]} and --budget-{asked[1][0]}.")
+    return Budget.model_validate({"quantity": asked[0][0], "amount": amount_of(asked[0][1])}) if asked else None
+
+
+def report(
+    records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records."),
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Where a store's records go, as JSON and CSV; default: beside the store.")
+    ] = None,
+) -> None:
+    """Write the page of a comparison from its records."""
+    console = _console()
+    if not records.is_file():
+        raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
+    if records.suffix == ".json":
+        _report_json(records, out, console)
+        return
+    from selectra.compare.store import Store  # noqa: PLC0415
+
+    store = Store(records)
+    if store.recall("study") is not None:
+        store.close()
+        _report_study(records, out, console, export)
+    else:
+        _report_tables(store, records, out, export, console)
+
+
+def _report_json(records: Path, out: Path | None, console: Console) -> None:
+    from selectra.report.forecasting import write_page  # noqa: PLC0415
+    from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
+
+    if f'"{WHAT}"' in records.read_text("utf-8")[:200]:
+        paths = write_reports(read_study(records), (out or records).with_suffix(""))
+        console.print(f"The page is {paths[0]}, made from {records}", highlight=False, soft_wrap=True)
+        return
+    out = out or Path("forecasting.md")
+    write_page(records, out)
+    console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+
+
+def _report_tables(store: "Store", records: Path, out: Path | None, export: Path | None, console: Console) -> None:
+    from selectra.compare.export import write  # noqa: PLC0415
+
+    target = export or records.with_suffix(".json")
+    write(store, target)
+    store.close()
+    _report_json(target, out, console)
+
+
+def _report_study(path: Path, out: Path | None, console: Console, export: Path | None = None) -> None:
+    """Export a study's records and write its page, Markdown and CSV."""
+    from selectra.compare.results import write_results  # noqa: PLC0415
+    from selectra.report.study import read_study, write_reports  # noqa: PLC0415
+
+    records = export or path.with_suffix(".json")
+    write_results(path, records)
+    content = read_study(records)
+    paths = write_reports(content, (out or path).with_suffix(""))
+    console.print(content["verdict"]["text"], highlight=False, markup=False, soft_wrap=True, style="bold")
+    console.print(f"The page is {paths[0]}, beside {', '.join(each.name for each in (*paths[1:], records))}",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+
+
+def _console() -> Console:
+    from selectra.cli import _console as made  # noqa: PLC0415
+
+    return made()

@@ -1,0 +1,200 @@
+"""Models of equal size: the width or depth at which a model meets a budget of parameters, of FLOPs or of time.
+
+A width is one whole number. Everything that belongs to it grows with it in the proportion of the registered size: the
+widths of all stages, and the inner width of feed-forward networks. Where heads or blocks allow few widths, that inner
+width alone then makes up the rest.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+
+from selectra.compare.measure import Cost, build_model, count_flops, count_parameters, inputs_for, measure
+from selectra.errors import ConfigError
+from selectra.registry import models
+from selectra.spec import Spec
+
+TOLERANCE = 0.02
+# What is a width, or a depth: the first one that a model takes is turned, the others follow in proportion.
+WIDTHS = ("d_model", "dims", "n1", "n2", "d_ff", "channel_dims", "d_stem")
+DEPTHS = ("depth", "depths")
+LARGEST = 2**14
+# Widths on each side of the best that are looked at, since heads and blocks allow some widths alone.
+NEIGHBOURS = 48
+# Times waver: medians of so many seconds are compared.
+LATENCY_SECONDS = 0.2
+Quantity = Literal["params", "flops", "latency"]
+UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A model that meets a budget, with all that it costs."""
+
+    spec: Spec
+    quantity: Quantity
+    wanted: float
+    got: float
+    over: str
+    value: int
+    cost: Cost
+
+
+def match(
+    spec: Spec,
+    facts: Mapping[str, Any],
+    *,
+    params: float | None = None,
+    flops: float | None = None,
+    latency: float | None = None,
+    over: Literal["width", "depth"] = "width",
+    tolerance: float = TOLERANCE,
+    device: torch.device | str = "cpu",
+) -> Matched:
+    """Find the width (or depth) at which a model meets one budget.
+
+    Args:
+        facts: What the data says, such as seq_len, horizon and n_series, or n_classes and img_size.
+        params: Parameters that are trained.
+        flops: FLOPs of a forward pass of one sample.
+        latency: Milliseconds of a forward pass of a batch of 32, measured here.
+        tolerance: How far off the budget is still met, as a part of it.
+
+    Raises:
+        ConfigError: Not exactly one budget is given, the model has no width, or no width meets the budget; then the
+            message names the nearest ones.
+    """
+    given: dict[Quantity, float | None] = {"params": params, "flops": flops, "latency": latency}
+    asked: list[tuple[Quantity, float]] = [(name, value) for name, value in given.items() if value is not None]
+    if len(asked) != 1 or not 0 < asked[0][1] < math.inf:
+        raise ConfigError(f"match takes one budget above 0: params=, flops= or latency=; got {given}.")
+    (quantity, wanted), turned = asked[0], _turned(spec, facts, over)
+    cost = partial(_quantity, quantity, facts=dict(facts), device=device)
+    tried = [_try(turned, cost, wanted)]
+    for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
+        tried.append(_try(follower, cost, wanted))
+    best = min(tried, key=lambda each: each.off(wanted))
+    if best.got is None or best.off(wanted) > tolerance:
+        name, unit = turned.name, UNITS[quantity]
+        raise ConfigError(
+            f"no {spec.name}.{name} brings {spec.name} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
+            f"{_nearest(tried[0], wanted, unit)}; ask for one of these, or match another quantity."
+        )
+    found = best.turned(best.value)
+    return Matched(
+        found, quantity, wanted, best.got, best.turned.name, best.value, measure(found, facts, device=device)
+    )
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A spec as a function of its width or depth."""
+
+    spec: Spec
+    name: str
+    values: Mapping[str, Any]
+
+    def __call__(self, value: int) -> Spec:
+        ratio = value / _first(self.values[self.name])
+        return self.spec.replace(**{name: _scaled(each, ratio) for name, each in self.values.items()})
+
+    def followers(self, values: Iterable[int]) -> "list[_Turned]":
+        """With the width as it is at each of these values, each inner width to be turned alone."""
+        fixed = [self(value) for value in values]
+        return [_Turned(spec, name, {name: spec.args[name]}) for name in (*self.values,)[1:] for spec in fixed]
+
+
+@dataclass
+class _Tried:
+    """The value of a width that comes nearest to a budget, and what was seen on the way."""
+
+    turned: _Turned
+    value: int
+    got: float | None
+    seen: dict[int, float]
+
+    def off(self, wanted: float) -> float:
+        """How far off the budget, as a part of it."""
+        return math.inf if self.got is None else abs(self.got / wanted - 1)
+
+
+def _turned(spec: Spec, facts: Mapping[str, Any], over: str) -> _Turned:
+    names = WIDTHS if over == "width" else DEPTHS
+    resolved = models.resolve(spec, facts)
+    values = {name: resolved[name].value for name in names if name in resolved and _is_size(resolved[name].value)}
+    if not values:
+        takes = ", ".join(name for name in resolved if name not in facts) or "nothing"
+        raise ConfigError(
+            f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}."
+        )
+    return _Turned(spec, next(iter(values)), values)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(each, int) for each in value))
+
+
+def _first(value: Any) -> int:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _scaled(value: Any, ratio: float) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_scaled(each, ratio) for each in value)
+    return max(1, round(value * ratio))
+
+
+def _quantity(quantity: Quantity, spec: Spec, *, facts: Mapping[str, Any], device: torch.device | str) -> float:
+    if quantity == "params":
+        return count_parameters(spec, facts)
+    if quantity == "flops":
+        return count_flops(build_model(spec, facts).eval(), inputs_for(spec, facts, 1))
+    return measure(spec, facts, device=device, seconds=LATENCY_SECONDS).forward_ms
+
+
+def _try(turned: _Turned, cost: Callable[[Spec], float], wanted: float) -> _Tried:
+    """The value nearest to the budget: doubled until above it, halved between, then its neighbours."""
+
+    @cache
+    def at(value: int) -> float | None:
+        try:
+            return cost(turned(value))
+        except ConfigError:
+            return None
+
+    low, high = 1, 2
+    while high < LARGEST and (_next_valid(at, high) or 0) < wanted:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if (_next_valid(at, middle) or math.inf) < wanted else (low, middle)
+    seen: dict[int, float] = {}
+    for value in sorted(range(max(1, low - NEIGHBOURS), low + NEIGHBOURS + 1), key=lambda each: abs(each - low)):
+        found = at(value)
+        if found is not None:
+            seen[value] = found
+            # Costs rise with the width: one on each side is enough.
+            if min(seen.values()) <= wanted <= max(seen.values()):
+                break
+    best = min(seen, key=lambda value: abs(seen[value] - wanted), default=low)
+    return _Tried(turned, best, seen.get(best), seen)
+
+
+def _next_valid(at: Callable[[int], float | None], value: int) -> float | None:
+    """The cost of the next value, from here on, that the model can have."""
+    costs = (at(each) for each in range(value, value + NEIGHBOURS))
+    return next((cost for cost in costs if cost is not None), None)
+
+
+def _nearest(tried: _Tried, wanted: float, unit: str) -> str:
+    below = [value for value, cost in tried.seen.items() if cost <= wanted]
+    above = [value for value, cost in tried.seen.items() if cost > wanted]
+    sides = [*([max(below)] if below else []), *([min(above)] if above else [])]
+    if not sides:
+        return "none that was tried can be built"
+    shown = (f"{tried.turned.name}={value} with {tried.seen[value]:,.6g} {unit}" for value in sides)
+    return "the nearest are " + " and ".join(shown)

@@ -1,0 +1,174 @@
+"""What a model costs: parameters, FLOPs, activation memory, and measured times of a forward pass and a training step.
+
+FLOPs are counted by `torch.utils.flop_counter`, with the formulas that our operators register beside it (a scan is 9
+for each step, channel and state, the field's rule); it counts products and scans, not element-wise work. Times are
+medians of synchronised calls after a warm-up. Activation memory is what a forward pass keeps for its backward, each
+storage once and weights left out, which is the same on every device.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from selectra import models as _models
+from selectra.errors import ConfigError
+from selectra.registry import models
+from selectra.spec import Spec
+
+__all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", "inputs_for", "measure"]
+
+BATCH = 32
+# Seconds of calls behind each median.
+TIMED = 0.3
+SEED = 0
+MIB = 2**20
+# The shape of one input, beside the batch, from what the data says.
+SHAPES: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
+    "series": lambda facts: (facts["seq_len"], facts["n_series"]),
+    "image": lambda facts: (facts.get("in_channels", 3), *_sides(facts["img_size"])),
+}
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model costs on a device.
+
+    `flops` is that of a forward pass of one sample; times are in milliseconds and of a whole batch, each a median with
+    its interquartile range; memory is in MiB.
+    """
+
+    parameters: int
+    flops: int
+    activations_mb: float
+    forward_ms: float
+    forward_iqr_ms: float
+    step_ms: float
+    step_iqr_ms: float
+    batch: int
+    device: str
+    threads: int
+    dtype: str = "float32"
+    tf32: bool = False
+    compiled: bool = False
+
+    @property
+    def throughput(self) -> float:
+        """Samples in a second, forward."""
+        return 1e3 * self.batch / self.forward_ms
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary, the throughput with it."""
+        return {**asdict(self), "throughput": self.throughput}
+
+
+def build_model(spec: Spec, facts: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
+    """A freshly seeded model; on the device "meta" nothing is allocated."""
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(SEED)
+        return models.build(spec, dict(facts))
+
+
+def inputs_for(spec: Spec, facts: Mapping[str, Any], batch: int, device: torch.device | str = "cpu") -> Tensor:
+    """Random inputs of the model's kind.
+
+    Raises:
+        ConfigError: Inputs of this kind are not known here.
+    """
+    kind = models.entry(spec.name).kind
+    if kind not in SHAPES:
+        raise ConfigError(f"'{spec.name}' is for {kind}; what can be measured are models for {', '.join(SHAPES)}.")
+    missing = [name for name in ("seq_len", "n_series") if kind == "series" and name not in facts]
+    missing += ["img_size"] if kind == "image" and "img_size" not in facts else []
+    if missing:
+        raise ConfigError(f"to measure '{spec.name}', the facts must say {', '.join(missing)}.")
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(batch, *SHAPES[kind](facts), generator=generator).to(device)
+
+
+def count_parameters(spec: Spec, facts: Mapping[str, Any]) -> int:
+    """Parameters that are trained, without building them."""
+    return sum(each.numel() for each in build_model(spec, facts, "meta").parameters() if each.requires_grad)
+
+
+def count_flops(model: nn.Module, inputs: Tensor) -> int:
+    """FLOPs of a forward pass, a multiplication with an addition as two."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(inputs)
+    return counter.get_total_flops()
+
+
+def kept_for_backward(model: nn.Module, inputs: Tensor) -> float:
+    """MiB that a forward pass keeps for its backward; weights and inputs are left out."""
+    known = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers(), inputs)}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        # What is kept must live until the end: a freed address would be counted once for two.
+        output = model(inputs)
+    del output
+    return sum(found.values()) / MIB
+
+
+def _timed(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    # It warms up, synchronises a GPU, and takes medians over blocks of calls.
+    found = timer.blocked_autorange(min_run_time=seconds)
+    return 1e3 * found.median, 1e3 * found.iqr
+
+
+def measure(
+    spec: Spec, facts: Mapping[str, Any], *, device: torch.device | str = "cpu", batch: int = BATCH,
+    seconds: float = TIMED,
+) -> Cost:  # fmt: skip
+    """Everything that a model costs on a device.
+
+    Args:
+        facts: What the data says, such as seq_len, horizon and n_series, or n_classes and img_size.
+        seconds: Time behind each median.
+    """
+    device = torch.device(device)
+    model, inputs = build_model(spec, facts).to(device), inputs_for(spec, facts, batch, device)
+    learns = any(each.requires_grad for each in model.parameters())
+    model.eval()
+    flops = count_flops(model, inputs[:1])
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(inputs)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(inputs).square().mean().backward()
+
+    forward_ms, forward_iqr = _timed(forward, seconds)
+    model.train()
+    step_ms, step_iqr = _timed(step, seconds) if learns else (0.0, 0.0)
+    return Cost(
+        parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
+        flops=flops,
+        activations_mb=kept_for_backward(model, inputs) if learns else 0.0,
+        forward_ms=forward_ms,
+        forward_iqr_ms=forward_iqr,
+        step_ms=step_ms,
+        step_iqr_ms=step_iqr,
+        batch=batch,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        tf32=device.type == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32),
+    )

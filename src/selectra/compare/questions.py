@@ -1,0 +1,243 @@
+"""The studies that a user asks for by name, by a file of Python, or by a table or a folder of their own."""
+
+import runpy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from selectra import data as _data
+from selectra import models as _models
+from selectra import tasks as _tasks
+from selectra.compare.study import FEWEST_SEEDS, Budget, Study, Tuning, Variant
+from selectra.errors import ConfigError, DataError
+from selectra.registry import datasets, models, studies
+from selectra.spec import Optim, Run, Spec, Train, nearest, override
+
+__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "vision_study"]
+
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("tsm2", "timemachine", "s_mamba", "simba_series"), "mamba"),
+        **dict.fromkeys(("vim", "vim2", "vmamba", "simba", "rsmamba", "videomamba"), "mamba"),
+        **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin"), "attention"),
+        **dict.fromkeys(("convnext", "resnet"), "convolution"),
+        **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
+        **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
+        "gru": "recurrent", "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
+    }
+)  # fmt: skip
+FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "gru", "tsmixer", "dlinear", "linear",
+               "seasonal_naive")  # fmt: skip
+# One of each kind, small enough for minutes on two cores; sizes that are registered, or stated here.
+QUICK_FORECASTERS: Mapping[str, Spec] = MappingProxyType(
+    {
+        "tsm2": Spec("tsm2"), "patchtst": Spec("patchtst_etth1"), "gru": Spec("gru", d_model=32, depth=1),
+        "dlinear": Spec("dlinear"), "linear": Spec("linear"),
+    }
+)  # fmt: skip
+IMAGE_MODELS: Mapping[str, Spec] = MappingProxyType(
+    {
+        "vim": Spec("vim_tiny", patch_size=4, depth=10), "vit": Spec("vit_tiny", patch_size=4, depth=10),
+        "vmamba": Spec("vmamba_tiny", patch_size=2, dims=(64, 128, 256), depths=(2, 2, 2)),
+        "convnext": Spec("convnext_tiny", patch_size=2, dims=(64, 128, 256, 256), depths=(2, 2, 2, 1)),
+        "resnet": Spec("resnet_18", stem="small", dims=(48, 96, 168, 336)),
+    }
+)  # fmt: skip
+RATES = (2e-4, 1e-3, 5e-3)
+RANGE = (1e-4, 1e-2)
+DECLARED = {"optim.lr": "models want different learning rates, so each gets the best of the same trials"}
+LENGTHS = (96, 200, 336, 720)
+# A letter after a number of parameters or FLOPs.
+LETTERS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says about a study; None leaves what the study has.
+
+    Args:
+        file: A table of series, or a folder of images.
+        models: Names, for a study of a user's own data.
+        quick: For a first look within minutes.
+        lookback: Rows that a forecast sees.
+        horizon: Rows that are forecast.
+        trials: Draws of the learning rate by optuna, in place of three fixed ones.
+    """
+
+    file: str | None = None
+    models: tuple[str, ...] = ()
+    quick: bool = False
+    lookback: int = 96
+    horizon: int = 24
+    steps: int | None = None
+    batch_size: int | None = None
+    seeds: int | None = None
+    trials: int | None = None
+    budget: Budget | None = None
+
+
+def find_study(what: str, asked: Asked) -> Study:
+    """The study that a word stands for: forecasting, vision, a built-in name, or a file of Python.
+
+    Raises:
+        ConfigError: There is none, or it cannot be read.
+    """
+    if what == "forecasting":
+        study = forecasting_study(asked)
+    elif what == "vision":
+        study = vision_study(asked)
+    else:
+        given = [name for name in ("file", "quick", "models") if getattr(asked, name)]
+        if given:
+            raise ConfigError(f"{given[0]} is for `compare forecasting` and `compare vision`; a study says it itself.")
+        study = _from_file(Path(what)) if what.endswith(".py") else _built_in(what)
+    return _changed(study, asked)
+
+
+def _built_in(name: str) -> Study:
+    from selectra.recipes import studies as _filled  # noqa: F401, PLC0415
+
+    if name not in studies.names():
+        known = ["forecasting", "vision", *studies.names()]
+        raise ConfigError(f"there is no study '{name}'; there are {known}, and files of Python.{nearest(name, known)}")
+    return studies.build(Spec(name))
+
+
+def _from_file(path: Path) -> Study:
+    """The one Study that a file defines, as a value or as a function without arguments."""
+    if not path.is_file():
+        raise ConfigError(f"there is no '{path}'; a study is a file of Python that defines a selectra Study.")
+    found = runpy.run_path(str(path))
+    mine = {name: value for name, value in found.items() if isinstance(value, Study)}
+    if not mine:
+        makers = {name: value for name, value in found.items()
+                  if getattr(value, "__annotations__", {}).get("return") in (Study, "Study")}  # fmt: skip
+        mine = {name: make() for name, make in makers.items()}
+    if len(mine) != 1:
+        raise ConfigError(f"'{path}' defines {len(mine)} studies{': ' + ', '.join(mine) if mine else ''}; "
+                          "it must define one, as `study = Study(...)`.")  # fmt: skip
+    return next(iter(mine.values()))
+
+
+def _changed(study: Study, asked: Asked) -> Study:
+    """The study with what the command line says otherwise, checked again."""
+    changes: dict[str, Any] = {}
+    words = [f"train.{name}={value}" for name, value in (("steps", asked.steps), ("batch_size", asked.batch_size))
+             if value is not None]  # fmt: skip
+    if words:
+        changes["bases"] = tuple(_paced(override(base, words)) for base in study.bases)
+    if asked.seeds is not None:
+        changes["seeds"] = asked.seeds
+    if asked.budget is not None:
+        changes["budget"] = asked.budget
+    if asked.trials:
+        tuned = study.tuning.names if study.tuning else ("optim.lr",)
+        changes["tuning"] = Tuning(ranges=dict.fromkeys(tuned, RANGE), trials=asked.trials)
+        changes["declared"] = {**DECLARED, **study.declared}
+    elif asked.trials == 0:
+        changes["tuning"] = None
+    return Study.model_validate({**dict(study), **changes})
+
+
+def _paced(run: Run) -> Run:
+    """The same number of evaluations, whatever the number of steps."""
+    steps = run.train.steps
+    if steps is None or run.train.eval_every is None or run.train.eval_every <= steps // 4:
+        return run
+    return override(run, [f"train.eval_every={max(1, steps // 8)}"])
+
+
+def forecasting_study(asked: Asked) -> Study:
+    """Forecasters against each other on a user's table, or on the New York weather that comes with the package."""
+    steps, models_ = (250, _chosen(asked.models, QUICK_FORECASTERS)) if asked.quick else (
+        1000, _chosen(asked.models, dict.fromkeys(FORECASTERS)))  # fmt: skip
+    name = Path(asked.file).name.split(".")[0] if asked.file else "New York weather"
+    if asked.file and Path(asked.file).suffix and not Path(asked.file).is_file():
+        raise DataError(f"there is no '{asked.file}'; name a table of series, or a public set such as ETTh1.")
+    data = Spec("series_file", **({"path": asked.file} if asked.file else {}), seq_len=asked.lookback,
+                horizon=asked.horizon)  # fmt: skip
+    base = Run(
+        name=name,
+        model=Spec("naive"),
+        data=data,
+        task=Spec("forecasting", loss="mse"),
+        optim=Optim(lr=RATES[1], weight_decay=0.01, warmup_steps=20),
+        train=Train(steps=steps, batch_size=32, eval_every=max(1, steps // (4 if asked.quick else 10))),
+    )
+    return _study(f"forecasting_{_short(name)}", f"Should I use Mamba to forecast {name}?", base, models_, asked)
+
+
+def vision_study(asked: Asked) -> Study:
+    """Image classifiers against each other on a user's folder.
+
+    Raises:
+        ConfigError: This installation has no data set of images.
+    """
+    if "images" not in datasets.names("image"):
+        raise ConfigError("`compare vision` needs the data set 'images', which this Selectra does not have; "
+                          "a study in a file of Python can name its own data.")  # fmt: skip
+    name = Path(asked.file).name if asked.file else "drawn shapes"
+    steps = 200 if asked.quick else 2000
+    size = {"crop": 4, "flip": 0.5}
+    base = Run(
+        name=name,
+        model=Spec("vit_smoke"),
+        data=Spec("images", **({"path": asked.file} if asked.file else {}), **size),
+        task=Spec("classification"),
+        optim=Optim(lr=RATES[1], weight_decay=0.05, warmup_steps=steps // 20),
+        train=Train(steps=steps, batch_size=64, eval_every=max(1, steps // 8)),
+    )
+    known = {name: spec for name, spec in IMAGE_MODELS.items() if spec.name in models.names("image")}
+    study = _study(f"vision_{_short(name)}", f"Should I use Mamba to classify {name}?", base,
+                   _chosen(asked.models, known), asked)  # fmt: skip
+    return study.model_copy(update={"metric": "top1", "higher_is_better": True, "lengths": ()})
+
+
+def _study(name: str, question: str, base: Run, chosen: Mapping[str, Spec], asked: Asked) -> Study:
+    variants = tuple(Variant(name=each, model=spec, kind=_kind(spec)) for each, spec in chosen.items())
+    if not any(each.kind == "mamba" for each in variants):
+        raise ConfigError(f"none of {list(chosen)} is a Mamba model; name one, such as tsm2.")
+    return Study(
+        name=name, question=question, bases=(base,), variants=variants, subject="mamba", subject_title="Mamba",
+        seeds=FEWEST_SEEDS if asked.seeds is None else asked.seeds, declared=DECLARED,
+        tuning=Tuning(values={"optim.lr": RATES}), lengths=LENGTHS,
+    )  # fmt: skip
+
+
+def _chosen(names: Sequence[str], usual: Mapping[str, Spec | None]) -> dict[str, Spec]:
+    found = {}
+    for name in names or usual:
+        spec = usual.get(name) or Spec(name)
+        # An unknown name is refused in the registry's words.
+        models.entry(spec.name)
+        found[name] = spec
+    return found
+
+
+def _kind(spec: Spec) -> str:
+    """The sort of a registered model; sizes follow the name of the family."""
+    matches = [family for family in KINDS if spec.name == family or spec.name.startswith(f"{family}_")]
+    return KINDS[max(matches, key=len)] if matches else ""
+
+
+def _short(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name.lower())
+
+
+def amount_of(text: str) -> float:
+    """A number as people write it: "5M", "300k", "1.2e9".
+
+    Raises:
+        ConfigError: It is none.
+    """
+    letter = text[-1:].lower()
+    digits, factor = (text[:-1], LETTERS[letter]) if letter in LETTERS else (text, 1.0)
+    try:
+        value = float(digits) * factor
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"'{text}' is no amount; write 5M, 300k or 1.2e6.")
+    return value

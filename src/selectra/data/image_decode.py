@@ -1,0 +1,89 @@
+"""From a file's bytes to pixels `(c, h, w)` of one size; what cannot be read is named."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from selectra.data.image_files import Listing
+from selectra.data.vision import vision
+from selectra.errors import DataError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+GREY = ("1", "L", "LA")
+DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class CorruptError(DataError):
+    """An image that cannot be decoded."""
+
+
+def decode(listing: Listing, i: int, channels: int | None) -> UInt8[Tensor, "c h w"]:
+    """One image with so many channels, or with as many as it has (1 or 3 for pictures).
+
+    Raises:
+        CorruptError: It is damaged or no image.
+        DataError: It has other channels, or more than 8 bits for each.
+    """
+    name = listing.names[i]
+    try:
+        content = listing.source.read(i)
+        if isinstance(content, bytes) and not content.startswith(b"\x93NUMPY"):
+            with Image.open(io.BytesIO(content)) as image:
+                return _picture(image, channels, name)
+        pixels = content if isinstance(content, np.ndarray) else np.load(io.BytesIO(content), allow_pickle=False)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CorruptError(
+            f"'{name}' in '{listing.where}' cannot be read as an image: {reason}. "
+            "Remove or replace it, or leave such files out with data.corrupt=skip."
+        ) from error
+    return _array(pixels, channels, name)
+
+
+def _picture(image: Image.Image, channels: int | None, name: str) -> Tensor:
+    if image.mode in DEEP:
+        raise DataError(f"'{name}' has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
+    wanted = channels or (1 if image.mode in GREY else 3)
+    if wanted not in MODES:
+        raise DataError(f"'{name}' is a picture, which gives 1, 3 or 4 channels, and in_channels is {wanted}.")
+    return _planes(np.asarray(image.convert(MODES[wanted])))
+
+
+def _array(pixels: Any, channels: int | None, name: str) -> Tensor:
+    if pixels.ndim not in (2, 3) or pixels.dtype != np.uint8:
+        raise DataError(
+            f"'{name}' is an array of {pixels.dtype} of shape {pixels.shape}; "
+            "it must be of uint8, and (h, w, c) or (h, w)."
+        )
+    planes = _planes(pixels)
+    if channels == 3 and len(planes) == 1:
+        return planes.expand(3, -1, -1)
+    if channels == 1 and len(planes) == 3:
+        return _planes(np.asarray(Image.fromarray(pixels).convert("L")))
+    if channels not in (None, len(planes)):
+        raise DataError(f"'{name}' has {len(planes)} channels, and in_channels is {channels}.")
+    return planes
+
+
+def _planes(pixels: np.ndarray[Any, Any]) -> Tensor:
+    tensor = torch.from_numpy(np.array(pixels, np.uint8))
+    return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1)
+
+
+def fitted(image: UInt8[Tensor, "c h w"], size: tuple[int, int]) -> UInt8[Tensor, "c h2 w2"]:
+    """An image that covers `size` and is cut there around its middle; the same where it has that size."""
+    height, width = image.shape[1:]
+    if (height, width) == size:
+        return image
+    ratio = max(size[0] / height, size[1] / width)
+    covering = [max(size[0], round(height * ratio)), max(size[1], round(width * ratio))]
+    functional = vision("torchvision.transforms.v2.functional")
+    resized = functional.resize(image, covering, interpolation=functional.InterpolationMode.BICUBIC, antialias=True)
+    return functional.center_crop(resized, list(size))

@@ -1,0 +1,39 @@
+"""Small sets of images that need no file: drawn shapes, and scikit-learn's handwritten digits."""
+
+from typing import Any
+
+import numpy as np
+
+from selectra.data.vision import vision
+
+Example = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], tuple[str, ...]]
+SIDE, PER_CLASS = 32, 100
+SHAPES = ("disc", "ring", "square", "cross")
+
+
+def shapes() -> Example:
+    """400 drawn colour images of 32 x 32 pixels: a disc, a ring, a square or a cross somewhere on a noisy ground."""
+    draw = np.random.default_rng(0)
+    labels = np.tile(np.arange(len(SHAPES)), PER_CLASS)
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    images = np.empty((len(labels), SIDE, SIDE, 3), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        radius, middle = draw.uniform(6, 11), draw.uniform(11, SIDE - 11, 2)
+        down, right = np.abs(rows - middle[0]), np.abs(columns - middle[1])
+        distance, box = np.hypot(down, right), np.maximum(down, right)
+        inside = (
+            distance < radius,
+            (distance < radius) & (distance > 0.6 * radius),
+            box < radius,
+            (box < radius) & (np.minimum(down, right) < 0.3 * radius),
+        )[label]
+        ground, colour = draw.uniform(0, 110, 3), draw.uniform(140, 255, 3)
+        noisy = np.where(inside[..., None], colour, ground) + draw.normal(0, 12, image.shape)
+        image[:] = noisy.clip(0, 255)
+    return images, labels, SHAPES
+
+
+def digits() -> Example:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels in 17 greys (UCI, CC BY 4.0)."""
+    bunch = vision("sklearn.datasets").load_digits()
+    return (bunch.images * 15.9375).astype(np.uint8), bunch.target, tuple("0123456789")

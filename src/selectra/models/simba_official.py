@@ -1,0 +1,113 @@
+"""Official weights of SiMBA: what reads the options of the official classes."""
+
+import re
+from functools import partial
+from typing import Any, Literal
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from selectra.errors import ConfigError
+from selectra.mixers import S6
+from selectra.models.simba import Block, ChannelMixer, ConvMlp, Simba, Stage, make_channel_mixer, rename, rename_block
+from selectra.official import Official, reads
+
+
+class OfficialBlock(Official):
+    """A block alone, on a sequence of tokens; the grid's height and width come with it or with the configuration."""
+
+    model: Block
+
+    def __init__(self, model: Block, height: int | None, width: int | None) -> None:
+        super().__init__(model, rename_block)
+        self.height, self.width = height, width
+
+    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
+        height, width = (self.height if H is None else H), (self.width if W is None else W)
+        if height is None or width is None or height * width != x.shape[1]:
+            raise ConfigError(f"H={height} and W={width}: x has {x.shape[1]} tokens, which must be H W")
+        return (self.model(x.unflatten(1, (height, width))).flatten(1, 2),)
+
+
+OfficialMixer = Literal["mlp", "EinFFT"]
+# As partial, class or text: "LayerNorm eps=1e-6".
+NormLayer = Any
+
+
+@reads("badripatro/simba:SiMBA")
+def read_simba(
+    *,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    stem_hidden_dim: int = 32,
+    embed_dims: tuple[int, ...] = (64, 128, 320, 448),
+    mlp_ratios: tuple[int | float, ...] = (8, 8, 4, 4),
+    drop_path_rate: float = 0.0,
+    norm_layer: NormLayer = nn.LayerNorm,
+    depths: tuple[int, ...] = (3, 4, 6, 3),
+    sr_ratios: tuple[int, ...] = (4, 2, 1, 1),
+    num_stages: int = 4,
+    token_label: bool = True,
+    cm_type: OfficialMixer = "mlp",
+) -> Official:
+    """The classifier; `cm_type` is what the official code changes by hand, `sr_ratios` has no effect there either."""
+    if not num_stages == len(embed_dims) == len(depths) == len(mlp_ratios):
+        raise ConfigError(f"option 'num_stages' is {num_stages}; embed_dims, depths and mlp_ratios need one for each")
+    model = Simba(
+        n_classes=num_classes,
+        in_channels=in_chans,
+        d_stem=stem_hidden_dim,
+        dims=embed_dims,
+        depths=depths,
+        channel_mixer=_mixer_kind(cm_type),
+        mlp_ratios=mlp_ratios,
+        token_labels=token_label,
+        drop_path=drop_path_rate,
+    )
+    _set_eps(model, norm_layer)
+    return Official(model, partial(rename, n_stages=num_stages))
+
+
+@reads("badripatro/simba:Block_mamba")
+def read_block(
+    *,
+    dim: int,
+    mlp_ratio: int | float,
+    drop_path: float = 0.0,
+    norm_layer: NormLayer = nn.LayerNorm,
+    sr_ratio: int = 1,
+    cm_type: OfficialMixer = "mlp",
+    H: int | None = None,
+    W: int | None = None,
+    mamba: str = "d_state=64,d_conv=4,expand=2",
+) -> OfficialBlock:
+    """One block; H and W are those of the official forward, `mamba` the sizes that its Mamba was given."""
+    sizes: dict[str, Any] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", mamba)}
+    if set(sizes) - {"d_state", "d_conv", "expand"}:
+        raise ConfigError(f"option 'mamba' is {mamba!r}; it takes d_state=, d_conv= and expand=")
+    channel = make_channel_mixer(_mixer_kind(cm_type), dim, int(dim * mlp_ratio), 4, ConvMlp)
+    block = Block(dim, S6(dim, **{"d_state": 64, **sizes}), channel, drop_path)
+    _set_eps(block, norm_layer)
+    return OfficialBlock(block, H, W)
+
+
+def _mixer_kind(cm_type: OfficialMixer) -> ChannelMixer:
+    return "mlp" if cm_type == "mlp" else "einfft"
+
+
+def _set_eps(model: nn.Module, norm_layer: NormLayer) -> None:
+    """Give the norms that the official class takes as an argument its eps."""
+    if isinstance(norm_layer, str):
+        found = re.fullmatch(r"LayerNorm(?:[ (]*eps ?= ?([0-9.e-]+)\)?)?", norm_layer)
+        eps = None if found is None else float(found[1] or 1e-5)
+    else:
+        made = norm_layer(1) if callable(norm_layer) else None
+        eps = made.eps if isinstance(made, nn.LayerNorm) else None
+    if eps is None:
+        raise ConfigError(f"option 'norm_layer' is {norm_layer!r}; it takes LayerNorm, such as 'LayerNorm eps=1e-6'")
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.norm2.eps = eps
+        if isinstance(module, Stage):
+            assert module.norm is not None
+            module.norm.eps = eps

@@ -1,0 +1,120 @@
+"""A budget is met within 2 %, by any model with a width, and what no width meets is refused with the nearest ones."""
+
+import re
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from selectra.compare.match import TOLERANCE, match
+from selectra.compare.measure import (
+    build_model,
+    count_flops,
+    count_parameters,
+    inputs_for,
+    kept_for_backward,
+    measure,
+)
+from selectra.errors import ConfigError
+from selectra.registry import models
+from selectra.spec import Spec
+
+FACTS: dict[str, dict[str, Any]] = {
+    "series": {"seq_len": 24, "horizon": 8, "n_series": 3, "season": 24},
+    "image": {"n_classes": 10, "in_channels": 3, "img_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "amount", "over"),
+    [
+        ("tsm2", {}, 20_000, "d_model"),
+        ("gru", {}, 30_000, "d_model"),
+        ("timemachine", {}, 25_000, "n1"),
+        # Sixteen heads allow few widths; the inner width makes up the rest.
+        ("patchtst", {"patch_len": 8, "stride": 4}, 100_000, "d_ff"),
+        ("vmamba_smoke", {}, 60_000, "dims"),
+    ],
+)
+def test_parameters_are_met(name: str, args: dict[str, Any], amount: int, over: str) -> None:
+    facts = FACTS[models.entry(name).kind]
+    found = match(Spec(name, **args), facts, params=amount)
+    built = models.build(found.spec, facts)
+    assert sum(each.numel() for each in built.parameters()) == found.got == found.cost.parameters
+    assert abs(found.got / amount - 1) <= TOLERANCE
+    assert found.over == over
+    # All of it is always told.
+    assert found.cost.flops > 0
+    assert min(found.cost.forward_ms, found.cost.step_ms, found.cost.activations_mb, found.cost.throughput) > 0
+
+
+def test_stages_keep_their_proportion() -> None:
+    found = match(Spec("vmamba_smoke", dims=(16, 48)), FACTS["image"], params=100_000)
+    first, second = found.spec.args["dims"]
+    assert abs(second - 3 * first) <= 1
+
+
+def test_flops_and_depth_are_met() -> None:
+    facts = FACTS["series"]
+    found = match(Spec("gru", depth=1), facts, flops=2_000_000)
+    assert abs(count_flops(build_model(found.spec, facts), inputs_for(found.spec, facts, 1)) / 2e6 - 1) <= TOLERANCE
+    one = count_parameters(Spec("s_mamba", d_model=16, depth=1), facts)
+    many = count_parameters(Spec("s_mamba", d_model=16, depth=7), facts)
+    deep = match(Spec("s_mamba", d_model=16), facts, params=many, over="depth")
+    assert (deep.over, deep.value) == ("depth", 7)
+    assert one < many
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("tsm2", {"params": 3000}, r"the nearest are d_model=\d+ with [\d,]+ parameters and d_model=\d+ with"),
+        ("patchtst", {"params": 10}, "no patchtst.d_model brings patchtst within 2 % of 10 parameters"),
+        ("dlinear", {"params": 1000}, "'dlinear' has no width to match a budget with"),
+        ("tsm2", {}, "match takes one budget above 0"),
+        ("tsm2", {"params": 1000, "flops": 1000}, "match takes one budget above 0"),
+        ("tsm2", {"params": -1}, "match takes one budget above 0"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(name: str, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        match(Spec(name), FACTS["series"], **given)
+
+
+def test_the_nearest_ones_lie_on_both_sides() -> None:
+    with pytest.raises(ConfigError) as caught:
+        match(Spec("tsm2"), FACTS["series"], params=3000)
+    for value, count in re.findall(r"d_model=(\d+) with ([\d,]+) parameters", str(caught.value)):
+        assert count_parameters(Spec("tsm2", d_model=int(value)), FACTS["series"]) == int(count.replace(",", ""))
+
+
+def test_flops_count_scans_by_the_rule_of_the_field() -> None:
+    facts = FACTS["series"]
+    few, many = (count_flops(build_model(s, facts), inputs_for(s, facts, 1))
+                 for s in (Spec("simba_series", d_state=8), Spec("simba_series", d_state=16)))  # fmt: skip
+    spec = models.resolve(Spec("simba_series"), facts)
+    patches = cast(Any, build_model(Spec("simba_series"), facts)).embed.n_patches
+    steps = facts["n_series"] * patches * spec["depth"].value
+    inner = 2 * spec["d_model"].value
+    # Nine for each step, channel and state, and two for each product with B's and C's projections.
+    assert many - few == steps * inner * 8 * (9 + 2 * 2)
+
+
+def test_memory_kept_is_that_of_a_network_counted_by_hand() -> None:
+    net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    x = torch.randn(16, 8)
+    # GELU keeps its input, the second layer its own; the first layer's input is the caller's.
+    assert kept_for_backward(net, x) * 2**20 == 2 * 16 * 32 * 4
+
+
+def test_kinds_and_facts_that_cannot_be_measured_are_refused() -> None:
+    with pytest.raises(ConfigError, match="is for video"):
+        inputs_for(Spec("videomamba_clip_smoke"), {}, 1)
+    with pytest.raises(ConfigError, match="the facts must say n_series"):
+        inputs_for(Spec("tsm2"), {"seq_len": 4}, 1)
+
+
+def test_what_learns_nothing_has_no_step() -> None:
+    cost = measure(Spec("naive"), FACTS["series"], seconds=0.01)
+    assert (cost.parameters, cost.step_ms, cost.activations_mb) == (0, 0.0, 0.0)

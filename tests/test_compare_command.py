@@ -1,0 +1,132 @@
+"""`selectra compare` and `selectra report` for a user: own data, budgets, bad input in words."""
+
+from pathlib import Path
+
+import pytest
+
+from selectra.cli import main
+from selectra.compare.questions import Asked, amount_of, find_study, forecasting_study, vision_study
+from selectra.errors import ConfigError, DataError
+from selectra.registry import models, studies
+from selectra.runs import registries
+from selectra.spec import Spec
+from selectra.train import job
+from tests.compare.small import write_series
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    found = capsys.readouterr()
+    return ended.value.code, found.out + found.err
+
+
+def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_series(tmp_path)
+    words = ["compare", "forecasting", "series.csv", "--models", "tsm2_smoke,dlinear,naive", "--lookback", "16"]
+    words += ["--horizon", "4", "--steps", "4", "--trials", "0", "--device", "cpu", "--workers", "1"]
+    code, text = said(capsys, *words)
+    assert code == 0, text
+    assert "Should I use Mamba to forecast series?" in text
+    assert "7 cells done, 0 failed, 0 left" in text
+    assert "parameters" in text and "MFLOPs a sample" in text and "of activations" in text
+    for suffix in (".sqlite", ".html", ".md", ".csv", ".json"):
+        assert (tmp_path / f"forecasting_series{suffix}").stat().st_size > 500
+    page = (tmp_path / "forecasting_series.html").read_text()
+    assert "Where Mamba wins" in page and "Where Mamba loses" in page
+    # Again: nothing to do but the page.
+    code, text = said(capsys, *words)
+    assert "7 cells are done, 0 are left" in text
+    code, text = said(capsys, *words, "--seeds", "4")
+    assert code == 2
+    assert "holds another study" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["forecasting", "absent.csv"], "there is no 'absent.csv'"),
+        (["nothing"], "there is no study 'nothing'; there are ['forecasting', 'vision'"),
+        (["absent.py"], "there is no 'absent.py'; a study is a file of Python"),
+        (["forecasting", "--models", "dlinear,linear"], "is a Mamba model; name one, such as tsm2"),
+        (["forecasting", "--models", "tsm3"], "there is no model 'tsm3'"),
+        (["forecasting", "--seeds", "2"], "too few for a verdict"),
+        (["forecasting", "--budget-params", "5X"], "'5X' is no amount; write 5M, 300k or 1.2e6"),
+        (["forecasting", "--budget-params", "5M", "--budget-flops", "1G"], "models are brought to one budget"),
+        (["forecasting", "--tables", "a", "--quick"], "they take no file, study or --quick"),
+        (["selection", "--quick"], "quick is for `compare forecasting` and `compare vision`"),
+    ],
+)
+def test_bad_input_is_refused_in_words(words: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = said(capsys, "compare", *words, "--device", "cpu")
+    assert code == 2
+    assert found in text
+
+
+@pytest.mark.parametrize(("text", "amount"), [("5M", 5e6), ("300k", 3e5), ("1.2e6", 1.2e6), ("2G", 2e9), ("7", 7.0)])
+def test_amounts_as_people_write_them(text: str, amount: float) -> None:
+    assert amount_of(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "M", "-5M", "infM", "nan", "5 apples"])
+def test_what_is_no_amount(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no amount"):
+        amount_of(text)
+
+
+def test_the_quick_study_has_five_kinds_on_the_bundled_data() -> None:
+    study = forecasting_study(Asked(quick=True))
+    study.check()
+    assert len(study.variants) == 5
+    assert {each.kind for each in study.variants} == {"mamba", "attention", "recurrent", "linear"}
+    assert (study.seeds, study.bases[0].data.args.get("path")) == (3, None)
+    with pytest.raises(DataError, match="there is no"):
+        forecasting_study(Asked(file="absent.csv"))
+
+
+def test_images_are_asked_for_where_there_are_any() -> None:
+    from selectra.registry import datasets
+
+    if "images" in datasets.names("image"):
+        study = vision_study(Asked(quick=True))
+        study.check()
+        assert (study.metric, study.higher_is_better) == ("top1", True)
+    else:
+        with pytest.raises(ConfigError, match="needs the data set 'images'"):
+            vision_study(Asked(quick=True))
+
+
+@pytest.mark.parametrize("name", ["channel_mixers", "directions", "selection", "series_kinds"])
+def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
+    assert name in studies.names()
+    study = find_study(name, Asked())
+    study.check()
+    assert study.name == name
+    assert studies.entry(name).summary
+    for variant in study.variants:
+        run = job.typed(study.run(study.bases[0], variant, 0))
+        assert set(job.check(run)) == {"model", "data", "task"}
+
+
+def test_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = said(capsys, "list", "studies")
+    assert code == 0
+    assert "selection" in text
+    assert sorted(registries()) == ["data", "models", "recipes", "studies", "tasks"]
+
+
+def test_parts_that_studies_leave_out() -> None:
+    facts = {"seq_len": 24, "horizon": 8, "n_series": 3}
+
+    def count(name: str, **args: object) -> int:
+        return sum(each.numel() for each in models.build(Spec(name, **args), facts).parameters())
+
+    assert count("simba_series", channel_mixer="none") < count("simba_series", channel_mixer="einfft")
+    assert count("s_mamba", d_model=16, directions="ahead") < count("s_mamba", d_model=16)
+    with pytest.raises(ConfigError, match="directions"):
+        models.build(Spec("s_mamba", directions="back"), facts)
