@@ -42,11 +42,11 @@ def by_whole_sequences(model: LanguageModel, prompt: list[int], n: int) -> list[
 
 
 @EACH
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("chunk", [1, 4])
 def test_rows_of_unequal_lengths_are_what_each_is_alone(name, chunk):
     model, prompts = build(name), prompts_of(5, 1, 9, 4)
-    answers = generate(model, prompts, max_new_tokens=12, chunk=chunk)
-    assert answers == [by_whole_sequences(model, prompt, 12) for prompt in prompts]
+    answers = generate(model, prompts, max_new_tokens=8, chunk=chunk)
+    assert answers == [by_whole_sequences(model, prompt, 8) for prompt in prompts]
 
 
 @EACH

@@ -62,20 +62,20 @@ def test_no_logit_depends_on_later_tokens_or_other_rows(name, options):
 
 
 @EACH
-@pytest.mark.parametrize("sizes", [(13, 27), (0, 1, 2, 37), (1,) * 40])
+@pytest.mark.parametrize("sizes", [(13, 15), (0, 1, 2, 25), (1,) * 28])
 def test_chunks_of_any_size_give_what_the_whole_gives(name, options, sizes):
-    model, tokens = build(name, **options), draw(2, 40)
+    model, tokens = build(name, **options), draw(2, 28)
     whole = model(tokens)
     state, parts = model.init_state(2), []
     for part in tokens.split(sizes, 1):
         logits, state = model.scan(part, state)
         parts.append(logits)
     assert close(torch.cat(parts, 1), whole)
-    assert state.seen.tolist() == [40, 40]
-    state = model.init_state(2, capacity=40)
+    assert state.seen.tolist() == [28, 28]
+    state = model.init_state(2, capacity=28)
     stepped = [model.step_(part, state) for part in tokens.split(sizes, 1)]
     assert close(torch.cat(stepped, 1), whole)
-    assert state.seen.tolist() == [40, 40]
+    assert state.seen.tolist() == [28, 28]
 
 
 @EACH
@@ -281,7 +281,7 @@ def test_the_whole_model_in_bfloat16(name, options):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("name", ["mamba_lm_smoke", "rwkv_smoke", "hyena_smoke"])
+@pytest.mark.parametrize("name", ["gpt_smoke", "hyena_smoke"])
 def test_compiles_into_one_graph(name):
     torch.compiler.reset()
     model, tokens = build(name), draw(2, 12)
