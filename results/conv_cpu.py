@@ -7,6 +7,7 @@ before anything is timed.
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -92,10 +93,13 @@ def main(
     """Compare, print and write."""
     rows = [compare(shape, rounds) for shape in SHAPES]
     record = {
+        "benchmark": "conv_cpu",
+        "device": "cpu",
         "command": f"python results/conv_cpu.py --rounds {rounds}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "seed": 0,
         "threads": torch.get_num_threads(),
+        "load after": os.getloadavg(),
         **environment(),
         "rows": rows,
     }

@@ -6,6 +6,7 @@ Each number is the median of ratios of neighbouring calls: one thread's time ove
 """
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -73,7 +74,16 @@ def main(
         typer.echo(f"{shape}: " + ", ".join(f"{kind} {row[kind]['ratio']:.2f}" for kind in ("forward", "backward")))
     now = datetime.now(UTC)
     command = f"python results/scan_threads_cpu.py --rounds {rounds} --threads {threads}"
-    record = {"command": command, "date": f"{now:%Y-%m-%d}", "seed": 0, **environment(), "rows": rows}
+    record = {
+        "benchmark": "scan_threads_cpu",
+        "device": "cpu",
+        "command": command,
+        "date": f"{now:%Y-%m-%d}",
+        "seed": 0,
+        "load after": os.getloadavg(),
+        **environment(),
+        "rows": rows,
+    }
     path = out / f"scan-threads-two-core-xeon-{now:%Y-%m-%d}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

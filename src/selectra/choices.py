@@ -42,6 +42,7 @@ class Benchmark(StrEnum):
     stream = "stream"
     model = "model"
     start = "start"
+    vision = "vision"
     plot = "plot"
     tables = "tables"
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from selectra import cli_compare
 from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError
+from selectra.image_commands import explain, predict
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.train.stop import DivergedError, StoppedError
@@ -30,7 +31,10 @@ USER_ERROR, INTERRUPTED = 2, 130
 FORECAST_MODELS = "tsm2,linear,dlinear,seasonal_naive,naive"
 TEST_SIZE = "smoke"
 # What series models are built with when only their size is asked for.
-EXAMPLE_FACTS: dict[str, dict[str, Any]] = {"series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24}}
+EXAMPLE_FACTS: dict[str, dict[str, Any]] = {
+    "series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24},
+    "language": {"vocab_size": 50304},
+}
 
 CITATION = """@software{{selectra,
   title = {{Selectra: selective state-space models on images, time series and language}},
@@ -116,6 +120,10 @@ def evaluate(
     _console().print(table)
 
 
+app.command()(predict)
+app.command()(explain)
+
+
 @app.command("list")
 def list_(
     sort: Annotated[Sort | None, typer.Argument(help="What to list; default: all.")] = None,
@@ -146,7 +154,7 @@ def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
             middle = [count, ", ".join(entry.takes) or "-", state]
         table.add_row(name, entry.kind, *middle, entry.source or "-")
     if of_models:
-        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes of images and clips."
+        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes; for 50,304 tokens."
     return table
 
 
@@ -154,7 +162,9 @@ def _parameters(registry: "Registry", name: str) -> tuple[str, str]:
     """How many parameters a model has with example facts, and its state: "works", or what it needs beside those."""
     import torch  # noqa: PLC0415
 
-    facts = EXAMPLE_FACTS.get(registry.entry(name).kind, {})
+    entry = registry.entry(name)
+    # What a published size says of itself is no example.
+    facts = {key: value for key, value in EXAMPLE_FACTS.get(entry.kind, {}).items() if key not in entry.defaults}
     try:
         # Nothing is allocated and nothing drawn.
         with torch.device("meta"):
@@ -239,6 +249,30 @@ def forecast(
         raise DataError(with_options(str(error))) from error
 
 
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a language model: config.json and weights.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Texts to continue, all at once.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Further prompts, one a line.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help='A tokenizer.json or "bytes"; default: the folder\'s.')] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens for each prompt.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token; higher: more varied.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many likeliest tokens alone.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest that have this probability.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; may be given again.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1".')] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help='Such as "bfloat16"; default: as the model is kept.')] = None,
+) -> None:
+    """Continue texts with a language model, shown as they come."""
+    from selectra.language.command import GenerateJob, generate_command  # noqa: PLC0415
+
+    draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    stops = tuple(stop or ())
+    job = GenerateJob(folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype)
+    generate_command(job, _console())
+
+
 @app.command("data")
 def data_(
     action: Annotated[DataAction, typer.Argument(help="What to do with public sets.")] = DataAction.list,
@@ -278,7 +312,7 @@ def bench(
     record: Annotated[Path | None, typer.Option(help="The record's own path, instead of --out.")] = None,
     tags: Annotated[
         str | None,
-        typer.Option(help="Only these: shapes of `scan` or `cross` on a GPU (lm,vim-t), or models of `model`."),
+        typer.Option(help="Only these: shapes of `scan` or `cross` (lm,vim-t), models of `model`, parts of `vision`."),
     ] = None,
 ) -> None:
     """Time operators against the reference and other packages, after checking that they agree."""

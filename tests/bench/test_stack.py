@@ -99,6 +99,19 @@ def test_the_table_of_scans_compares_with_the_best_other() -> None:
     assert lines[5] == "| best other / `cpu` | 10 / 10 | 30 / 30 |"
 
 
+def test_the_tables_of_convolution_and_threads_have_a_line_a_shape() -> None:
+    times = {"ours": 2.0, "channels last": 9.0, "channels first": 7.0}
+    row = {"shape (b, l, d)": [1, 2, 3]} | {f"{kind}, ms": times for kind in ("forward", "training")}
+    record = {"rows": [row | {"forward, ratio": 3.5, "training, ratio": 3.4}]}
+    assert docs.TABLES["cpu_conv"](record).splitlines()[2] == "| (1, 2, 3) | 2.00 | 7.00 | 3.50 | 2.00 | 7.00 | 3.40 |"
+    found = {"one thread, ms": 4.0, "4 threads, ms": 2.0, "ratio": 1.9, "ratio of the fastest": 2.0}
+    lines = docs.TABLES["cpu_threads"](
+        {"rows": [{"shape (b, d, l, n)": [1, 2, 3, 4], "forward": found, "backward": found}]}
+    ).splitlines()
+    assert lines[0] == "| shape (b, d, l, n) | forward, ms | 4 threads | ratio | backward, ms | 4 threads | ratio |"
+    assert lines[2] == "| (1, 2, 3, 4) | 4.00 | 2.00 | 1.90 | 4.00 | 2.00 | 1.90 |"
+
+
 def test_cpu_targets_are_judged_by_the_records() -> None:
     def scan(n: int, other: float) -> list[dict[str, Any]]:
         shape = {"b": 1, "d": 2, "l": 3, "n": n}

@@ -1,5 +1,7 @@
 """What training shows of images: draws that depend on seed, pass and image alone; each change against a plain one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from selectra.data.image_views import Augment, Held
 from selectra.data.images import HeldImages, Images
 from tests.data.pictures import names, write_folder
 
-ALL = {"crop": 3, "flip": 0.5, "flip_vertical": 0.5, "erase": 0.7, "mixup": 0.4, "cutmix": 1.0}
+ALL: dict[str, Any] = {"crop": 3, "flip": 0.5, "flip_vertical": 0.5, "erase": 0.7, "mixup": 0.4, "cutmix": 1.0}
 MASK = 2**64 - 1
 
 
@@ -115,7 +117,7 @@ def test_mixtures_and_their_targets():
     images, rows = held(60), torch.arange(60)
     plain = images.plain(rows)
     for name in ("mixup", "cutmix"):
-        augment = Augment(**{name: 1.0})
+        augment = Augment(mixup=float(name == "mixup"), cutmix=float(name == "cutmix"))
         x, target = images.with_tables(augment).view(rows, augment, 0, 0)
         assert target is not None and torch.allclose(target.sum(1), torch.ones(60))
         two = (target > 0).sum(1)
@@ -162,7 +164,7 @@ def test_evaluation_sees_images_as_they_are():
 
 
 def test_images_in_memory_are_the_same_from_other_processes():
-    windows = Images("shapes", **ALL).windows("train")
+    windows: Any = Images("shapes", **ALL).windows("train")
     windows.at_pass(1, 0)
     loader = DataLoader(windows, batch_size=None, sampler=[[0, 1]], collate_fn=lambda b: b, num_workers=1)  # pyright: ignore[reportArgumentType]
     (there,), here = list(loader), windows[[0, 1]].to("cpu")
@@ -177,7 +179,7 @@ def from_disk(tmp_path, **changes) -> Images:
 
 @pytest.mark.parametrize("scale", [None, 0.2])
 def test_images_from_disk_are_drawn_alike_in_any_process(scale, tmp_path):
-    windows = from_disk(tmp_path, scale=scale).windows("train")
+    windows: Any = from_disk(tmp_path, scale=scale).windows("train")
     windows.at_pass(3, 11)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -191,9 +193,10 @@ def test_images_from_disk_are_drawn_alike_in_any_process(scale, tmp_path):
 
 
 def test_images_from_disk_without_mixing_do_not_see_their_batch(tmp_path):
-    windows = from_disk(tmp_path, mixup=0.0, cutmix=0.0).windows("train")
+    windows: Any = from_disk(tmp_path, mixup=0.0, cutmix=0.0).windows("train")
     assert torch.equal(windows[[0, 4, 9]].x[1], windows[[4]].x[0])
-    plain = from_disk(tmp_path, crop=0, flip=0.0, randaugment=None, erase=0.0, mixup=0.0, cutmix=0.0).windows("train")
+    off = {"crop": 0, "flip": 0.0, "randaugment": None, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    plain: Any = from_disk(tmp_path, **off).windows("train")
     assert torch.allclose(plain[[2]].x[0] / 2 + 0.5, plain.images.read(int(plain.rows[2])).float() / 255, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import torch
 
 import selectra.models  # noqa: F401
 from selectra.errors import ConfigError, DataError
-from selectra.models import baselines
+from selectra.models import baseline
 from selectra.pretrained import load_pretrained
 from selectra.registry import models
 from selectra.spec import Spec
@@ -126,6 +126,6 @@ def test_without_timm_the_extra_is_named(monkeypatch):
     def absent(name: str) -> None:
         raise ModuleNotFoundError(f"No module named '{name}'", name="timm")
 
-    monkeypatch.setattr(baselines.importlib, "import_module", absent)
+    monkeypatch.setattr(baseline.importlib, "import_module", absent)
     with pytest.raises(ConfigError, match=r"timm is not installed: pip install 'selectra\[vision\]'"):
         models.build(Spec("vit_smoke"))

@@ -176,7 +176,7 @@ def _seeded() -> Small:
     torch.manual_seed(0)
     model = Small()
     for layer in model.layers:
-        layer.drop.rate = 0.0  # pyright: ignore[reportAttributeAccessIssue]
+        layer.drop.rate = 0.0  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     return model
 
 
@@ -294,7 +294,7 @@ class Faulty(Small):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.where == "weight":
-            self.layers[1].conv.weight.data[0] = float("inf")  # pyright: ignore[reportAttributeAccessIssue]
+            self.layers[1].conv.weight.data[0] = float("inf")  # pyright: ignore
         x = self.layers[0](self.patch_embed(x))
         # The root's gradient at 0 is infinite, and 0 times that is NaN.
         x = x + (0 * x.detach().relu() * 0 + 0 * x).abs().sqrt() * 0 if self.where == "gradient" else x
@@ -323,7 +323,7 @@ def test_the_first_place_that_is_not_finite_is_named(where, message):
 
 
 def test_a_batch_that_is_not_finite_is_named(monkeypatch):
-    windows = IMAGES.windows("train")
+    windows: Any = IMAGES.windows("train")
     original = type(windows).make
 
     def broken(self, *args):

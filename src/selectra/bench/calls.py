@@ -45,15 +45,16 @@ class Ours:
         arguments: As `Case.arguments` gives them.
         backend: Which backend runs.
         save: Whether the forward keeps what the backward needs.
+        softplus: Whether the steps go through it.
     """
 
-    def __init__(self, arguments: Arguments, backend: str, save: bool = True) -> None:
+    def __init__(self, arguments: Arguments, backend: str, save: bool = True, softplus: bool = True) -> None:
         u, A = arguments["u"], arguments["A"]
         assert u is not None
         assert A is not None
         self._names = [name for name in NAMES if arguments[name] is not None]
         tensors = [arguments[name] for name in NAMES]
-        call = ScanCall._make((*tensors, None, None, None, True, False, u.dtype, True))
+        call = ScanCall._make((*tensors, None, None, None, softplus, False, u.dtype, True))
         self._words, self._save = (*call[:-1], backend), save
         self._dfinal = A.new_zeros(u.shape[0], *A.shape)
 

@@ -30,6 +30,7 @@ from selectra.bench.shapes import chosen_cases
 from selectra.bench.stack import bench_stack
 from selectra.bench.start import bench_start
 from selectra.bench.stream import bench_stream
+from selectra.bench.vision import bench_vision
 from selectra.errors import ConfigError
 from selectra.train.checkpoint import replacing, writable_folder
 from selectra.train.parallel import pick_device
@@ -131,6 +132,10 @@ def _stream(wish: Wish, device: torch.device, console: Console, save: Save) -> N
     bench_stream(device, _seconds(wish, device), console, save)
 
 
+def _vision(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
+    bench_vision(device, PARTS_SECONDS if wish.seconds is None else wish.seconds, console, save, wish.only)
+
+
 def _start(wish: Wish, device: torch.device, console: Console, save: Save) -> None:
     _refuse_only(wish, "has nothing to choose from here")
     if device.type != "cuda":
@@ -155,6 +160,7 @@ RUNNERS = {
     "cross": _cross,
     "model": _model,
     "start": _start,
+    "vision": _vision,
 }
 
 

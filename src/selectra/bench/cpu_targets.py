@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from selectra.bench.cpu_limit import WAYS
 from selectra.bench.scan_table import markdown
 from selectra.bench.stack_table import KINDS, PRODUCTS, faster_from
 from selectra.bench.targets import Target
@@ -11,6 +12,8 @@ OTHERS = ("mambapy pscan", "transformers loop")
 # Of the time of a token late in the sequence over that of an early one: what the clock's noise is allowed.
 SAME = 1.1
 LEAST_SHARE = 0.65
+LIMITED_N = 16
+LEAST_SHARES_OF_LIMIT = {"plain_fwd": 0.70, "fwd": 0.60, "bwd": 0.45}
 
 Record = dict[str, Any]
 
@@ -31,13 +34,23 @@ def cpu_target_table(
         stack: Of `bench stack`.
         stream: Of `bench stream`.
     """
-    found = [*_of_scan(scan, 16, (60, 60)), *_of_scan(scan, 1, (12, 9))]
+    found = [*_of_limits(scan), *_of_scan(scan, 16, (60, 60)), *_of_scan(scan, 1, (12, 9))]
     found += [] if narrow_set is None else _of_scan(narrow_set, 16, (35, 35), ", forced to AVX2")
     found += [] if parts is None else _of_parts(parts)
     found += [] if stack is None else _of_stack(stack)
     found += [] if stream is None else _of_stream(stream)
     rows = [[each.name, each.wanted, each.found, "yes" if each.met else "no"] for each in found]
     return markdown(["target", "wanted", "measured", "met"], rows, left=4)
+
+
+def _of_limits(record: Record) -> Iterator[Target]:
+    """The least share of the limit among the shapes with 16 states."""
+    rows = [row for row in record.get("limits", ()) if row["N"] == LIMITED_N]
+    for way, least in LEAST_SHARES_OF_LIMIT.items():
+        for row in sorted(rows, key=lambda row: row[f"share_{way}"])[:1]:
+            share, shape = row[f"share_{way}"], (row["B"], row["D"], row["L"], row["N"])
+            name = f"{WAYS[way]}, share of the limit, N = {LIMITED_N}"
+            yield Target(name, f"at least {least:.0%}", f"{share:.0%} {shape}", share >= least)
 
 
 def _of_scan(record: Record, n: int, wanted: tuple[int, int], how: str = "") -> Iterator[Target]:

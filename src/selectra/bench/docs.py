@@ -11,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from selectra.bench.block_table import block_table, model_table, norms_table, parts_table, ways_table
+from selectra.bench.cpu_limit import limit_table
 from selectra.bench.cpu_targets import cpu_target_table
 from selectra.bench.cross import cross_table
 from selectra.bench.length_table import findings, length_table
 from selectra.bench.scan_table import host_table, memory_table, precision_table, summary, table
-from selectra.bench.stack_table import cpu_parts_table, cpu_scan_table, stack_table, stream_table
+from selectra.bench.stack_table import (
+    conv_table,
+    cpu_parts_table,
+    cpu_scan_table,
+    stack_table,
+    stream_table,
+    threads_table,
+)
 from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
+from selectra.bench.vision_table import attention_table, einfft_table, growth_table, training_table
 from selectra.errors import ConfigError, DataError
 
 MARK = re.compile(r"(<!-- table (\w+) from ([^>]+?) -->\n).*?(<!-- end -->)", re.S)
@@ -41,8 +50,15 @@ TABLES: dict[str, Callable[..., str]] = {
     "stream": stream_table,
     "cpu_parts": cpu_parts_table,
     "cpu_scan": cpu_scan_table,
+    "cpu_limits": limit_table,
+    "cpu_conv": conv_table,
+    "cpu_threads": threads_table,
     "cpu_targets": cpu_target_table,
     "start": start_table,
+    "vision_training": training_table,
+    "vision_attention": attention_table,
+    "vision_growth": growth_table,
+    "vision_einfft": einfft_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selectra.bench.gate import worse
 from selectra.bench.timing import interleaved
 from selectra.errors import BackendError
-from selectra.ops import add_norm, causal_conv1d, selective_scan
+from selectra.ops import add_norm, causal_conv1d, cross_scan, selective_scan
 from selectra.train.record import BackendWatch
 
 OUTPUT = "the output"
@@ -52,8 +52,26 @@ def check(name: str, subject: Subject) -> float:
     """
     got = _results(subject)
     exact = Subject(copy.deepcopy(subject.module).cpu().double(), subject.x.cpu().double(), subject.call)
-    with selective_scan.using("reference"), causal_conv1d.using("reference"), add_norm.using("reference"):
+    with contextlib.ExitStack() as stack:
+        for op in (selective_scan, causal_conv1d, add_norm, cross_scan):
+            stack.enter_context(op.using("reference"))
         want = _results(exact)
+    return _worst(name, got, want)
+
+
+def agree(name: str, got: Subject, want: Subject) -> float:
+    """Output and gradients of one float32 module against those of another with the same parameters' names.
+
+    Returns:
+        The worst error, relative to each tensor's maximum.
+
+    Raises:
+        BackendError: Something is off by more than `AT_MOST`; nothing is timed then.
+    """
+    return _worst(name, _results(got), _results(want))
+
+
+def _worst(name: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
     largest = max(value.abs().max().item() for what, value in want.items() if what != OUTPUT)
     least = {what: 0.0 if what == OUTPUT else SMALL_GRADIENT * largest for what in want}
     found = {what: _error(got[what], value, least[what]) for what, value in want.items()}
@@ -68,6 +86,7 @@ def check(name: str, subject: Subject) -> float:
 
 def _error(got: Tensor, want: Tensor, least: float) -> float:
     """The largest difference over the largest entry, or over `least` where that is more."""
+    want = want.cpu().double()
     return ((got.cpu().double() - want).abs().max() / want.abs().max().clamp_min(max(least, 1e-30))).item()
 
 

@@ -1,4 +1,4 @@
-"""`selectra bench scan` on a CPU: the scan's backends beside other packages' ways to compute it, in one run."""
+"""`selectra bench scan` on a CPU: the scan's backends beside other packages' ways to compute it, and its limit."""
 
 import importlib
 import importlib.util
@@ -16,6 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from selectra.bench import check
+from selectra.bench.cpu_limit import limit_table, measure_limits
+from selectra.bench.shapes import Case
 from selectra.bench.timing import Timing, interleaved
 from selectra.errors import BackendError
 from selectra.ops import native, selective_scan
@@ -63,6 +65,9 @@ def bench_scan(
 ) -> dict[str, Any]:
     """Check, then time forward and training step of every backend and installed peer; returns the record.
 
+    Where the compiled kernels run, the record's "limits" holds their times below autograd, what this machine does of
+    the work that they are made of, and the least times that follow; see `cpu_limit`.
+
     Args:
         seconds: Time for each measurement; see `interleaved`.
         save: Is given the record so far after every shape.
@@ -82,16 +87,21 @@ def bench_scan(
         "device": str(device),
         "seconds for each measurement": seconds,
         "rows": [],
+        "limits": [],
     }
     for shape in shapes or SHAPES:
         running = {name: c for name, c in contenders.items() if c.longest is None or shape.l <= c.longest}
         rows = _measure(shape, running, seconds, device)
         record["rows"] += rows
+        if "cpu" in contenders:
+            record["limits"].append(measure_limits(Case("scan", *shape, dtype="fp32"), seconds))
         record["load after"] = os.getloadavg()
         save(record)
         _show(rows, shape, console)
         for name in contenders.keys() - running.keys():
             console.print(f"{name} is left out: its training step would take minutes at this length")
+    if record["limits"]:
+        console.print(limit_table(record), highlight=False, soft_wrap=True)
     return record
 
 

@@ -84,3 +84,35 @@ def _against(found: dict[Any, Record], shape: Any, others: list[str]) -> str:
         best = min(found[shape, name][kind]["median"] for name in others if (shape, name) in found)
         cells.append(f"{best / found[shape, 'cpu'][kind]['median']:.0f}")
     return " / ".join(cells)
+
+
+def conv_table(record: Record) -> str:
+    """One line a shape: our milliseconds of the convolution, and how much longer PyTorch's faster layout takes."""
+    rows = []
+    for row in record["rows"]:
+        cells = [str(tuple(row["shape (b, l, d)"]))]
+        for kind in KINDS:
+            times = row[f"{kind}, ms"]
+            best = min(time for name, time in times.items() if name != "ours")
+            cells += [f"{times['ours']:.2f}", f"{best:.2f}", f"{row[f'{kind}, ratio']:.2f}"]
+        rows.append(cells)
+    columns = ["shape (b, l, d)"]
+    for kind in KINDS:
+        columns += [f"{kind}, ms", "PyTorch", "ratio"]
+    return markdown(columns, rows)
+
+
+def threads_table(record: Record) -> str:
+    """One line a shape: milliseconds on one thread and on several, and the median of the calls' ratios."""
+    rows = []
+    for row in record["rows"]:
+        cells = [str(tuple(row["shape (b, d, l, n)"]))]
+        for kind in ("forward", "backward"):
+            one, several = (time for name, time in row[kind].items() if name.endswith(", ms"))
+            cells += [f"{one:.2f}", f"{several:.2f}", f"{row[kind]['ratio']:.2f}"]
+        rows.append(cells)
+    several = next(name for name in record["rows"][0]["forward"] if name.endswith("threads, ms")).removesuffix(", ms")
+    columns = ["shape (b, d, l, n)"]
+    for kind in ("forward", "backward"):
+        columns += [f"{kind}, ms", several, "ratio"]
+    return markdown(columns, rows)

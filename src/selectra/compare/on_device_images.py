@@ -122,8 +122,8 @@ class ImagesOnDevice:
             return
         decay = self.decays.index_select(0, self.number)[0]
         means, news = [a for a, _ in self.averaged], [b for _, b in self.averaged]
-        torch._foreach_mul_(means, decay)
-        torch._foreach_add_(means, torch._foreach_mul(news, 1 - decay))
+        torch._foreach_mul_(means, decay)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(means, torch._foreach_mul(news, 1 - decay))  # pyright: ignore[reportPrivateImportUsage]
         for mean, new in self.copied:
             mean.copy_(new)
 

@@ -4,3 +4,5 @@ from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
 from selectra.data.series import SeriesData as SeriesData
 from selectra.data.series import SeriesFile as SeriesFile
+from selectra.data.text import TextData as TextData
+from selectra.data.text import TextFile as TextFile

@@ -130,7 +130,7 @@ class Table:
 class Arrays:
     """Pixels in memory, `(n, h, w)` or `(n, h, w, c)`."""
 
-    def __init__(self, pixels: Sequence[np.ndarray[Any, Any]]) -> None:
+    def __init__(self, pixels: np.ndarray[Any, Any]) -> None:
         self.pixels = pixels
 
     def read(self, i: int) -> np.ndarray[Any, Any]:

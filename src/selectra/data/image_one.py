@@ -56,14 +56,14 @@ class OneByOne:
         """Views of pass `number` of a training with this seed come next."""
         self.epoch, self.seed = number, seed
 
-    def __getitem__(self, index: list[int]) -> Any:
+    def __getitem__(self, indices: list[int]) -> Any:
         mean, std = (each[:, None, None] for each in self.images.mean_std)
-        x = torch.stack([self._one(i) for i in index]).sub_(mean).div_(std)
-        y = torch.from_numpy(self.images.listing.labels[self.rows[index]])
+        x = torch.stack([self._one(i) for i in indices]).sub_(mean).div_(std)
+        y = torch.from_numpy(self.images.listing.labels[self.rows[indices]])
         if self.augment is None or self.steps is None:
             return self.make(x, y)
-        with self._drawing(index[0], mixing=1):
-            x = self.steps.erase_each(x, lambda i: self._drawing(index[i], mixing=2))
+        with self._drawing(indices[0], mixing=1):
+            x = self.steps.erase_each(x, lambda i: self._drawing(indices[i], mixing=2))
             return self.make(*_mixed(self.augment, self.n_classes, x, y))
 
     def _one(self, i: int) -> Tensor:
@@ -86,7 +86,7 @@ class _Seeded:
 
     def __enter__(self) -> None:
         self.before = torch.get_rng_state()
-        torch.random.default_generator.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.before)

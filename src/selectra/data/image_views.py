@@ -85,8 +85,9 @@ class Held:
 
     def to(self, device: torch.device | str) -> "Held":
         """The same on another device."""
-        moved = (t.to(device) for t in (self.pixels, self.labels, self.mean, self.std))
-        return Held(*moved, self.n_classes, {name: table.to(device) for name, table in self.tables.items()})
+        pixels, labels, mean, std = (t.to(device) for t in (self.pixels, self.labels, self.mean, self.std))
+        tables = {name: table.to(device) for name, table in self.tables.items()}
+        return Held(pixels, labels, mean, std, self.n_classes, tables)
 
     def with_tables(self, augment: Augment) -> "Held":
         """The same with what mixing draws from."""

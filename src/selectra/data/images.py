@@ -79,11 +79,11 @@ class HeldImages:
         """Views of pass `number` of a training with this seed come next."""
         self.epoch, self.seed = number, seed
 
-    def __getitem__(self, index: list[int]) -> Waiting | ImageBatch:
+    def __getitem__(self, indices: list[int]) -> Waiting | ImageBatch:
         if get_worker_info() is not None:
             # A process of its own has no device, and hands out what it made.
-            return self.make(index, self.epoch, "cpu")
-        return Waiting(self, list(index), self.epoch)
+            return self.make(indices, self.epoch, "cpu")
+        return Waiting(self, list(indices), self.epoch)
 
     def make(self, index: list[int], epoch: int, device: torch.device | str) -> ImageBatch:
         """A batch on a device, to which all images go first."""

@@ -2,6 +2,7 @@
 
 from selectra.tasks.classification import Classification
 from selectra.tasks.forecasting import Forecasting
+from selectra.tasks.language import Language
 from selectra.tasks.task import Evaluator, Loss, Task
 
-__all__ = ["Classification", "Evaluator", "Forecasting", "Loss", "Task"]
+__all__ = ["Classification", "Evaluator", "Forecasting", "Language", "Loss", "Task"]

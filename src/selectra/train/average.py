@@ -17,10 +17,10 @@ def toward(decay: float) -> Callable[[Any, Any, Any], None]:
     @torch.no_grad()
     def move(means: list[Tensor], news: list[Tensor], n_averaged: Tensor | int) -> None:
         if not means[0].is_floating_point():
-            torch._foreach_copy_(means, news)
+            torch._foreach_copy_(means, news)  # pyright: ignore[reportPrivateImportUsage]
             return
         n = int(n_averaged)
-        torch._foreach_lerp_(means, news, 1 - min(decay, (1 + n) / (10 + n)))
+        torch._foreach_lerp_(means, news, 1 - min(decay, (1 + n) / (10 + n)))  # pyright: ignore[reportPrivateImportUsage]
 
     return move
 

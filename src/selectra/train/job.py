@@ -13,19 +13,24 @@ from torch import nn
 from selectra import data as _data
 from selectra import models as _models
 from selectra.errors import ConfigError, DataError
+from selectra.language.checkpoint import save_pretrained
+from selectra.language.model import LanguageModel
 from selectra.pretrained import load_pretrained
 from selectra.registry import Resolved, datasets, models, tasks
 from selectra.spec import Run, Spec
 from selectra.tasks.task import Task
 from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights, replacing, writable_folder
 from selectra.train.depth import freeze
-from selectra.train.loop import Fitted, evaluate, fit
+from selectra.train.evaluation import evaluate
+from selectra.train.loop import Fitted, fit
 from selectra.train.parallel import World, joined
 from selectra.train.record import environment, read_data, read_run
 from selectra.train.same_data import describe_data, refuse_changed
 
 __all__ = ["Built", "_data", "_models", "build", "check", "evaluate_job", "train_job", "typed"]
 
+# Folder of a trained language model, in the Hugging Face layout.
+PRETRAINED = "pretrained"
 Tables = dict[str, dict[str, Resolved]]
 
 
@@ -108,6 +113,10 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
             resume=resume, world=world, console=console, resolved=built.resolved,
             data=describe_data(built.data),
         )  # fmt: skip
+        if world.first and isinstance(built.model, LanguageModel):
+            # What `selectra generate` reads, with the best weights.
+            save_pretrained(built.model, out / PRETRAINED)
+            built.data.tokenizer.save(out / PRETRAINED)
     return fitted
 
 

@@ -63,6 +63,8 @@ class State:
         self.model, self.run, self.world, self.out, self.data = model, run, world, out, data
         self.at = Progress()
         self.best: dict[str, Tensor] = {}
+        # Models that learn nothing by gradient have no running mean.
+        self.mean: RunningMean | None = None
         seed_everything(run.train.seed + world.rank)
         if order is not None:
             accumulate, passes = run.train.accumulate, run.train.epochs or 0.0
@@ -97,7 +99,7 @@ class State:
     @property
     def measured(self) -> nn.Module:
         """The model that is measured and kept: the running mean where there is one."""
-        return self.model if getattr(self, "mean", None) is None else self.mean.model
+        return self.model if self.mean is None else self.mean.model
 
     def advance(self, batches: int) -> None:
         """Take the optimizer's step with the gradients that are there; float16 leaves it out where they overflowed."""

@@ -21,6 +21,7 @@ int selectra_cpu_conv_backward(int build, int is_double, const int64_t* call);
 int selectra_cpu_step(int build, int is_double, const int64_t* call);
 int selectra_cpu_cross_forward(int build, int is_double, const int64_t* call);
 int selectra_cpu_cross_backward(int build, int is_double, const int64_t* call);
+int selectra_cpu_rate(int build, int is_double, const int64_t* call);
 }
 
 using namespace selectra;
@@ -505,6 +506,16 @@ static void check_steps(int build, Tensor::Kind kind) {
           for (bool whole : {false, true}) check_step(build, kind, batch, states, width, rank, whole);
 }
 
+// What rates are measured of: all of it returns, and the copy is one.
+static void check_rates(int build, Tensor::Kind kind) {
+  Tensor from(kind, random_numbers(640, -1, 1), {640}), to(kind, Numbers(640), {640});
+  for (int64_t work = kExponentials; work <= kCopy; ++work) {
+    const RateCall call = {work, 2, 3, from.bytes.data(), to.bytes.data(), (int64_t)from.bytes.size()};
+    failures += selectra_cpu_rate(build, kind == Tensor::kDouble, (const int64_t*)&call) != 0;
+  }
+  compare("copy", selectra_cpu_build_name(build), to, from.numbers());
+}
+
 int main() {
   for (int build = 0; build < selectra_cpu_build_count(); ++build) {
     if (!selectra_cpu_build_runs(build)) continue;
@@ -516,6 +527,7 @@ int main() {
       check_cross(build, kind, 17, 3, 3);
       check_cross(build, kind, 1, 33, 2);
       check_steps(build, kind);
+      check_rates(build, kind);
     }
     printf("%s\n", selectra_cpu_build_name(build));
   }

@@ -7,7 +7,7 @@
 
 namespace selectra {
 
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 
 // Steps between two checkpoints of the scan's state, and the height of every tile. With 32 the backward's tiles leave
 // the first cache and it takes a fifth longer; with 16 the checkpoints are twice as many: n / 16 numbers for each of u.
@@ -103,6 +103,28 @@ struct StepCall {
       out_bias;
 };
 
+// What a machine's rate is measured of: a vector's worth of a function as the kernels compute it, or moving bytes.
+enum Work : int64_t {
+  kExponentials = 0,
+  kMultiplyAdds = 1,
+  kSoftplus = 2,
+  kSoftplusAndSlope = 3,
+  kSigmoid = 4,
+  kCopy = 5,
+};
+
+// Vectors of work in a round of a RateCall, a copy aside.
+constexpr int kRoundVectors = 24;
+
+// So many rounds of work on every one of the threads; a round of a copy is shared by them.
+struct RateCall {
+  int64_t work, rounds, threads;
+  // Of a copy alone.
+  const void* from;
+  void* to;
+  int64_t bytes;
+};
+
 // One build's entry points.
 struct Kernels {
   int lanes;
@@ -115,6 +137,7 @@ struct Kernels {
   // read as what its own is added to. Groups, states at the ends, masks and borders there are none.
   int (*cross_forward)(const ScanCall* routes, int64_t count);
   int (*cross_backward)(const ScanBackwardCall* routes, int64_t count);
+  int (*rate)(const RateCall&);
 };
 
 // Runs body(context, 0) ... body(context, tasks - 1) on up to `threads` threads, the calling one among them.

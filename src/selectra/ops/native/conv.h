@@ -64,6 +64,42 @@ SELECTRA_INLINE void convolve(int count, int width, const Vector* weight, Vector
   }
 }
 
+// As `convolve`, from memory to memory: the inputs that a step shares with those before it stay in registers.
+template <int Width, bool Silu>
+SELECTRA_INLINE void convolve_rows(const Steps& steps, const Real* x, int64_t x_stride, Real* y, int64_t y_stride,
+                                   const Vector* weight, Vector bias, Vector* last, Ahead& ahead) {
+  Vector taps[Width], inputs[Width];
+#pragma GCC unroll 4
+  for (int j = 0; j < Width; ++j) taps[j] = weight[j], inputs[j] = last[j];
+  for (int t = 0; t < steps.count; ++t) {
+#pragma GCC unroll 4
+    for (int j = 1; j < Width; ++j) inputs[j - 1] = inputs[j];
+    inputs[Width - 1] = load(x + steps.position[t] * x_stride);
+    Vector sum = bias;
+#pragma GCC unroll 4
+    for (int j = 0; j < Width; ++j) sum += taps[j] * inputs[j];
+    store(y + steps.position[t] * y_stride, Silu ? sum * sigmoid(sum) : sum);
+    ahead.ask();
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < Width; ++j) last[j] = inputs[j];
+}
+
+// What the next band will read and write, asked for while the one before it runs.
+SELECTRA_INLINE void look_ahead(const ConvCall& call, const Sequence& sequence, const BlockRange& range, BandStep now,
+                                Ahead& ahead) {
+  ahead.clear();
+  BandStep next = now;
+  next.advance(range, false);
+  if (next.chunk >= sequence.chunks()) return;
+  Steps steps;
+  sequence.chunk(next.chunk, steps);
+  const int64_t channel = (range.first + next.index) * kLanes, channels = (int64_t)next.blocks(range) * kLanes;
+  ahead.add_rows(call.x, sequence.batch, channel, channels, steps);
+  ahead.add_rows(call.y, sequence.batch, channel, channels, steps);
+  ahead.spread(kChunk * now.blocks(range));
+}
+
 struct ConvForwardWorkspace {
   // Of every block: w, the bias, the last k inputs.
   Vector *weight, *bias, *last;
@@ -78,8 +114,36 @@ struct ConvForwardWorkspace {
         out(arena.take<Vector>(kChunk)) {}
 };
 
+// One block through a chunk, if its tensors lie as the kernels compute and nothing is absent: whether they do.
+SELECTRA_INLINE bool conv_rows_forward(const ConvCall& call, const Sequence& sequence, const Steps& steps,
+                                       ConvBlock block, int64_t index, const ConvForwardWorkspace& work,
+                                       Ahead& ahead) {
+  if (call.mask.data || !is_plain<Steps>(call.x, block.lanes) || !is_plain<Steps>(call.y, block.lanes)) return false;
+  const Real* const x = (const Real*)call.x.data + sequence.batch * call.x.stride[0] + block.channel;
+  Real* const y = (Real*)call.y.data + sequence.batch * call.y.stride[0] + block.channel;
+  const Vector* const weight = work.weight + index * call.width;
+  Vector* const last = work.last + index * call.width;
+  bool done = false;
+  with_width(call.width, [&](auto taps) {
+    constexpr int kWidth = decltype(taps)::value;
+    if constexpr (kWidth > 0) {
+      if (call.silu) {
+        convolve_rows<kWidth, true>(steps, x, call.x.stride[1], y, call.y.stride[1], weight, work.bias[index], last,
+                                    ahead);
+      } else {
+        convolve_rows<kWidth, false>(steps, x, call.x.stride[1], y, call.y.stride[1], weight, work.bias[index], last,
+                                     ahead);
+      }
+      done = true;
+    }
+  });
+  return done;
+}
+
 SELECTRA_INLINE void conv_chunk_forward(const ConvCall& call, const Sequence& sequence, const Steps& steps,
-                                        ConvBlock block, int64_t index, const ConvForwardWorkspace& work) {
+                                        ConvBlock block, int64_t index, const ConvForwardWorkspace& work,
+                                        Ahead& ahead) {
+  if (conv_rows_forward(call, sequence, steps, block, index, work, ahead)) return;
   const int width = (int)call.width;
   Vector* const last = work.last + index * width;
   for (int j = 0; j < width; ++j) work.window[j] = last[j];
@@ -107,6 +171,9 @@ static void conv_task_forward(const ConvCall& call, const Sequences& sequences, 
     work.bias[index] = load_channels(call.bias, block.channel, block.lanes);
   }
   Steps steps;
+  Ahead ahead;
+  const BlockRange range = {0, task.first, task.last};
+  const int band = range.band();
   for (int64_t s = task.first_sequence; s < task.last_sequence; ++s) {
     const Sequence sequence = sequences[s];
     for (int64_t index = 0; index < blocks; ++index) {
@@ -116,7 +183,8 @@ static void conv_task_forward(const ConvCall& call, const Sequences& sequences, 
     for (int64_t c = 0; c < sequence.chunks(); ++c) {
       sequence.chunk(c, steps);
       for (int64_t index = 0; index < blocks; ++index) {
-        conv_chunk_forward(call, sequence, steps, conv_block(call.channels, task.first + index), index, work);
+        if (index % band == 0) look_ahead(call, sequence, range, {c, (int)index}, ahead);
+        conv_chunk_forward(call, sequence, steps, conv_block(call.channels, task.first + index), index, work, ahead);
       }
     }
     for (int64_t index = 0; index < blocks; ++index) {
@@ -144,6 +212,11 @@ SELECTRA_INLINE int64_t conv_work(const ConvCall& call) {
   return batch * call.length * ceil_divide(call.channels, kLanes) * (call.width + 4) / 4;
 }
 
+// Parts of the blocks: together with the ranges of sequences about as many tasks as are wanted.
+SELECTRA_INLINE int64_t conv_slots(const ConvCall& call, int64_t wanted, int64_t ranges) {
+  return larger<int64_t>(1, smaller(ceil_divide(call.channels, kLanes), ceil_divide(wanted, ranges)));
+}
+
 static int conv_forward(const ConvCall& call) {
   Sequences sequences(call.sequences, call.length, call.reverse != 0, call.borders);
   if (!sequences.borders_are_sound()) return kBadBorders;
@@ -151,7 +224,7 @@ static int conv_forward(const ConvCall& call) {
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
   const int64_t ranges = smaller(call.sequences, wanted);
   if (ranges == 0) return kDone;
-  const int64_t slots = larger<int64_t>(1, smaller(ceil_divide(call.channels, kLanes), ceil_divide(wanted, ranges)));
+  const int64_t slots = conv_slots(call, wanted, ranges);
   for_each_conv_task(call, ranges, slots, threads,
                      [&](const ConvTask& task, int64_t) { conv_task_forward(call, sequences, task); });
   return kDone;

@@ -96,9 +96,94 @@ SELECTRA_INLINE void look_ahead(const ConvBackwardCall& call, const Sequence& se
   ahead.spread(kChunk * now.blocks(range));
 }
 
+// The rows of one tensor at a chunk's steps.
+struct ConvRows {
+  Real* first;
+  int64_t step;
+  static ConvRows of(const Operand& tensor, const Sequence& sequence, const Steps& steps, ConvBlock block) {
+    Real* const base = (Real*)tensor.data + sequence.batch * tensor.stride[0] + block.channel;
+    return {base + steps.position[0] * tensor.stride[1], steps.direction * tensor.stride[1]};
+  }
+  Real* at(int t) const { return first + t * step; }
+};
+
+// A chunk in one walk back, from memory to memory: what neighbouring steps share stays in registers.
+template <int Width, bool Silu>
+SELECTRA_INLINE void walk_back(int count, ConvRows x, ConvRows dy, ConvRows dx, const Vector* weight, Vector bias,
+                               Vector* dweight, Vector& dbias, Vector* later, Ahead& ahead) {
+  // Inputs t - k + 1 ... t and gradients t ... t + k - 1.
+  Vector taps[Width], inputs[Width], gradients[Width], sums[Width], bias_sum = dbias;
+#pragma GCC unroll 4
+  for (int j = 0; j < Width; ++j) {
+    taps[j] = weight[j], gradients[j] = later[j], sums[j] = dweight[j];
+    inputs[j] = j + 1 < Width ? load(x.at(count - Width + 1 + j)) : Vector{};
+  }
+  for (int t = count - 1; t >= 0; --t) {
+#pragma GCC unroll 4
+    for (int j = Width - 1; j > 0; --j) inputs[j] = inputs[j - 1], gradients[j] = gradients[j - 1];
+    inputs[0] = load(x.at(t - Width + 1));
+    Vector gradient = load(dy.at(t));
+    if (Silu) {
+      Vector sum = bias;
+#pragma GCC unroll 4
+      for (int j = 0; j < Width; ++j) sum += taps[j] * inputs[j];
+      const Vector s = sigmoid(sum);
+      gradient *= s + sum * s * (1 - s);
+    }
+    gradients[0] = gradient;
+    bias_sum += gradient;
+    Vector back = {};
+#pragma GCC unroll 4
+    for (int j = 0; j < Width; ++j) {
+      sums[j] += gradient * inputs[j];
+      back += taps[j] * gradients[Width - 1 - j];
+    }
+    store(dx.at(t), back);
+    ahead.ask();
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < Width; ++j) later[j] = gradients[j], dweight[j] = sums[j];
+  dbias = bias_sum;
+}
+
+// One block through a chunk, if its tensors lie as the kernels compute, nothing is absent, and neither the initial nor
+// the final state is within reach: whether that is so.
+SELECTRA_INLINE bool conv_rows_backward(const ConvBackwardCall& call, const Sequence& sequence, const Steps& steps,
+                                        int64_t from, ConvBlock block, int64_t index,
+                                        const ConvBackwardWorkspace& work, Ahead& ahead) {
+  const ConvCall& forward = call.forward;
+  const int64_t width = forward.width;
+  if (forward.mask.data || from < width || steps.count < width || from + steps.count > sequence.count - width) {
+    return false;
+  }
+  for (const Operand* tensor : {&forward.x, &call.dy, &call.dx}) {
+    if (!is_plain<Steps>(*tensor, block.lanes)) return false;
+  }
+  const ConvRows x = ConvRows::of(forward.x, sequence, steps, block);
+  const ConvRows dy = ConvRows::of(call.dy, sequence, steps, block);
+  const ConvRows dx = ConvRows::of(call.dx, sequence, steps, block);
+  const Vector* const weight = work.weight + index * width;
+  Vector *const dweight = work.dweight + index * width, *const later = work.later + index * width;
+  bool done = false;
+  with_width(width, [&](auto taps) {
+    constexpr int kWidth = decltype(taps)::value;
+    if constexpr (kWidth > 0) {
+      const Vector bias = work.bias[index];
+      if (forward.silu) {
+        walk_back<kWidth, true>(steps.count, x, dy, dx, weight, bias, dweight, work.dbias[index], later, ahead);
+      } else {
+        walk_back<kWidth, false>(steps.count, x, dy, dx, weight, bias, dweight, work.dbias[index], later, ahead);
+      }
+      done = true;
+    }
+  });
+  return done;
+}
+
 SELECTRA_INLINE void conv_chunk_backward(const ConvBackwardCall& call, const Sequence& sequence, const Steps& steps,
                                          int64_t from, ConvBlock block, int64_t index,
                                          const ConvBackwardWorkspace& work, Ahead& ahead) {
+  if (conv_rows_backward(call, sequence, steps, from, block, index, work, ahead)) return;
   const ConvCall& forward = call.forward;
   const int width = (int)forward.width, count = steps.count;
   const Vector* const weight = work.weight + index * width;
@@ -215,19 +300,19 @@ SELECTRA_INLINE void sum_ranges(const Real* shares, int64_t ranges, int64_t size
 static int conv_backward(const ConvBackwardCall& call) {
   // Enough for the cores of a large machine; each range costs a copy of the weight's gradient.
   constexpr int64_t kMostRanges = 32;
-  constexpr int64_t kTasksWanted = 16;
   const ConvCall& forward = call.forward;
   Sequences sequences(forward.sequences, forward.length, forward.reverse != 0, forward.borders);
   if (!sequences.borders_are_sound()) return kBadBorders;
   const int64_t ranges = smaller(forward.sequences, kMostRanges);
   if (ranges == 0) return kDone;
-  const int64_t slots = larger<int64_t>(
-      1, smaller(ceil_divide(forward.channels, kLanes), ceil_divide(kTasksWanted, ranges)));
+  const int64_t threads = threads_for(forward.threads, 3 * conv_work(forward));
+  // Sums over positions are sums of a channel, whatever the cut of channels. Blocks side by side share lines and pages.
+  const int64_t slots = conv_slots(forward, threads > 1 ? 4 * threads : 1, ranges);
   const int64_t weights = forward.channels * forward.width;
   Real* const shares = (Real*)malloc(sizeof(Real) * (ranges * (weights + forward.channels) + 1));
   if (!shares) return kOutOfMemory;
   Real* const bias_shares = shares + ranges * weights;
-  for_each_conv_task(forward, ranges, slots, threads_for(forward.threads, 3 * conv_work(forward)),
+  for_each_conv_task(forward, ranges, slots, threads,
                      [&](const ConvTask& task, int64_t range) {
                        conv_task_backward(call, sequences, task, shares + range * weights,
                                           bias_shares + range * forward.channels);

@@ -141,3 +141,10 @@ SELECTRA_EXPORT int selectra_cpu_cross_forward(int build, int is_double, const i
 SELECTRA_EXPORT int selectra_cpu_cross_backward(int build, int is_double, const int64_t* call) {
   return selectra::kernels_of(build, is_double).cross_backward((const selectra::ScanBackwardCall*)(call + 1), call[0]);
 }
+
+// Vectors of work in a round, a copy aside.
+SELECTRA_EXPORT int selectra_cpu_round_vectors(void) { return selectra::kRoundVectors; }
+
+SELECTRA_EXPORT int selectra_cpu_rate(int build, int is_double, const int64_t* call) {
+  return selectra::kernels_of(build, is_double).rate(*(const selectra::RateCall*)call);
+}

@@ -23,7 +23,7 @@ from selectra.ops.native.intact import damage
 
 LIBRARY_VARIABLE = "SELECTRA_NATIVE_LIBRARY"
 ISA_VARIABLE = "SELECTRA_CPU_ISA"
-ABI_VERSION = 4
+ABI_VERSION = 5
 FILE_NAMES = ("libselectra_cpu.so", "libselectra_cpu.dylib", "libselectra_cpu.dll")
 NOT_BUILT = (
     "no compiled library in this installation; a C++ compiler when running pip install, "
@@ -38,8 +38,9 @@ FUNCTIONS = (
     "step",
     "cross_forward",
     "cross_backward",
+    "rate",
 )
-QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes", "large_pages")
+QUERIES = ("chunk", "build_count", "build_name", "build_runs", "lanes", "large_pages", "round_vectors")
 OUT_OF_MEMORY, BAD_BORDERS = 1, 2
 ABSENT = (0, 0, 0, 0, 0, 0, 0)
 PADDING = ((), (0, 0, 0, 0), (0, 0, 0), (0, 0), (0,), ())
@@ -80,6 +81,7 @@ class Library:
     def __init__(self, handle: ctypes.CDLL, path: str) -> None:
         self.path = path
         self.chunk: int = handle.selectra_cpu_chunk()
+        self.round_vectors: int = handle.selectra_cpu_round_vectors()
         name = handle.selectra_cpu_build_name
         name.restype = ctypes.c_char_p
         self.isas = tuple(name(build).decode() for build in range(handle.selectra_cpu_build_count()))

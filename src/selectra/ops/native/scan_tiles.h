@@ -38,8 +38,8 @@ SELECTRA_INLINE void for_state_blocks(int states, const Body& body) {
 
 // B and C of a chunk, one row a step in the order of the run: states numbers of B, then states numbers of C.
 template <typename AnySteps>
-SELECTRA_INLINE void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const AnySteps& steps,
-                               int states, Real* rows) {
+SELECTRA_APART void pack_rows(const Operand& tensor, const Sequence& sequence, int64_t group, const AnySteps& steps,
+                              int states, Real* rows) {
   with_storage(tensor, [&](auto storage) {
     using Storage = decltype(storage);
     const auto* base =

@@ -17,6 +17,8 @@
 #endif
 
 #define SELECTRA_INLINE static inline __attribute__((always_inline))
+// What few calls or little of their time need: one copy, where the compiler would put one at every use.
+#define SELECTRA_APART static __attribute__((noinline, unused))
 
 namespace selectra {
 namespace {

@@ -83,7 +83,7 @@ SELECTRA_INLINE Real sum_of(Vector v) {
 
 // The products of `count` rows of a matrix from row `first` on with a vector of `size` numbers, a lane each.
 template <typename Storage>
-SELECTRA_INLINE Vector rows_times(const Rows& matrix, int64_t first, int count, int64_t size, const Real* x) {
+SELECTRA_APART Vector rows_times(const Rows& matrix, int64_t first, int count, int64_t size, const Real* x) {
   const int64_t pitch = matrix.pitch;
   const auto* base = (const typename Storage::Number*)matrix.data + first * pitch;
   Vector sums[kLanes] = {};

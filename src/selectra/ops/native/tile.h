@@ -81,7 +81,7 @@ SELECTRA_INLINE int64_t lowest_position(const Steps& steps, int t, int count) {
 }
 
 template <typename Storage>
-static void load_transposed(const Strip<Storage>& strip, const Steps& steps, Vector* tile) {
+SELECTRA_APART void load_transposed(const Strip<Storage>& strip, const Steps& steps, Vector* tile) {
   for (int t = 0; t < steps.count; t += kLanes) {
     const int count = smaller(kLanes, steps.count - t);
     const auto* from = strip.base + lowest_position(steps, t, count);
@@ -97,7 +97,7 @@ static void load_transposed(const Strip<Storage>& strip, const Steps& steps, Vec
 }
 
 template <typename Storage>
-static void store_transposed(const Strip<Storage>& strip, const Steps& steps, const Vector* tile) {
+SELECTRA_APART void store_transposed(const Strip<Storage>& strip, const Steps& steps, const Vector* tile) {
   for (int t = 0; t < steps.count; t += kLanes) {
     const int count = smaller(kLanes, steps.count - t);
     auto* to = strip.base + lowest_position(steps, t, count);
@@ -117,7 +117,7 @@ static void store_transposed(const Strip<Storage>& strip, const Steps& steps, co
 }
 
 template <typename Storage>
-static void load_scattered(const Strip<Storage>& strip, const Steps& steps, Vector* tile) {
+SELECTRA_APART void load_scattered(const Strip<Storage>& strip, const Steps& steps, Vector* tile) {
   for (int t = 0; t < steps.count; ++t) {
     const auto* from = strip.base + steps.position[t] * strip.step_stride;
     Vector v = {};
@@ -127,7 +127,7 @@ static void load_scattered(const Strip<Storage>& strip, const Steps& steps, Vect
 }
 
 template <typename Storage>
-static void store_scattered(const Strip<Storage>& strip, const Steps& steps, const Vector* tile) {
+SELECTRA_APART void store_scattered(const Strip<Storage>& strip, const Steps& steps, const Vector* tile) {
   for (int t = 0; t < steps.count; ++t) {
     auto* to = strip.base + steps.position[t] * strip.step_stride;
     const Vector v = tile[t];
@@ -177,10 +177,16 @@ SELECTRA_INLINE Steps offsets(const Operand& tensor, const GridSteps& steps) {
   return out;
 }
 
-// A tile of a (b, l, d) tensor, whatever its storage.
+// Whether a block's steps lie as the kernels compute: whole vectors of neighbouring channels, no rows apart.
 template <typename AnySteps>
-SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const AnySteps& steps,
-                                Vector* tile) {
+SELECTRA_INLINE bool is_plain(const Operand& tensor, int lanes) {
+  return tensor.stride[2] == 1 && lanes == kLanes && (!kIsFloat || tensor.storage == kWhole) &&
+         !(kOnGrid<AnySteps> && tensor.jump);
+}
+
+template <typename AnySteps>
+SELECTRA_APART void load_any_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
+                                   const AnySteps& steps, Vector* tile) {
   with_storage(tensor, [&](auto storage) {
     auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
     if constexpr (kOnGrid<AnySteps>) {
@@ -194,8 +200,8 @@ SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t ch
 }
 
 template <typename AnySteps>
-SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
-                                 const AnySteps& steps, const Vector* tile) {
+SELECTRA_APART void store_any_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
+                                    const AnySteps& steps, const Vector* tile) {
   with_storage(tensor, [&](auto storage) {
     auto strip = strip_of<decltype(storage)>(tensor, batch, channel, lanes);
     if constexpr (kOnGrid<AnySteps>) {
@@ -206,6 +212,24 @@ SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t c
     }
     store_tile(strip, steps, tile);
   });
+}
+
+// A tile of a (b, l, d) tensor, whatever its storage: the usual one in place, the others in a function of their own,
+// which keeps what is compiled small.
+template <typename AnySteps>
+SELECTRA_INLINE void load_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes, const AnySteps& steps,
+                                Vector* tile) {
+  if (!is_plain<AnySteps>(tensor, lanes)) return load_any_block(tensor, batch, channel, lanes, steps, tile);
+  const Real* const base = (const Real*)tensor.data + batch * tensor.stride[0] + channel;
+  for (int t = 0; t < steps.count; ++t) tile[t] = load(base + steps.position[t] * tensor.stride[1]);
+}
+
+template <typename AnySteps>
+SELECTRA_INLINE void store_block(const Operand& tensor, int64_t batch, int64_t channel, int lanes,
+                                 const AnySteps& steps, const Vector* tile) {
+  if (!is_plain<AnySteps>(tensor, lanes)) return store_any_block(tensor, batch, channel, lanes, steps, tile);
+  Real* const base = (Real*)tensor.data + batch * tensor.stride[0] + channel;
+  for (int t = 0; t < steps.count; ++t) store(base + steps.position[t] * tensor.stride[1], tile[t]);
 }
 
 // Blocks at most whose rows are asked for together: their tensors fit into the second cache twice.
@@ -299,7 +323,8 @@ class Ahead {
 };
 
 // A block of channels of a state, one vector a state; absent states are zero.
-static void load_state(const Operand& tensor, int64_t sequence, int64_t channel, int lanes, int states, Vector* out) {
+SELECTRA_APART void load_state(const Operand& tensor, int64_t sequence, int64_t channel, int lanes, int states,
+                               Vector* out) {
   if (!tensor.data) {
     memset(out, 0, sizeof(Vector) * states);
     return;
@@ -312,8 +337,8 @@ static void load_state(const Operand& tensor, int64_t sequence, int64_t channel,
   }
 }
 
-static void store_state(const Operand& tensor, int64_t sequence, int64_t channel, int lanes, int states,
-                        const Vector* in) {
+SELECTRA_APART void store_state(const Operand& tensor, int64_t sequence, int64_t channel, int lanes, int states,
+                                const Vector* in) {
   Steps steps = {0, 1, {}};
   for (int n = 0; n < states; n += kChunk) {
     steps.count = smaller(kChunk, states - n);
@@ -323,7 +348,7 @@ static void store_state(const Operand& tensor, int64_t sequence, int64_t channel
 }
 
 // A block of channels of a (d,) tensor; zero where it is absent.
-SELECTRA_INLINE Vector load_channels(const Operand& tensor, int64_t channel, int lanes) {
+SELECTRA_APART Vector load_channels(const Operand& tensor, int64_t channel, int lanes) {
   Vector v = {};
   if (tensor.data) {
     const Real* from = (const Real*)tensor.data + channel * tensor.stride[0];

@@ -1,0 +1,187 @@
+"""Folders in the Hugging Face layout: there and back, in shards, and what is refused; the command that reads them."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import selectra.models  # noqa: F401
+from selectra.cli import app
+from selectra.compat.language import MambaConfig, MambaLMHeadModel
+from selectra.errors import ConfigError, DataError
+from selectra.language.checkpoint import INDEX, from_pretrained, save_pretrained
+from selectra.language.model import LanguageModel
+from selectra.language.tokens import Bytes
+from selectra.registry import models
+from selectra.spec import Spec
+
+pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed (pip install 'selectra[language]')")
+
+NAMES = [name for name in models.names("language") if name.endswith("_smoke")]
+
+
+def build(name: str = "mamba_lm_smoke", **options: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    return models.build(Spec(name, **options), {"vocab_size": 256}).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{}, {"tied": True}, {"tied": False}])
+def test_a_model_comes_back_as_it_was(name, options, tmp_path):
+    model, tokens = build(name, **options), torch.randint(256, (2, 7))
+    save_pretrained(model, tmp_path, max_shard_size="8KB")
+    assert (tmp_path / INDEX).is_file() and len(list(tmp_path.glob("*.safetensors"))) > 2
+    again = from_pretrained(tmp_path)
+    assert type(again) is type(model) and not again.training
+    assert torch.equal(again(tokens), model(tokens))
+    assert from_pretrained(tmp_path, dtype="bfloat16").embedding.weight.dtype == torch.bfloat16
+
+
+def test_the_type_of_the_weights_is_kept(tmp_path):
+    save_pretrained(build().bfloat16(), tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert {p.dtype for p in from_pretrained(tmp_path).parameters()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "config.json").read_text())
+    # As older versions say it, or not at all.
+    config["torch_dtype"] = config.pop("dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path).embedding.weight.dtype == torch.bfloat16
+    del config["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path).embedding.weight.dtype == torch.bfloat16
+
+
+def test_mamba_ssms_folder_is_read(tmp_path):
+    config = {"d_model": 12, "n_layer": 2, "vocab_size": 21, "ssm_cfg": {"layer": "Mamba2", "headdim": 4}}
+    theirs = MambaLMHeadModel(MambaConfig(**config)).eval()
+    theirs.save_pretrained(str(tmp_path))
+    tokens = torch.randint(21, (2, 9))
+    assert torch.allclose(from_pretrained(tmp_path)(tokens), theirs(tokens).logits, atol=1e-5)
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.path, "executed")
+
+
+def test_nothing_in_a_folder_is_executed(tmp_path):
+    save_pretrained(build(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    victim = tmp_path / "victim"
+    torch.save({"backbone.embeddings.weight": torch.zeros(2), "x": Evil(victim)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(DataError, match="could run its code"):
+        from_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(victim)))
+    with pytest.raises(DataError):
+        from_pretrained(tmp_path)
+    assert not victim.exists()
+
+
+def change(folder: Path, **options: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+
+
+def test_folders_that_do_not_fit_are_refused_in_words(tmp_path):
+    with pytest.raises(DataError, match=r"there is no '.*config\.json'"):
+        from_pretrained(tmp_path)
+    save_pretrained(build(tied=False), tmp_path)
+    change(tmp_path, model_type="mamba3")
+    with pytest.raises(ConfigError, match=r"model_type 'mamba3'; there are .*jamba.*Did you mean 'mamba"):
+        from_pretrained(tmp_path)
+    change(tmp_path, model_type="mamba", vocab_size=300)
+    with pytest.raises(DataError, match=r"vocabulary has 300 tokens and 'backbone\.embeddings\.weight' has 256"):
+        from_pretrained(tmp_path)
+    change(tmp_path, vocab_size=256, hidden_size=24)
+    with pytest.raises((DataError, ConfigError), match=r"24|intermediate_size"):
+        from_pretrained(tmp_path)
+    change(tmp_path, hidden_size=16, mystery=1)
+    with pytest.raises(ConfigError, match="no supported option 'mystery'"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match="no JSON"):
+        from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(DataError, match="no JSON object"):
+        from_pretrained(tmp_path)
+
+
+def test_missing_and_damaged_weights_are_named(tmp_path):
+    save_pretrained(build(), tmp_path, max_shard_size="8KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    content = shards[1].read_bytes()
+    shards[1].unlink()
+    with pytest.raises(DataError, match=rf"lacks {shards[1].name}, 1 of {len(shards)} shards"):
+        from_pretrained(tmp_path)
+    shards[1].write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=rf"{shards[1].name}' cannot be read"):
+        from_pretrained(tmp_path)
+    shards[1].write_bytes(content)
+    state = load_file(shards[1])
+    key = sorted(state)[0]
+    save_file({name: value for name, value in state.items() if name != key} or {"x": torch.zeros(1)}, shards[1])
+    with pytest.raises(DataError, match=f"has no '{key}'"):
+        from_pretrained(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"][key] = "../elsewhere.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(DataError, match="not in the folder itself"):
+        from_pretrained(tmp_path)
+    (tmp_path / INDEX).write_text("{}")
+    with pytest.raises(DataError, match="no index of shards"):
+        from_pretrained(tmp_path)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(DataError, match="has no weights"):
+        from_pretrained(tmp_path)
+
+
+def test_what_a_layout_has_no_place_for_is_said(tmp_path):
+    with pytest.raises(ConfigError, match="RMS norms alone"):
+        save_pretrained(build(norm="layer"), tmp_path)
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["generate", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_command_continues_prompts(tmp_path):
+    save_pretrained(build("rwkv_smoke"), tmp_path)
+    Bytes().save(tmp_path)
+    alone = run(tmp_path, "Hello", "--max-new-tokens", 12, "--temperature", 1.0, "--seed", 3)
+    assert alone.startswith("Hello") and len(alone) > 6
+    assert alone == run(tmp_path, "Hello", "--max-new-tokens", 12, "--temperature", 1.0, "--seed", 3)
+    assert alone != run(tmp_path, "Hello", "--max-new-tokens", 12, "--temperature", 1.0, "--seed", 4)
+    (tmp_path / "more.txt").write_text("a third\n\na fourth\n")
+    several = run(tmp_path, "[b]one[/b]", "two", "--file", tmp_path / "more.txt", "--max-new-tokens", 3)
+    assert all(f"{n} {text}" in several for n, text in enumerate(("[b]one[/b]", "two", "a third", "a fourth"), 1))
+
+
+def test_the_command_refuses_in_words(tmp_path):
+    save_pretrained(build("rwkv_smoke"), tmp_path)
+    for arguments, message in (
+        (["x"], "--tokenizer"),
+        ([], "no prompt"),
+        (["x", "--tokenizer", "bytes", "--temperature", "0", "--top-k", "3"], "no effect"),
+        (["x", "--tokenizer", "bytes", "--device", "tpu9"], "device"),
+        (["", "--tokenizer", "bytes"], "prompt 1 of 1 is empty"),
+    ):
+        with pytest.raises((DataError, ConfigError), match=message):
+            CliRunner().invoke(app, ["generate", str(tmp_path), *arguments], catch_exceptions=False)
+    small = models.build(Spec("rwkv_smoke"), {"vocab_size": 100})
+    save_pretrained(small, tmp_path / "small")
+    with pytest.raises(DataError, match="tokenizer has 256 tokens and the model 100"):
+        CliRunner().invoke(
+            app, ["generate", str(tmp_path / "small"), "x", "--tokenizer", "bytes"], catch_exceptions=False
+        )
