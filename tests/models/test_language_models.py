@@ -9,10 +9,11 @@ import selectra.models  # noqa: F401
 from selectra.compat.language import MambaConfig, MambaLMHeadModel
 from selectra.errors import ConfigError, DataError
 from selectra.language.model import LanguageModel
+from selectra.mixers import CausalAttention
 from selectra.models.hyena import HyenaMixer, long_convolution
 from selectra.models.jamba import fuse_experts, split_experts
-from selectra.models.retnet import retention
-from selectra.models.rwkv import NOTHING, wkv
+from selectra.models.retnet import Retention, retention
+from selectra.models.rwkv import NOTHING, ChannelMix, TimeMix, wkv
 from selectra.official import from_official
 from selectra.registry import models
 from selectra.spec import Spec
@@ -90,6 +91,27 @@ def test_wkv_is_the_loop(length):
     found = torch.autograd.grad((y * weights).sum() + (num * top.exp()).sum(), inputs, retain_graph=True)
     expected = torch.autograd.grad((wanted * weights).sum() + a.sum(), inputs)
     assert all(torch.allclose(got, want, rtol=1e-9, atol=1e-11) for got, want in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "mixer", [TimeMix(6, 5), ChannelMix(6, 7), Retention(8, 2, 6), CausalAttention(8, 4, 2, 100.0)], ids=str
+)
+def test_absent_positions_leave_a_mixers_state_as_it_is(mixer):
+    """Also behind a row's last token, and where a row has none."""
+    mixer = mixer.double()
+    x = torch.randn(3, 7, mixer.d_model, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([4, 0, 7])[:, None]
+    _, start = mixer.scan(torch.randn(3, 3, mixer.d_model, dtype=torch.float64), mixer.init_state(3))
+    y, after = mixer.scan(x, start, mask=mask)
+    assert (y[~mask] == 0).all()
+    for row, n in enumerate((4, 0, 7)):
+        alone, state = mixer.scan(x[row : row + 1, :n], type(start)(*(tensor[row : row + 1] for tensor in start)))
+        assert torch.allclose(y[row, :n], alone[0], rtol=1e-10, atol=1e-12)
+        # By what follows, since sums may be written in several ways.
+        more = torch.randn(1, 2, mixer.d_model, dtype=torch.float64)
+        of_row = type(after)(*(tensor[row : row + 1] for tensor in after))
+        for found, wanted in zip(mixer.scan(more, of_row)[0], mixer.scan(more, state)[0], strict=True):
+            assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_wkv_overflows_nowhere():
