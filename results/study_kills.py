@@ -3,7 +3,7 @@
 python results/study_kills.py FILE.json [SEED]
 
 A small study on noisy sines, trials of optuna with pruning included. Each run is a forked process that is killed after
-a random time: one in five before it takes a cell, the others within the time of three cells after that. After each
+a random time: one in five before it takes a cell, the others within the time of two cells after that. After each
 kill, what was finished must still be there, and at most one cell may have been in flight.
 """
 
@@ -44,7 +44,7 @@ def write_series(path: Path) -> None:
 
 
 def make_study(series: Path) -> Study:
-    """Three models, eight trials of each that learns, five seeds."""
+    """Three models, eight trials of each that learns, twelve seeds."""
     base = Run(
         name="waves", model=Spec("naive"), data=Spec("series_file", path=str(series), seq_len=12, horizon=4),
         task=Spec("forecasting"), optim=Optim(lr=1e-2),
@@ -57,7 +57,7 @@ def make_study(series: Path) -> Study:
     )
     return Study(
         name="kills", question="Is it the same after 20 kills?", bases=(base,), variants=variants, subject="mamba",
-        seeds=5, declared={"optim.lr": "tuned alike"}, tuning=Tuning(ranges={"optim.lr": (1e-3, 1e-1)}, trials=8),
+        seeds=12, declared={"optim.lr": "tuned alike"}, tuning=Tuning(ranges={"optim.lr": (1e-3, 1e-1)}, trials=8),
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def main() -> None:
             early = draw.random() < 0.2
             while not early and lines(log) == before:
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 1 if early else 3 * whole / len(finished(folder / "whole.sqlite"))))
+            time.sleep(draw.uniform(0, 1 if early else 2 * whole / len(finished(folder / "whole.sqlite"))))
             moment = time.monotonic() - started
             os.kill(number, signal.SIGKILL)
             _, status = os.waitpid(number, 0)

@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    # One process a core already: more threads would only wait for each other. Read when torch is loaded.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if os.environ.get("SELECTRA_CHECK_SHAPES"):

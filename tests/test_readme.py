@@ -22,7 +22,7 @@ COMMANDS = [
 
 def test_the_two_commands_stand_as_promised() -> None:
     assert "python3 -m venv .venv && . .venv/bin/activate && pip install . && selectra forecast" in README
-    assert "pip install -e '.[all,dev]' && pytest" in README
+    assert "pip install -e '.[all,dev]' && pytest -n auto" in README
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

@@ -12,7 +12,8 @@ from selectra.compare.store import Store
 from selectra.compare.worker import build, work_on_gpu
 from selectra.errors import ConfigError
 from selectra.spec import Optim, Spec
-from selectra.train.loop import evaluate, fit
+from selectra.train.evaluation import evaluate
+from selectra.train.loop import fit
 from selectra.train.parallel import World
 from tests.compare.small import make_cells, make_run, write_series
 

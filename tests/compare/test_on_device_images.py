@@ -18,7 +18,8 @@ from selectra.registry import models
 from selectra.spec import Optim, Run, Spec, Train
 from selectra.tasks import Classification
 from selectra.train.batches import TrainingOrder
-from selectra.train.loop import evaluate, fit
+from selectra.train.evaluation import evaluate
+from selectra.train.loop import fit
 from selectra.train.parallel import World
 
 ROOT = Path(__file__).parents[2]

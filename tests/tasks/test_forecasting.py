@@ -16,7 +16,7 @@ from selectra.registry import tasks
 from selectra.spec import Spec
 from selectra.tasks import Forecasting
 from selectra.tasks.forecasting import crps_weights, pinball
-from selectra.train.loop import evaluate
+from selectra.train.evaluation import evaluate
 from selectra.train.parallel import World
 from tests.train.tiny import HORIZON, N_SERIES, TinyNaive, windows
 

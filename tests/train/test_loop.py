@@ -17,7 +17,8 @@ from selectra.tasks import Forecasting
 from selectra.train import optim
 from selectra.train.batches import TrainingOrder, every_window_once
 from selectra.train.checkpoint import load_weights
-from selectra.train.loop import evaluate, fit
+from selectra.train.evaluation import evaluate
+from selectra.train.loop import fit
 from selectra.train.parallel import World, joined, pick_device
 from selectra.train.progress import Clock, duration
 from selectra.train.stop import DivergedError

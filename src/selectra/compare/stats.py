@@ -1,7 +1,7 @@
 """Paired statistics over the cells of a comparison."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from scipy import stats
@@ -72,7 +72,7 @@ def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> d
     t = stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * float(np.std(each, ddof=1)) / np.sqrt(len(each))
     mean = float(each.mean())
     always = 0.0 if abs(mean) > 1e-9 else 1.0
-    p_value = always if sure else float(stats.ttest_1samp(each, 0.0)[1])
+    p_value = always if sure else float(cast(Any, stats.ttest_1samp(each, 0.0)).pvalue)
     return {
         "mean": float(np.mean(ours)), "rival": float(np.mean(theirs)), "unit": "%" if relative else "",
         "difference": _percent(mean, relative), "low": _percent(low, relative), "high": _percent(high, relative),

@@ -26,7 +26,7 @@ from selectra.errors import ConfigError
 from selectra.registry import datasets, models, recipes, tasks
 from selectra.spec import Run, Spec, override
 from selectra.tasks import Classification
-from selectra.train.loop import evaluate
+from selectra.train.evaluation import evaluate
 from selectra.train.parallel import World
 from selectra.train.precision import autocast
 

@@ -28,7 +28,8 @@ from selectra.registry import datasets, models, tasks
 from selectra.spec import Spec
 from selectra.tasks.task import Task
 from selectra.train.batches import TrainingOrder
-from selectra.train.loop import evaluate, fit
+from selectra.train.evaluation import evaluate
+from selectra.train.loop import fit
 from selectra.train.parallel import World
 from selectra.train.record import BackendWatch, environment
 from selectra.train.stop import DivergedError

@@ -21,7 +21,8 @@ from selectra.spec import Run, Spec
 from selectra.tasks.task import Task
 from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights, replacing, writable_folder
 from selectra.train.depth import freeze
-from selectra.train.loop import Fitted, evaluate, fit
+from selectra.train.evaluation import evaluate
+from selectra.train.loop import Fitted, fit
 from selectra.train.parallel import World, joined
 from selectra.train.record import environment, read_data, read_run
 from selectra.train.same_data import describe_data, refuse_changed

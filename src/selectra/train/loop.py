@@ -16,9 +16,10 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Loss, Task
-from selectra.train.batches import Passes, TrainingOrder, Windows, every_window_once
+from selectra.train.batches import Passes, TrainingOrder, Windows
 from selectra.train.checkpoint import CHECKPOINT, writable_folder
 from selectra.train.depth import training_mode
+from selectra.train.evaluation import evaluate
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import World, pick_device, recomputed, wait_for_gradients, wrap
 from selectra.train.precision import Precision, autocast, overflowed
@@ -38,27 +39,6 @@ class Fitted:
     steps: int
     seconds: float
     stopped_by: StoppedBy
-
-
-def evaluate(
-    model: nn.Module,
-    task: Task,
-    windows: Windows,
-    batch_size: int,
-    world: World | None = None,
-    precision: Precision = "float32",
-) -> dict[str, float]:
-    """The task's metrics on every window exactly once, whatever the batch size and the number of processes."""
-    world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
-    evaluator, was_training = task.evaluator(), model.training
-    model.eval()
-    with autocast(world.device, precision):
-        for batch in every_window_once(windows, batch_size, world):
-            evaluator.update(model, batch.to(world.device))
-    if was_training:
-        training_mode(model)
-    evaluator.reduce(world.gather)
-    return evaluator.compute()
 
 
 def fit(

@@ -1,0 +1,31 @@
+"""A task's metrics over a split."""
+
+import torch
+from torch import nn
+
+from selectra.tasks.task import Task
+from selectra.train.batches import Windows, every_window_once
+from selectra.train.depth import training_mode
+from selectra.train.parallel import World
+from selectra.train.precision import Precision, autocast
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    windows: Windows,
+    batch_size: int,
+    world: World | None = None,
+    precision: Precision = "float32",
+) -> dict[str, float]:
+    """The task's metrics on every window exactly once, whatever the batch size and the number of processes."""
+    world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
+    evaluator, was_training = task.evaluator(), model.training
+    model.eval()
+    with autocast(world.device, precision):
+        for batch in every_window_once(windows, batch_size, world):
+            evaluator.update(model, batch.to(world.device))
+    if was_training:
+        training_mode(model)
+    evaluator.reduce(world.gather)
+    return evaluator.compute()
