@@ -49,8 +49,7 @@ def generate(
         ConfigError: Prompt and answer together need more memory than there is, or are longer than the model takes.
     """
     _require_prompts(model, prompts, max_new_tokens, chunk)
-    device = model.embedding.weight.device
-    tokens, mask = padded(prompts, device)
+    tokens, mask = padded(prompts, model.embedding.weight.device)
     capacity = tokens.shape[1] + max_new_tokens
     require_memory(model, len(prompts), capacity)
     state = model.init_state(len(prompts), capacity)

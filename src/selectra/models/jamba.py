@@ -166,12 +166,11 @@ class Jamba(LanguageModel):
                 mixer: nn.Module = CausalAttention(d_model, n_heads, n_kv_heads)
             else:
                 mixer = NormedS6(d_model, d_state, d_conv, expand, dt_rank, conv_bias=conv_bias, bias=bias, eps=eps)
-            experts = n_experts > 1 and i % moe_period == moe_offset
-            mlp = MoE(d_model, d_ff, n_experts, top_k) if experts else SwiGLU(d_model, d_ff)
-            return Block(norm(), mixer, norm(), mlp)
+            if n_experts > 1 and i % moe_period == moe_offset:
+                return Block(norm(), mixer, norm(), MoE(d_model, d_ff, n_experts, top_k))
+            return Block(norm(), mixer, norm(), SwiGLU(d_model, d_ff))
 
         super().__init__(vocab_size, d_model, map(block, range(depth)), norm(), tied=tied, dropout=dropout)
-        self.n_experts, self.top_k = n_experts, top_k
         self._config = {
             "intermediate_size": d_ff, "num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads,
             "num_experts": n_experts, "num_experts_per_tok": top_k, "attn_layer_period": attn_period,
