@@ -166,7 +166,7 @@ def test_cells_that_were_not_made_alike_are_refused(content: dict[str, Any]) -> 
         require_alike(cells, "x")
     cells = [dict(cell) for cell in content["cells"]]
     first = next(cell for cell in cells if cell["backends"])
-    first["backends"] = {**first["backends"], "selective_scan": "portable"}
+    first["backends"] = {**first["backends"], "selective_scan": "cuda"}
     with pytest.raises(DataError, match="selective_scan ran on"):
         require_alike(cells, "x")
 

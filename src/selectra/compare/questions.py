@@ -151,7 +151,7 @@ def _paced(run: Run) -> Run:
 
 def forecasting_study(asked: Asked) -> Study:
     """Forecasters against each other on a user's table, or on the New York weather that comes with the package."""
-    steps, models_ = (250, _chosen(asked.models, QUICK_FORECASTERS)) if asked.quick else (
+    steps, models_ = (200, _chosen(asked.models, QUICK_FORECASTERS)) if asked.quick else (
         1000, _chosen(asked.models, dict.fromkeys(FORECASTERS)))  # fmt: skip
     name = Path(asked.file).name.split(".")[0] if asked.file else "New York weather"
     if asked.file and Path(asked.file).suffix and not Path(asked.file).is_file():
