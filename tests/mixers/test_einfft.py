@@ -1,5 +1,8 @@
 """EinFFT: what its parts are; tests/test_official.py holds it to the official outputs."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -61,3 +64,22 @@ def test_nothing_to_do(shape):
     y = EinFFT(8)(x)
     assert y.shape == shape
     y.sum().backward()
+
+
+GROWS = """
+import torch
+from selectra.mixers import EinFFT
+torch.set_num_threads(1)
+mixer = EinFFT(64)
+for _ in range(10):
+    x = torch.randn(1, 64, 3136).transpose(1, 2).requires_grad_()
+    y = mixer(x)
+    torch.autograd.grad(y, [x, *mixer.parameters()], torch.randn(1, 64, 3136).transpose(1, 2))
+    others = [torch.randn(i % 997 + 1) for i in range(300)]
+"""
+
+
+def test_no_memory_but_its_own_is_written():
+    """Transforms over two dimensions at once of such layouts end the process, some allocations later."""
+    done = subprocess.run([sys.executable, "-c", GROWS], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

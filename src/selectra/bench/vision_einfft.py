@@ -14,7 +14,7 @@ from selectra.bench.peers import error_of
 from selectra.bench.vision_steps import rows_named
 from selectra.errors import BackendError
 from selectra.mixers import EinFFT
-from selectra.ops.spectral import complex_block_product
+from selectra.ops.spectral import complex_block_product, from_spectrum, to_spectrum
 
 SEED, BATCH, CPU_BATCH = 0, 64, 4
 # Tokens and channels of SiMBA-S's stages at 224 px.
@@ -52,11 +52,11 @@ PRODUCTS: dict[str, Product] = {"one product": complex_block_product, "einsums":
 def mixed(mixer: EinFFT, x: Tensor, product: Product) -> Tensor:
     """What the mixer computes, by another form of its products."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    parts = torch.view_as_real(torch.fft.fft2(wide.unflatten(2, (mixer.n_blocks, -1)), dim=(1, 2), norm="ortho"))
+    parts = torch.view_as_real(to_spectrum(wide.unflatten(2, (mixer.n_blocks, -1))))
     parts = F.relu(product(parts, mixer.complex_weight_1, mixer.complex_bias_1))
     parts = product(parts, mixer.complex_weight_2, mixer.complex_bias_2).to(wide.dtype)
     spectrum = torch.view_as_complex(F.softshrink(parts, mixer.threshold))
-    return torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(2).to(x.dtype)
+    return from_spectrum(spectrum).flatten(2).to(x.dtype)
 
 
 def measure(

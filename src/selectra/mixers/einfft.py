@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.mixers.s6 import at_least_float32
 from selectra.mixers.sizes import require_sizes
-from selectra.ops.spectral import complex_block_product
+from selectra.ops.spectral import complex_block_product, from_spectrum, to_spectrum
 
 
 class EinFFT(nn.Module):
@@ -51,8 +51,7 @@ class EinFFT(nn.Module):
             # Transforms refuse a length of zero.
             return x
         wide = at_least_float32(x)
-        spectrum = torch.fft.fft2(wide.unflatten(2, (self.n_blocks, -1)), dim=(1, 2), norm="ortho")
-        parts = torch.view_as_real(spectrum)  # b l blocks width 2
+        parts = torch.view_as_real(to_spectrum(wide.unflatten(2, (self.n_blocks, -1))))  # b l blocks width 2
         # A model's weights may be of half precision as a whole.
         weights = (self.complex_weight_1, self.complex_bias_1, self.complex_weight_2, self.complex_bias_2)
         first, first_bias, second, second_bias = map(at_least_float32, weights)
@@ -60,4 +59,4 @@ class EinFFT(nn.Module):
         parts = complex_block_product(parts, second, second_bias)
         # Under autocast the products are low in precision, and no complex numbers are.
         spectrum = torch.view_as_complex(F.softshrink(parts.to(wide.dtype), self.threshold))
-        return torch.fft.ifft2(spectrum, dim=(1, 2), norm="ortho").real.flatten(2).to(x.dtype)
+        return from_spectrum(spectrum).flatten(2).to(x.dtype)
