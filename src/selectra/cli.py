@@ -113,8 +113,9 @@ def evaluate(
     """Evaluate trained weights; the only command that opens the test split."""
     from selectra.train.job import evaluate_job  # noqa: PLC0415
 
-    metrics, n_windows = evaluate_job(out, split.value, batch_size, changed_data)
-    table = Table("metric", split.value, title=f"{out}: all {n_windows} windows")
+    metrics, count = evaluate_job(out, split.value, batch_size, changed_data)
+    _console().print(f"{out}: all {count:,} examples (windows, images, sequences) of this part", highlight=False)
+    table = Table("metric", split.value)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
     _console().print(table)
