@@ -51,6 +51,8 @@ def export(store: Store) -> dict[str, Any]:
     rows = _rows([cell for cell in final if "args" not in cell and cell["order"] == 0 and "test" in cell])
     spreads = _spreads([cell for cell in final if "test" in cell])
     published = read_published()
+    # Cells that nobody has begun yet count as missing too.
+    asked = {c.label["model"] for c, _, _ in store.cells() if c.label.get("lookback", 96) != 96}
     for row in rows:
         row["orders"] = spreads.get((*_place(row), row["model"]))
         row["published"] = _nearest(published, row)
@@ -60,7 +62,7 @@ def export(store: Store) -> dict[str, Any]:
         "budgets": budgets(tried),
         "rates": {"tried": list(RATES), "chosen": [[*key, rate] for key, rate in sorted(rates.items())]},
         "environments": environments,
-        "tables": {name: _table(TABLES[name], rows, cells) for name in ("a", "b", "c")},
+        "tables": {name: _table(TABLES[name], rows, cells, asked) for name in ("a", "b", "c")},
         "orders": [{"data": d, "lookback": b, "horizon": h, "model": m, **s} for (d, b, h, m), s in spreads.items()],
         "ablation": _ablation(final),
         "verdict": verdict(rows),
@@ -186,12 +188,11 @@ def _variant(args: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in args.items()) or "whole"
 
 
-def _table(table: Table, rows: list[Row], cells: list[Row]) -> dict[str, Any]:
+def _table(table: Table, rows: list[Row], cells: list[Row], asked: set[str]) -> dict[str, Any]:
     """What a table holds: its rows, who wins each cell, and which cells are missing, with the reason where known."""
     models = list(table.models)
     if table.name == "c":
-        models += [row["model"] for row in rows if row["lookback"] != 96 and row["model"] not in models]
-        models = list(dict.fromkeys(models))
+        models += sorted(asked - set(models))
     mine, missing = [], []
     for data in table.data:
         for lookback in table.lookbacks:
