@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,9 @@ def main() -> None:
         taken = Counter(log.read_text().split())
         repeated = sum(count - 1 for count in taken.values())
         record = {
-            "what": "a study killed with SIGKILL at random moments, against an undisturbed one", "seed": seed,
+            "command": "python results/study_kills.py FILE",
+        "date": datetime.now(UTC).date().isoformat(),
+        "what": "a study killed with SIGKILL at random moments, against an undisturbed one", "seed": seed,
             "kills": moments, "undisturbed_seconds": round(whole, 1), "cells": len(finished(killed)),
             "cells_begun_again": repeated, "equal_tables": tables(killed) == truth,
             "equal_records": finished(killed) == finished(folder / "whole.sqlite"), "tables": truth,
