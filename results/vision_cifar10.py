@@ -60,7 +60,8 @@ def main() -> None:
     changes += [f"data.path={data}"] if data else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = tuple(words.recipes.split(","))
-    study = Study(names, tuple(range(words.first_seed, words.seeds)), tuple(changes), device, words.packed, dict.fromkeys(ONCE, 1))
+    seeds = tuple(range(words.first_seed, words.seeds))
+    study = Study(names, seeds, tuple(changes), device, words.packed, dict.fromkeys(ONCE, 1))
     record: dict[str, Any] = {
         "what": "vision_cifar10", "command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(),
         **environment(), "changes": changes, "models": [], "trainings": [], "not_begun": [],
