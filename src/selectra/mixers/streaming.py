@@ -52,7 +52,7 @@ def must_be_seen(tensors: Sequence[Tensor | None]) -> bool:
         not x.is_cpu
         or needs_dispatcher(tensors)
         or torch.is_autocast_enabled("cpu")
-        or any(op.wish() is not None for op in _OPS)
+        or any(op.wish() is not None or op.wrapped for op in _OPS)
     )
 
 
