@@ -13,6 +13,7 @@ from selectra.language.stream import Stream, fork, merge, overwrite_
 from selectra.layers.norm import AddNorm, PreNorm
 from selectra.mixers.sizes import require_sizes
 from selectra.ops import checks
+from selectra.ops.whole import require_whole
 
 
 class Routed(NamedTuple):
@@ -141,6 +142,7 @@ class LanguageModel(nn.Module):
 
         With `mask` each row takes its present tokens alone, wherever padding stands, and goes on from them next time.
         """
+        require_whole("a language model's state")
         if mask is None:
             return self._scan(tokens, state, None)
         self._require(tokens, mask, None)
@@ -174,6 +176,7 @@ class LanguageModel(nn.Module):
         Raises:
             ConfigError: The state has no room for the tokens.
         """
+        require_whole("a language model's state")
         if mask is not None:
             logits, after = self.scan(tokens, state, mask=mask)
             overwrite_(state, after)

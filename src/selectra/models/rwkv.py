@@ -22,6 +22,7 @@ from selectra.layers.norm import AddNorm, PreNorm
 from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import at_least_float32, require_input, zero_absent
 from selectra.official import Official, reads
+from selectra.ops.whole import require_whole
 from selectra.registry import models
 
 CHUNK = 32
@@ -69,6 +70,7 @@ def wkv(
     Returns:
         The means, and the sums after the last position.
     """
+    require_whole("RWKV's average")
     outputs = []
     for start in range(0, k.shape[1], CHUNK):
         part = slice(start, start + CHUNK)

@@ -1,8 +1,8 @@
 """`selective_scan` of a sequence whose parts lie in several processes.
 
 The state behind a part is linear in the state before it: `exp(A sum(delta)) h + s`, where s is the state that the part
-alone leaves. Each process finds `sum(delta)` and s, all tell each other these, each walks from the first part to its own
-and scans its part from the state that it finds there. Autograd does the same the other way.
+alone leaves. Each process finds `sum(delta)` and s, all tell each other these, each walks from the first part to its
+own and scans its part from the state that it finds there. Autograd does the same the other way.
 
 Finding s costs no second scan of the whole part: what lies so far before the part's end that it is forgotten there, to
 far below rounding, is left out, and then the state before the part is forgotten too. Where memories are longer than a
