@@ -171,9 +171,7 @@ def _plot(wish: Wish) -> Path:
     record = read_record(wish.file)
     kind = record.get("benchmark", record.get("what"))
     if kind != "lengths":
-        raise ConfigError(
-            f"'{wish.file}' is a record of `{kind}`; pictures are made from `bench lengths`."
-        )
+        raise ConfigError(f"'{wish.file}' is a record of `{kind}`; pictures are made from `bench lengths`.")
     writable_folder(wish.out.parent)
     with replacing(wish.out) as partial:
         length_figure(record).savefig(partial, format="png", dpi=130)

@@ -43,7 +43,10 @@ def joined(records: Sequence[Record]) -> tuple[dict[str, Record], dict[str, dict
         for row in record["trainings"]:
             trainings[row["recipe"]][row["seed"]] = row
         if record["trainings"]:
-            made = {"changes": sorted(record["changes"]), "steps": sorted({row["steps"] for row in record["trainings"]})}
+            made = {
+                "changes": sorted(record["changes"]),
+                "steps": sorted({row["steps"] for row in record["trainings"]}),
+            }
             if alike and alike != made:
                 raise DataError(f"trainings of two records were not made alike, {alike} and {made}; name one of them.")
             alike = made
@@ -78,7 +81,9 @@ def accuracy_table(*records: Record) -> str:
     rows = []
     for recipe in {**costs, **trainings}:
         values, cost = list(accuracies(trainings.get(recipe, {})).values()), costs.get(recipe, {})
-        rows.append((fmean(values) if values else -1.0, [name_of(recipe), *_accuracy_cells(values), *_cost_cells(cost)]))
+        rows.append(
+            (fmean(values) if values else -1.0, [name_of(recipe), *_accuracy_cells(values), *_cost_cells(cost)])
+        )
     rows.sort(key=lambda row: -row[0])
     columns = ["model", "top-1, %", "± sd", "95 % interval", "seeds", "parameters", "GFLOPs an image",
                "training, images/s", "inference, images/s", "peak, GiB"]  # fmt: skip
@@ -155,7 +160,9 @@ def verdict(*records: Record) -> str:
     if not ours or len(means) == len(ours):
         return "No verdict yet: there is no model of ours, or no baseline, that is trained."
     best, first = max(ours, key=lambda each: ours[each]), max(means, key=lambda each: means[each])
-    lines = [f"- Highest: {name_of(first)}, {means[first]:.2f} %. The best of ours: {name_of(best)}, {ours[best]:.2f} %."]
+    lines = [
+        f"- Highest: {name_of(first)}, {means[first]:.2f} %. The best of ours: {name_of(best)}, {ours[best]:.2f} %."
+    ]
     for rival, mean in sorted(means.items(), key=lambda item: -item[1]):
         if _family(rival) not in OURS:
             text = _against(records)[best, rival].replace("**", "")
@@ -215,7 +222,9 @@ def _stable(row: Record | None) -> str:
     loss = f"loss {row['first loss']:.2f} to {row['last loss']:.2f}"
     if not row["stable"]:
         first = row["first step that is not finite"]
-        why = f"not finite from step {first} on" if first is not None else f"{row['skipped by the scaler']} steps skipped"
+        why = (
+            f"not finite from step {first} on" if first is not None else f"{row['skipped by the scaler']} steps skipped"
+        )
         return f"**not stable**: {why}"
     skipped = f", {row['skipped by the scaler']} skipped" if row["precision"] == "fp16" else ""
     return f"stable, {loss}{skipped}"

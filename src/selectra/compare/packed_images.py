@@ -169,6 +169,13 @@ class Slot:
         self.pool: Any = None
         if device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+            # A pool lives as long as a graph in it, and its name cannot be used again: this one does nothing, for ever.
+            self.keeper = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self.stream):
+                self.nothing = torch.zeros(1, device=device)
+                self.keeper.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                self.nothing.add_(1)
+                self.keeper.capture_end()
         self.training: Training | None = None
         self.queued: deque[torch.cuda.Event] = deque()
 

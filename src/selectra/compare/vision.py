@@ -123,8 +123,8 @@ class Study:
         }  # fmt: skip
 
 
-def timed(call: Callable[[], None], slot: Slot) -> float:
-    """Seconds of one call, alone on the device; on a CPU by the wall clock."""
+def timed(call: Callable[[], None], slot: Slot, rounds: int = MEASURED) -> float:
+    """Seconds of one call, alone on the device, the mean of some; on a CPU of one, by the wall clock."""
     if slot.stream is None:
         start = time.monotonic()
         call()
@@ -134,11 +134,11 @@ def timed(call: Callable[[], None], slot: Slot) -> float:
         for _ in range(WARM):
             call()
         began.record()
-        for _ in range(MEASURED):
+        for _ in range(rounds):
             call()
         ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1e3 / MEASURED
+    return began.elapsed_time(ended) / 1e3 / rounds
 
 
 @torch.no_grad()
