@@ -175,11 +175,11 @@ def transfer_table(record: Record) -> str:
     backbones = [row for row in record["trainings"] if row["way"] == "backbone"]
     shown = ", ".join(f"{NAMES[row['model']]} {100 * row['test']['top1']:.2f} % ({row['parameters']:,} parameters)"
                       for row in backbones)  # fmt: skip
-    rows = [
-        [NAMES[row["model"]], str(row["per_class"]), row["way"], f"{100 * row['scratch']:.2f}", f"{100 * row['mean']:.2f}",
-         f"{100 * row['difference']:+.2f}", f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}", _gain_word(row)]
-        for row in record["gains"]
-    ]  # fmt: skip
+    rows = []
+    for row in record["gains"]:
+        low, high, gain, scratch, mean = (100 * row[name] for name in ("low", "high", "difference", "scratch", "mean"))
+        cells = [NAMES[row["model"]], str(row["per_class"]), row["way"], f"{scratch:.2f}", f"{mean:.2f}"]
+        rows.append([*cells, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}", _gain_word(row)])
     columns = ["model", "images a class", "way", "from scratch, %", "with the backbone, %", "gain, points",
                "95 % interval", ""]  # fmt: skip
     table = markdown(columns, rows, left=3) if rows else "No gain is known yet: not all seeds are trained."
@@ -230,9 +230,20 @@ def _stable(row: Record | None) -> str:
     return f"stable, {loss}{skipped}"
 
 
+def kernels_by_model(records: Sequence[Record]) -> dict[str, Record]:
+    """Rows of training against other kernels: of one model's the one that holds most, of alike ones the latest."""
+    found: dict[str, Record] = {}
+    for record in sorted(records, key=lambda each: each["date"]):
+        for row in record.get("training", {}).get("rows", ()):
+            if len(row) >= len(found.get(row["model"], ())):
+                found[row["model"]] = row
+    return found
+
+
 def trainings_table(*records: Record) -> str:
     """Training against other kernels, from records of one model each."""
-    return training_table({"training": {"rows": [row for record in records for row in record["training"]["rows"]]}})
+    rows = [row for row in kernels_by_model(records).values() if "eager" in row or "compiled" in row]
+    return training_table({"training": {"rows": rows}}) if rows else "Nothing is timed yet."
 
 
 def attention_words(record: Record) -> str:

@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from selectra.bench.scan_table import markdown
-from selectra.bench.vision_results import OURS, accuracies, joined, name_of
+from selectra.bench.vision_results import OURS, accuracies, joined, kernels_by_model, name_of
 
 Record = dict[str, Any]
 NOT_YET = "no record yet"
@@ -22,7 +22,7 @@ def vision_target_table(*records: Record) -> str:
         ["CIFAR-10-JPEG: the best of ours against ResNet-18", f"within {WITHIN:g} point", *_near_resnet(cifar)],
         ["CIFAR-10-JPEG: the best of ours", f"over {OVER:g} %", *_over(cifar)],
     ]
-    trainings = {row["model"]: row for each in records for row in each.get("training", {}).get("rows", ())}
+    trainings = kernels_by_model(records)
     for model, wanted in (("vim_tiny", 2.0), ("vmamba_tiny", 2.0), ("vmamba_tiny_s1l8", 1.3)):
         for way in ("eager", "compiled"):
             title = f"training of `{model}` at 224 px against the same over others' kernels, {way}"
