@@ -106,8 +106,8 @@ def stability(**changed: Any) -> Record:
            "first step that is not finite": None, "skipped by the scaler": 0, "stable": True}  # fmt: skip
     half = {**row, "precision": "fp16", "skipped by the scaler": 3, **changed}
     broken = {"model": "vim2_base", "precision": "fp16", "stable": False, "problem": "OutOfMemoryError: no"}
-    return {"what": "stability", "command": "c", "date": "2026-01-02", "environment": FACTS, "rows": [row, half, broken],
-            "begun, of all": [3, 5]}  # fmt: skip
+    return {"what": "stability", "command": "c", "date": "2026-01-02", "environment": FACTS,
+            "rows": [row, half, broken], "begun, of all": [3, 5]}  # fmt: skip
 
 
 def test_stability_says_what_was_not() -> None:
@@ -159,8 +159,8 @@ def test_targets_are_met_or_not_or_have_no_record() -> None:
 
 
 def test_the_claim_stands_beside_the_measurement() -> None:
-    row = {"pixels": 1248, "batch": 4, "eager": {"inference": {
-        "vim_tiny": timing(2.0, 50), "deit_tiny, flash": timing(1.0, 40), "deit_tiny, plain": timing(5.0, 500)}}}  # fmt: skip
+    found = {"vim_tiny": timing(2.0, 50), "deit_tiny, flash": timing(1.0, 40), "deit_tiny, plain": timing(5.0, 500)}
+    row = {"pixels": 1248, "batch": 4, "eager": {"inference": found}}
     claim = {"pixels": 1248, "times as fast": 2.8, "less memory": 0.868, "source": "a paper"}
     text = attention_words({"attention": {"claim": claim, "rows": [{**row, "pixels": 224}, row]}})
     assert "2.8 times as fast, 86.8% less memory" in text

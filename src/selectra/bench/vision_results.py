@@ -43,10 +43,8 @@ def joined(records: Sequence[Record]) -> tuple[dict[str, Record], dict[str, dict
         for row in record["trainings"]:
             trainings[row["recipe"]][row["seed"]] = row
         if record["trainings"]:
-            made = {
-                "changes": sorted(record["changes"]),
-                "steps": sorted({row["steps"] for row in record["trainings"]}),
-            }
+            changes = sorted(word for word in record["changes"] if not word.startswith("train.steps="))
+            made = {"changes": changes, "steps": sorted({row["steps"] for row in record["trainings"]})}
             if alike and alike != made:
                 raise DataError(f"trainings of two records were not made alike, {alike} and {made}; name one of them.")
             alike = made
