@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from selectra.compare.on_device_images import ImagesOnDevice
 from selectra.data import Images
 from selectra.data.image_views import Held
 from selectra.data.images import HeldImages
-from selectra.errors import ConfigError
+from selectra.errors import ConfigError, DataError
 from selectra.pretrained import load_pretrained
 from selectra.registry import datasets, models, tasks
 from selectra.spec import Run, Spec
@@ -47,17 +47,21 @@ class Parts:
 class Library:
     """Every data set that is needed, read once.
 
+    Args:
+        device: Where training images lie.
+        read: Makes a data set of images of its name and arguments.
+
     Raises:
         ConfigError: A set's images are not held in memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, read: Callable[[Spec], Any] = datasets.build) -> None:
+        self.device, self.read = device, read
         self.parts: dict[Spec, Parts] = {}
 
     def __call__(self, spec: Spec) -> Parts:
         if spec not in self.parts:
-            images = datasets.build(spec)
+            images = self.read(spec)
             train, val, test = (images.windows(part) for part in ("train", "val", "test"))
             if not isinstance(train, HeldImages) or not isinstance(val, HeldImages) or not isinstance(test, HeldImages):
                 raise ConfigError("a study trains on images held in memory; set data.keep to 'memory'.")
@@ -83,10 +87,11 @@ def build(run: Run, parts: Parts, device: torch.device) -> tuple[nn.Module, Clas
 
 @dataclass(frozen=True)
 class Job:
-    """A training to do, and what its giver knows it by."""
+    """A training to do, what its giver knows it by, and what ends it early, from its validation scores so far."""
 
     key: Any
     run: Run
+    ends: Callable[[Sequence[float]], bool] | None = None
 
 
 class Training:
@@ -115,7 +120,7 @@ class Training:
         self.best: list[Tensor] | None = None
         self.best_step = self.on_device.steps
         self.val: dict[str, float] = {}
-        self.more = True
+        self.more, self.pruned = True, False
 
     @property
     def due(self) -> int:
@@ -145,6 +150,10 @@ class Training:
             self.val, self.best_step = found, self.on_device.done
             with self.on_device.on_stream():
                 self.best = [tensor.detach().clone() for tensor in self.on_device.final.state_dict().values()]
+        # As the loop asks: at every evaluation, the last one included.
+        if self.job.ends is not None and self.job.ends([self.task.score(each) for each in self.history]):
+            self.on_device.stop()
+            self.more, self.pruned = False, True
 
     def measure(self, images: HeldImages, model: nn.Module | None = None) -> dict[str, float]:
         """The metrics of the weights as they are now, or of another model; waits for the device."""
@@ -243,7 +252,7 @@ def _start(
         return False
     try:
         slot.start(job, library)
-    except (ConfigError, torch.OutOfMemoryError) as error:
+    except (ConfigError, DataError, torch.OutOfMemoryError) as error:
         if on_failed is None:
             raise
         slot.training = None
