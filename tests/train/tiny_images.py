@@ -35,7 +35,7 @@ def train(out: Path | None, **settings: Any) -> Fitted:
     run = make_run(**settings)
     images = Images(**run.data.args)
     task = Classification(**run.task.args).for_data(images)
-    with joined(Parallel(timeout=60), "cpu") as world:
+    with joined(Parallel(timeout=60), run.train.device) as world:
         torch.manual_seed(run.train.seed)
         model = models.build(run.model, images.facts)
         assert isinstance(model, torch.nn.Module)
