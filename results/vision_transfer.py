@@ -8,9 +8,10 @@ and optimizer: the head alone ("frozen"), all weights ("tuned"), and all weights
 the images that are kept, the head and the order come from the seed, which all three ways share: gains are paired.
 
 What is trained is decided by arithmetic, which stands in the record: SiMBA-S, VMamba-T [s1l8] and ResNet-18 as
-published, a position for every 4 px, are measured, and the longest plan whose steps fit the seconds is taken; with
-patches of 2 px, which suit small images better, all take four times as long. The record is written after every part,
-and the same command goes on with it. `--plan tiny --data shapes --target shapes` is a rehearsal for any machine.
+published, a position for every 4 px, are measured (or were: `--measured` names an earlier record), and the longest plan
+whose steps fit the seconds is taken, else the shortest; with patches of 2 px, which suit small images better, all take
+four times as long. The record is written after every part, and the same command goes on with it. `--plan tiny --data
+shapes` is a rehearsal for any machine.
 """
 
 import argparse
@@ -159,14 +160,21 @@ class Study:
         """The first plan whose trainings fit the time, by the measured step of its models alone on the device."""
         if self.words.plan != "auto":
             return PLANS[self.words.plan]
-        steps: dict[str, dict[str, float]] = {"backbone": {}, "scratch": {}}
-        for model in RECIPES:
-            for part in (Part(model, 0, "backbone"), Part(model, 0, "scratch", KEPT[-1])):
-                steps[part.way][model] = self.step_ms(PLANS[MEASURED], part)
+        steps = self.measured()
         left = SHARE * (self.words.seconds - (time.monotonic() - began))
         wanted = {name: seconds_of(PLANS[name], steps) for name in ORDER}
         self.record["decision"] = {"seconds for trainings": left, "steps_ms": steps, "seconds by plan": wanted}
         return PLANS[next((name for name in ORDER if wanted[name] <= left), ORDER[-1])]
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """Milliseconds of a step of every published model, on both sets."""
+        if self.words.measured is not None:
+            return json.loads(self.words.measured.read_text())["decision"]["steps_ms"]
+        steps: dict[str, dict[str, float]] = {"backbone": {}, "scratch": {}}
+        for model in RECIPES:
+            for part in (Part(model, 0, "backbone"), Part(model, 0, "scratch", KEPT[-1])):
+                steps[part.way][model] = self.step_ms(PLANS[MEASURED], part)
+        return steps
 
     def step_ms(self, plan: Plan, part: Part) -> float:
         """Milliseconds of a step, alone on the GPU."""
@@ -256,6 +264,7 @@ def read_words() -> argparse.Namespace:
     words.add_argument("--weights", type=Path, required=True, help="folder for the backbones")
     words.add_argument("--seconds", type=float, default=190.0, help="nothing is begun after these")
     words.add_argument("--packed", type=int, default=3)
+    words.add_argument("--measured", type=Path, default=None, help="a record whose steps say what fits")
     words.add_argument("--plan", choices=["auto", *PLANS], default="auto")
     words.add_argument("--data", default="cifar10_jpeg")
     words.add_argument("--target", default="ucmerced")
