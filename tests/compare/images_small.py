@@ -41,18 +41,21 @@ def make_study(**changes: Any) -> Study:
     return Study(**{**content, **changes})
 
 
-def work(path: Path, study: Study, packed: int, after: Callable[[Cell], None] = lambda cell: None) -> None:
-    """Do what is left of a study as a GPU would, here on a CPU."""
+def work(
+    path: Path, study: Study, packed: int, after: Callable[[Cell], None] = lambda cell: None,
+    device: torch.device = CPU,
+) -> None:  # fmt: skip
+    """Do what is left of a study as a GPU would, by default on a CPU."""
     torch.set_num_threads(1)
     store = Store(path)
-    study = open_study(store, study, CPU, Console(quiet=True))
+    study = open_study(store, study, device, Console(quiet=True))
     decide(store, study)
 
     def done(cell: Cell, state: str, record: dict[str, Any]) -> None:
         decide(store, study)
         after(cell)
 
-    work_on_images(store, CPU, packed, inf, done, judge_of(store, study))
+    work_on_images(store, device, packed, inf, done, judge_of(store, study))
     store.close()
 
 

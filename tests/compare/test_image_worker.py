@@ -206,3 +206,14 @@ def test_trials_by_optuna_are_packed_too(tmp_path: Path) -> None:
     store = Store(tmp_path / "s.sqlite")
     assert store.counts() == {"open": 0, "taken": 0, "done": 10, "failed": 0}
     store.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_side_by_side_come_to_what_the_cpu_does(packed: Path, tmp_path: Path) -> None:
+    work(tmp_path / "gpu.sqlite", make_study(), 3, device=torch.device("cuda"))
+    here, there = numbers(tmp_path / "gpu.sqlite"), numbers(packed)
+    assert here.keys() == there.keys()
+    for key, (state, record) in here.items():
+        assert state == "done"
+        assert record["history"] == pytest.approx(there[key][1]["history"], rel=0.02)
