@@ -74,6 +74,10 @@ def test_a_loss_is_called_one() -> None:
     said = verdict(cifar(WINS))
     assert "Highest: VMamba, 93.20 %" in said
     assert "VMamba against ResNet-18 (92.20 %): wins +1.00" in said
+    slow = cifar(WINS)
+    slow["models"][0] |= {"train_ms": 30.0, "peak_gib": 3.0}
+    assert "points; **3.0 times as slow** in training, **2.0 times the memory**." in verdict(slow)
+    assert "points; 1.00 times the images a second, 1.00 times the memory." in said
     assert "loses -1.00" in verdict(cifar({"vmamba": WINS["resnet18"], "resnet18": WINS["vmamba"]}))
     assert "level" in against_table(cifar({"vmamba": [0.93, 0.92, 0.91], "resnet18": [0.92, 0.93, 0.915]}))
     assert verdict(cifar({"vmamba": [0.9]})).startswith("No verdict yet")

@@ -152,7 +152,7 @@ def _bare(mine: Sequence[float], rival: Sequence[float]) -> str:
 
 def verdict(*records: Record) -> str:
     """Who is best, and how the best of ours stands to ResNet-18 and to every other baseline, in sentences."""
-    _, trainings = joined(records)
+    costs, trainings = joined(records)
     means = {recipe: fmean(accuracies(rows).values()) for recipe, rows in trainings.items() if rows}
     ours = {recipe: mean for recipe, mean in means.items() if _family(recipe) in OURS}
     if not ours or len(means) == len(ours):
@@ -164,8 +164,19 @@ def verdict(*records: Record) -> str:
     for rival, mean in sorted(means.items(), key=lambda item: -item[1]):
         if _family(rival) not in OURS:
             text = _against(records)[best, rival].replace("**", "")
-            lines.append(f"- {name_of(best)} against {name_of(rival)} ({mean:.2f} %): {text} points.")
+            cost = _cost_words(costs.get(best, {}), costs.get(rival, {}))
+            lines.append(f"- {name_of(best)} against {name_of(rival)} ({mean:.2f} %): {text} points{cost}.")
     return "\n".join(lines)
+
+
+def _cost_words(ours: Record, theirs: Record) -> str:
+    """How a step's rate and memory stand, a loss said as one."""
+    if "train_ms" not in ours or "train_ms" not in theirs:
+        return ""
+    speed, memory = theirs["train_ms"] / ours["train_ms"], ours["peak_gib"] / theirs["peak_gib"]
+    rate = f"{speed:.2f} times the images a second" if speed >= 1 else f"**{1 / speed:.1f} times as slow** in training"
+    held = f"{memory:.2f} times the memory" if memory <= 1 else f"**{memory:.1f} times the memory**"
+    return f"; {rate}, {held}"
 
 
 def transfer_table(record: Record) -> str:
