@@ -259,7 +259,7 @@ def gains(trainings: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_words() -> argparse.Namespace:
-    words = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    words = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     words.add_argument("--out", type=Path, required=True)
     words.add_argument("--weights", type=Path, required=True, help="folder for the backbones")
     words.add_argument("--seconds", type=float, default=190.0, help="nothing is begun after these")

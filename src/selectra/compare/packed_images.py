@@ -174,6 +174,7 @@ class Slot:
     """A stream with the memory of its graphs, and the training that runs on it."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.stream: torch.cuda.Stream | None = None
         self.pool: Any = None
         if device.type == "cuda":
@@ -186,7 +187,7 @@ class Slot:
                 self.nothing.add_(1)
                 self.keeper.capture_end()
         self.training: Training | None = None
-        self.queued: deque[torch.cuda.Event] = deque()
+        self.queued: deque[Any] = deque()
 
     def start(self, job: Job, library: Library) -> None:
         """Build the model, take the first step, record the graph."""
