@@ -43,7 +43,8 @@ WINS = {"vmamba": [0.931, 0.933, 0.932], "resnet18": [0.921, 0.922, 0.923], "mlp
 
 
 def test_accuracy_stands_with_interval_costs_and_seeds() -> None:
-    lines = accuracy_table(cifar({**WINS, "vim": []})).splitlines()
+    words, _, *lines = accuracy_table(cifar({**WINS, "vim": []})).splitlines()
+    assert words == "100 steps of 512 images; longer trainings may order models otherwise."
     assert lines[2] == (
         "| VMamba | 93.20 | 0.10 | 92.95 to 93.45 | 3 | 4,950,000 | 0.500 | 51,200 | 256,000 | 1.50 |"
     )  # fmt: skip
@@ -156,7 +157,11 @@ def test_targets_are_met_or_not_or_have_no_record() -> None:
     assert "`vmamba_tiny` at 224 px against the same over others' kernels, eager | 2 times | 1.50 | **no** |" in text
     assert "1 of 2 slopes inside; 0.80 to 1.00 | **no** |" in text
     assert "all stable | no record yet | - |" in text
-    assert "2 of 5 | **no** |" in vision_target_table(stability())
+    assert "2 of 3 that ran; 2 of 5 not run | **no** |" in vision_target_table(stability())
+    part = stability()
+    part["rows"].pop()
+    assert "2 of 2 that ran; 3 of 5 not run | not all run |" in vision_target_table({**part, "begun, of all": [2, 5]})
+    assert "2 of 2 that ran; 0 of 2 not run | yes |" in vision_target_table({**part, "begun, of all": [2, 2]})
     far = {"vmamba": [0.89, 0.89, 0.89], "resnet18": WINS["resnet18"]}
     assert vision_target_table(cifar(far)).count("**no**") == 2
     assert "vmamba_ucmerced" not in vision_target_table(cifar(WINS))

@@ -85,7 +85,18 @@ def accuracy_table(*records: Record) -> str:
     rows.sort(key=lambda row: -row[0])
     columns = ["model", "top-1, %", "± sd", "95 % interval", "seeds", "parameters", "GFLOPs an image",
                "training, images/s", "inference, images/s", "peak, GiB"]  # fmt: skip
-    return markdown(columns, [cells for _, cells in rows])
+    return f"{_length_words(costs, trainings)}{markdown(columns, [cells for _, cells in rows])}"
+
+
+def _length_words(costs: dict[str, Record], trainings: dict[str, dict[int, Record]]) -> str:
+    """How long trainings are, which every comparison of them stands on."""
+    steps = sorted({row["steps"] for rows in trainings.values() for row in rows.values()})
+    batches = sorted({cost["batch_size"] for cost in costs.values() if "batch_size" in cost})
+    if not steps:
+        return ""
+    images = f" of {' or '.join(map(str, batches))} images" if batches else ""
+    shown = " or ".join(f"{each:,}" for each in steps)
+    return f"{shown} steps{images}; longer trainings may order models otherwise.\n\n"
 
 
 def _accuracy_cells(values: Sequence[float]) -> list[str]:

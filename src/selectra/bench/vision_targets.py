@@ -79,8 +79,9 @@ def _stable(records: Sequence[Record]) -> Found:
     if not records:
         return NOT_YET, "-"
     record = max(records, key=lambda each: each["date"])
-    stable, wanted = sum(bool(row["stable"]) for row in record["rows"]), record["begun, of all"][1]
-    return f"{stable} of {wanted}", _met(stable == wanted)
+    stable, ran, wanted = sum(bool(row["stable"]) for row in record["rows"]), *record["begun, of all"]
+    met = "not all run" if stable == ran < wanted else _met(stable == wanted)
+    return f"{stable} of {ran} that ran; {wanted - ran} of {wanted} not run", met
 
 
 _met: Callable[[bool], str] = {True: "yes", False: "**no**"}.__getitem__
