@@ -137,17 +137,19 @@ def prepare(study: Study, device: torch.device, console: Console) -> dict[str, A
 def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
     run = typed(study.run(base, variant, 0))
     check(run)
-    spec, note = run.model, ""
+    spec, note, cost = run.model, "", None
     if study.budget is not None:
         asked = {study.budget.quantity: study.budget.amount}
         if _has_size(spec, study.budget.over):
-            found = match(spec, facts, over=study.budget.over, device=device, **asked)
+            how: dict[str, Any] = {"over": study.budget.over, "align": study.budget.align}
+            found = match(spec, facts, device=device, precision=run.train.precision, **how, **asked)
             spec, note = found.spec, f"{found.over} = {found.value} for {found.got:,.6g} {study.budget.quantity}"
+            cost = found.cost
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
     model = build_model(spec, facts)
     learns = any(each.requires_grad for each in model.parameters()) and not hasattr(model, "solve")
-    cost = measure(spec, facts, device=device).to_json()
+    cost = (cost or measure(spec, facts, device=device, precision=run.train.precision)).to_json()
     return {"spec": spec.to_json(), "by_gradient": learns, "matched": note, "cost": cost, "facts": _plain(facts)}
 
 
@@ -241,8 +243,8 @@ def _work(
 
 
 def _packs(study: Study) -> bool:
-    """Whether many trainings share a GPU: those of series do."""
-    return models.entry(study.variants[0].model.name).kind == "series"
+    """Whether many trainings share a GPU: those of series and of language do."""
+    return models.entry(study.variants[0].model.name).kind in ("series", "language")
 
 
 def judge_of(store: Store, study: Study) -> Callable[[Cell], Callable[[Sequence[float]], bool]]:

@@ -2,6 +2,8 @@
 
 from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
+from selectra.data.recall import Copying as Copying
+from selectra.data.recall import Recall as Recall
 from selectra.data.series import SeriesData as SeriesData
 from selectra.data.series import SeriesFile as SeriesFile
 from selectra.data.text import TextData as TextData

@@ -44,19 +44,29 @@ class TextBatch:
 
 
 class Pieces:
-    """Consecutive pieces of `seq_len` tokens; the last one may be shorter and is filled with ignored targets.
+    """Pieces of `seq_len` tokens; the last of consecutive ones may be shorter and is filled with ignored targets.
 
     Args:
         ids: All tokens of a split.
         starts: Where documents begin, first 0; None for one stream without borders.
         seq_len: Tokens of a piece.
+        stride: Tokens from one piece's start to the next's; where it is smaller than `seq_len`, pieces overlap and all
+            are whole.
     """
 
-    def __init__(self, ids: Int[np.ndarray, " n"], starts: Int[np.ndarray, " d"] | None, seq_len: int) -> None:
+    def __init__(
+        self,
+        ids: Int[np.ndarray, " n"],
+        starts: Int[np.ndarray, " d"] | None,
+        seq_len: int,
+        stride: int | None = None,
+    ) -> None:
         self.ids, self.starts, self.seq_len = ids, starts, seq_len
+        self.stride = seq_len if stride is None else stride
         # The last token of all is only a target.
         last = len(ids) - 1 if starts is None else len(ids)
-        self.count = max(-(-last // seq_len), 0)
+        whole = (last - seq_len) // self.stride + 1
+        self.count = max(-(-last // seq_len) if self.stride == seq_len else whole, 0)
 
     def __len__(self) -> int:
         return self.count
@@ -66,7 +76,7 @@ class Pieces:
 
     def __getitems__(self, indices: Sequence[int]) -> TextBatch:
         """The pieces with these numbers, in this order; packed one behind the other where there are documents."""
-        rows = np.asarray(indices)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        rows = np.asarray(indices)[:, None] * self.stride + np.arange(self.seq_len + 1)
         there = rows < len(self.ids)
         ids = np.where(there, self.ids[np.minimum(rows, len(self.ids) - 1)], 0).astype(np.int64)
         targets = np.where(there[:, 1:], ids[:, 1:], IGNORED)
@@ -92,6 +102,7 @@ class TextData:
         seq_len: Tokens of a piece.
         shares: Parts of training, validation and test.
         packed: Whether documents are kept apart; else they are one stream.
+        stride: Tokens from one training piece's start to the next's; `seq_len` by default.
     """
 
     def __init__(
@@ -101,15 +112,15 @@ class TextData:
         seq_len: int,
         shares: tuple[float, float, float],
         packed: bool,
+        stride: int | None = None,
     ) -> None:
-        if seq_len < 1:
-            raise ConfigError(f"seq_len={seq_len}: needs at least 1")
+        require_pieces(seq_len, stride, packed)
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6 or shares[0] <= 0:
             raise ConfigError(f"shares={shares}: need to be at least 0, with training's above 0, and sum to 1")
         encoded = [tokenizer.encode(text) for text in documents if text]
         if not encoded:
             raise DataError("the text is empty.")
-        self.tokenizer, self.seq_len, self.packed = tokenizer, seq_len, packed
+        self.tokenizer, self.seq_len, self.packed, self.stride = tokenizer, seq_len, packed, stride
         self.ids = np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded])
         self.starts = np.cumsum([0, *map(len, encoded)])[:-1]
         ends = np.round(np.cumsum([0, *shares]) * len(self.ids)).astype(int)
@@ -124,7 +135,12 @@ class TextData:
         """The pieces of a split."""
         start, end = self._borders[split]
         inside = self.starts[(self.starts >= start) & (self.starts < end)] - start
-        return Pieces(self.ids[start:end], np.union1d([0], inside) if self.packed else None, self.seq_len)
+        stride = self.stride if split == "train" else None
+        return Pieces(self.ids[start:end], np.union1d([0], inside) if self.packed else None, self.seq_len, stride)
+
+    def first(self, split: Literal["train", "val", "test"]) -> int:
+        """The place of a split's first token among all."""
+        return self._borders[split][0]
 
     def summary(self) -> list[str]:
         """Lines for the terminal."""
@@ -135,6 +151,20 @@ class TextData:
         """What identifies the data."""
         fingerprint = hashlib.sha256(self.ids.tobytes()).hexdigest()[:16]
         return {"fingerprint": fingerprint, "tokens": len(self.ids), "documents": len(self.starts)}
+
+
+def require_pieces(seq_len: int, stride: int | None, packed: bool) -> None:
+    """Refuse pieces that cannot be cut.
+
+    Raises:
+        ConfigError: A length is below 1, pieces would leave tokens out, or documents would stand in two pieces.
+    """
+    if seq_len < 1:
+        raise ConfigError(f"seq_len={seq_len}: needs at least 1")
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise ConfigError(f"stride={stride}: needs at least 1 and at most seq_len={seq_len}, so that no token is left out")
+    if stride not in (None, seq_len) and packed:
+        raise ConfigError(f"stride={stride}: packed documents are cut into pieces that do not overlap; leave it out.")
 
 
 @datasets.register("text_file", kind="language")
@@ -148,6 +178,8 @@ class TextFile(TextData):
         column: Of JSONL and parquet files: where the text is; each row is a document.
         packed: Whether rows are kept apart, so that no token sees another document's; else they are one stream.
         shares: Parts of training, validation and test.
+        stride: Tokens from one training piece's start to the next's; `seq_len` by default, and less for pieces that
+            overlap.
     """
 
     def __init__(
@@ -159,10 +191,11 @@ class TextFile(TextData):
         column: str = "text",
         packed: bool = False,
         shares: tuple[float, float, float] = (0.9, 0.05, 0.05),
+        stride: int | None = None,
     ) -> None:
         documents = read_documents(find_text(path), column)
         chosen = Characters.of("".join(documents)) if tokenizer == "characters" else find_tokenizer(tokenizer)
-        super().__init__(documents, chosen, seq_len, shares, packed)
+        super().__init__(documents, chosen, seq_len, shares, packed, stride)
 
 
 @datasets.register("tiny_shakespeare", kind="language", source="github.com/karpathy/char-rnn")
@@ -172,12 +205,22 @@ class TinyShakespeare(TextData):
     Args:
         seq_len: Tokens of a piece.
         tokenizer: "characters" (65) or "bytes".
+        shares: Parts of training, validation and test.
+        stride: Tokens from one training piece's start to the next's; `seq_len` by default, and less for pieces that
+            overlap.
     """
 
-    def __init__(self, *, seq_len: int = 256, tokenizer: Literal["characters", "bytes"] = "characters") -> None:
+    def __init__(
+        self,
+        *,
+        seq_len: int = 256,
+        tokenizer: Literal["characters", "bytes"] = "characters",
+        shares: tuple[float, float, float] = (0.9, 0.1, 0.0),
+        stride: int | None = None,
+    ) -> None:
         text = read_documents(find_text("tinyshakespeare.txt.gz"), "text")[0]
         chosen = Characters.of(text) if tokenizer == "characters" else Bytes()
-        super().__init__([text], chosen, seq_len, (0.9, 0.1, 0.0), packed=False)
+        super().__init__([text], chosen, seq_len, shares, packed=False, stride=stride)
 
 
 def find_text(path: str) -> Path:
