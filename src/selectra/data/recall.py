@@ -82,7 +82,9 @@ class Generated:
     def summary(self) -> list[str]:
         """Lines for the terminal."""
         parts = ", ".join(f"{name} {end - start:,}" for name, (start, end) in self._borders.items())
-        return [f"examples of {self.seq_len} tokens of {self.vocab_size}, {int(self.counts.sum())} answers each: {parts}"]
+        return [
+            f"examples of {self.seq_len} tokens of {self.vocab_size}, {int(self.counts.sum())} answers each: {parts}"
+        ]
 
     def describe(self) -> dict[str, Any]:
         """What identifies the data."""

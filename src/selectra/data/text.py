@@ -162,7 +162,9 @@ def require_pieces(seq_len: int, stride: int | None, packed: bool) -> None:
     if seq_len < 1:
         raise ConfigError(f"seq_len={seq_len}: needs at least 1")
     if stride is not None and not 1 <= stride <= seq_len:
-        raise ConfigError(f"stride={stride}: needs at least 1 and at most seq_len={seq_len}, so that no token is left out")
+        raise ConfigError(
+            f"stride={stride}: needs at least 1 and at most seq_len={seq_len}, so that no token is left out"
+        )
     if stride not in (None, seq_len) and packed:
         raise ConfigError(f"stride={stride}: packed documents are cut into pieces that do not overlap; leave it out.")
 

@@ -40,7 +40,9 @@ def measured(model: nn.Module, batch: Text) -> Float[Tensor, " 3"]:
     """Of a batch's targets, in float64: the sum of negative log-likelihoods, how many, and how many are most likely."""
     logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
     hits = (logits.argmax(-1) == batch.targets).sum()
-    return torch.stack([each.double() for each in (nats(logits, batch.targets), (batch.targets != IGNORED).sum(), hits)])
+    return torch.stack(
+        [each.double() for each in (nats(logits, batch.targets), (batch.targets != IGNORED).sum(), hits)]
+    )
 
 
 def metrics_of(sums: Float[Tensor, " 3"]) -> dict[str, float]:
