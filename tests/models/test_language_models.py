@@ -10,10 +10,10 @@ from selectra.compat.language import MambaConfig, MambaLMHeadModel
 from selectra.errors import ConfigError, DataError
 from selectra.language.model import LanguageModel
 from selectra.mixers import CausalAttention
+from selectra.mixers.wkv import NOTHING, wkv_chunked, wkv_scanned
 from selectra.models.hyena import HyenaMixer, long_convolution
 from selectra.models.jamba import fuse_experts, split_experts
 from selectra.models.retnet import Retention, retention
-from selectra.mixers.wkv import NOTHING, wkv_chunked, wkv_scanned
 from selectra.models.rwkv import ChannelMix, TimeMix
 from selectra.official import from_official
 from selectra.registry import models

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from selectra.data.text import IGNORED, Pieces, TextBatch, TextData
+from selectra.data.text import IGNORED, Pieces, TextBatch, TokenData
 from selectra.errors import ConfigError
 
 
@@ -67,8 +68,8 @@ class HeldSplit:
 
 def hold(data: Any, device: torch.device) -> HeldText:
     """All tokens of a data set on a device."""
-    if isinstance(data, TextData):
-        return HeldText(torch.from_numpy(data.ids).to(device), data.seq_len)
+    if isinstance(data, TokenData):
+        return HeldText(torch.from_numpy(np.asarray(data.ids).astype(np.int32, copy=False)).to(device), data.seq_len)
     return data.held(device)
 
 
@@ -78,6 +79,6 @@ def held_split(data: Any, split: Any) -> HeldSplit:
     Raises:
         ConfigError: The text is packed documents.
     """
-    if isinstance(data, TextData):
+    if isinstance(data, TokenData):
         return HeldSplit.of(data.windows(split), data.first(split))
     return data.held_split(split)
