@@ -43,7 +43,7 @@ def timed(study: Study, base_name: str, variant_name: str, device: torch.device)
                   precision=run.train.precision)  # fmt: skip
     run = run.model_copy(update={"model": found.spec})
     built = build(Cell(run, 0, {}))
-    on_gpu = device.type == "cuda"
+    on_gpu, before = device.type == "cuda", 0
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -22,7 +22,8 @@ def tokenize(
 
     found = write_shards(files, out, tokenizer=tokenizer, column=column, end=end, shard_tokens=shard_tokens)
     tokens, documents = (sum(shard[what] for shard in found["shards"]) for what in ("tokens", "documents"))
+    n_shards, vocab_size = len(found["shards"]), found["vocab_size"]
     Console().print(
-        f"{documents:,} documents, {tokens:,} tokens of {found['vocab_size']:,} in {len(found['shards'])} shards in {out}",
+        f"{documents:,} documents, {tokens:,} tokens of {vocab_size:,} in {n_shards} shards in {out}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip

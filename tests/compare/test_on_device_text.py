@@ -102,8 +102,11 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(outcome.val["loss"])
 
 
-@pytest.mark.parametrize("data", [Spec("copying", length=5, examples=60, held_out=20),
-                                  Spec("recall", pairs=3, keys=8, examples=60, held_out=20)], ids=lambda s: s.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [Spec("copying", length=5, examples=60, held_out=20), Spec("recall", pairs=3, keys=8, examples=60, held_out=20)],
+    ids=lambda spec: spec.name,
+)
 def test_generated_examples_are_held_as_they_are_read(data: Spec) -> None:
     built = build(Cell(make_run(Spec("mamba_lm_smoke"), data), 0, {}))
     held = hold(built.data, CPU)
@@ -138,7 +141,8 @@ def test_a_study_of_language_models(tmp_path: Path) -> None:
         name="small", question="Which reads best?", bases=(base,), subject="mamba", metric="loss",
         variants=(Variant(name="gpt", model=Spec("gpt", d_model=16, depth=1, n_heads=2, d_ff=40)),
                   Variant(name="mamba", model=Spec("mamba_lm", d_model=16, depth=1), kind="mamba")),
-        declared={"optim.lr": "each gets the best of the same trials"}, tuning=Tuning(values={"optim.lr": (0.01, 0.003)}),
+        declared={"optim.lr": "each gets the best of the same trials"},
+        tuning=Tuning(values={"optim.lr": (0.01, 0.003)}),
         budget=Budget(quantity="params", amount=10_500, align=8),
     )  # fmt: skip
     path = tmp_path / "study.sqlite"
@@ -179,7 +183,8 @@ def test_a_study_packs_language_models_on_a_gpu(tmp_path: Path) -> None:
         name="small", question="Which reads best?", bases=(base,), subject="mamba", metric="loss",
         variants=(Variant(name="gpt", model=Spec("gpt_smoke", dropout=0.1)),
                   Variant(name="mamba", model=Spec("mamba_lm_smoke", dropout=0.1), kind="mamba")),
-        declared={"optim.lr": "each gets the best of the same trials"}, tuning=Tuning(values={"optim.lr": (0.01, 0.003)}),
+        declared={"optim.lr": "each gets the best of the same trials"},
+        tuning=Tuning(values={"optim.lr": (0.01, 0.003)}),
     )  # fmt: skip
     path = tmp_path / "study.sqlite"
     counts = conduct(study, Wish(path, device="cuda", packed=3), Console(quiet=True))

@@ -141,8 +141,8 @@ def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], 
     if study.budget is not None:
         asked = {study.budget.quantity: study.budget.amount}
         if _has_size(spec, study.budget.over):
-            how: dict[str, Any] = {"over": study.budget.over, "align": study.budget.align}
-            found = match(spec, facts, device=device, precision=run.train.precision, **how, **asked)
+            how: dict[str, Any] = {"over": study.budget.over, "align": study.budget.align, **asked}
+            found = match(spec, facts, device=device, precision=run.train.precision, **how)
             spec, note = found.spec, f"{found.over} = {found.value} for {found.got:,.6g} {study.budget.quantity}"
             cost = found.cost
         else:

@@ -116,13 +116,13 @@ def _tabled(cell: Cell) -> SeriesData:
 
 def order_digest(cell: Cell, windows: Any) -> str:
     """What tells the order of the first pass over the training windows from any other."""
-    return _order_digest(len(windows), cell.run.train.model_copy(update={"device": "cpu"}))
+    return _order_digest(len(windows), cell.run.train.model_dump_json())
 
 
 @lru_cache(maxsize=64)
-def _order_digest(count: int, train: Train) -> str:
+def _order_digest(count: int, train: str) -> str:
     # The order depends on how many windows there are, and not on what they hold.
-    sampler = TrainingOrder(cast(Any, range(count)), train, World()).sampler
+    sampler = TrainingOrder(cast(Any, range(count)), Train.model_validate_json(train), World()).sampler
     sampler.set_epoch(0)
     return hashlib.sha256(repr(list(sampler)).encode()).hexdigest()[:16]
 

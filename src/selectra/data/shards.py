@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from jaxtyping import Int
 
-from selectra.data.text import Shares, TokenData, kind_of, read_documents
+from selectra.data.text import TokenData, kind_of, read_documents
 from selectra.errors import ConfigError, DataError
 from selectra.language.tokens import Characters, Tokenizer, find_tokenizer
 from selectra.registry import datasets
