@@ -17,7 +17,8 @@ BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budge
 
 def compare(
     what: Annotated[
-        str, typer.Argument(help="forecasting, vision, language, a built-in study, or a file of Python that defines one.")
+        str,
+        typer.Argument(help="forecasting, vision, language, a built-in study, or a file of Python that defines one."),
     ] = "forecasting",
     file: Annotated[
         str | None, typer.Argument(help="Your table of series, folder of images or text; default: bundled data.")

@@ -16,6 +16,7 @@ from selectra.models.jamba import fuse_experts, split_experts
 from selectra.models.retnet import Retention, retention
 from selectra.models.rwkv import ChannelMix, TimeMix
 from selectra.official import from_official
+from selectra.ops.ssd import ssd
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -254,3 +255,22 @@ def test_a_tied_matrix_may_be_in_the_state_once_or_twice_but_not_in_two_versions
 def test_offsets_outside_their_period_are_refused():
     with pytest.raises(ConfigError, match="attn_offset=8"):
         models.build(Spec("jamba_smoke", attn_offset=8), {"vocab_size": 7})
+
+
+@pytest.mark.parametrize("function", ["ssd", "wkv"])
+def test_autocast_rounds_nothing_inside_a_recurrence(function):
+    x, w = torch.randn(2, 70, 3, 4), torch.rand(3)
+
+    def call():
+        if function == "ssd":
+            return ssd(x, x[..., 0].sigmoid(), -w, x[:, :, :1], x[:, :, 1:2])
+        empty = tuple(torch.full((2, 4), value) for value in (0.0, 0.0, NOTHING))
+        y, sums = wkv_chunked(x[:, :, 0], x[:, :, 1], torch.rand(4).exp(), torch.zeros(4), empty)
+        return y, sums[0]
+
+    torch.manual_seed(1)
+    wanted = call()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call()
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))

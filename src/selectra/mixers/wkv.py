@@ -57,10 +57,12 @@ def wkv_chunked(
 ) -> tuple[Float[Tensor, "b l d"], Sums]:
     """`wkv` in chunks: inside one a softmax, between them the sums."""
     outputs = []
-    for start in range(0, k.shape[1], CHUNK):
-        part = slice(start, start + CHUNK)
-        y, sums = _wkv_chunk(k[:, part], v[:, part], w, u, sums, None if mask is None else mask[:, part])
-        outputs.append(y)
+    # Autocast would round the sums.
+    with torch.autocast(k.device.type, enabled=False):
+        for start in range(0, k.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            y, sums = _wkv_chunk(k[:, part], v[:, part], w, u, sums, None if mask is None else mask[:, part])
+            outputs.append(y)
     return torch.cat(outputs, 1) if outputs else v, sums
 
 
