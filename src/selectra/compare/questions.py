@@ -27,7 +27,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("convnext", "resnet", "hyena"), "convolution"),
         **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
         **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
-        **dict.fromkeys(("gru", "rwkv", "retnet"), "recurrent"), "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
+        **dict.fromkeys(("gru", "rwkv", "retnet"), "recurrent"),
+        "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
     }
 )  # fmt: skip
 FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "gru", "tsmixer", "dlinear", "linear",
