@@ -91,8 +91,8 @@ def test_rwkvs_sums_by_the_scan_are_those_in_chunks(decay):
     weights, found = torch.randn(shape, dtype=torch.float64), []
     for function, dtype, device in ((wkv_chunked, torch.float64, "cpu"), (wkv, torch.float32, "cuda")):
         inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (k, v, w, u)]
-        empty = tuple(torch.full((2, 24), value, dtype=dtype, device=device) for value in (0.0, 0.0, NOTHING))
-        y, _ = function(*inputs, empty)
+        zero = torch.zeros(2, 24, dtype=dtype, device=device)
+        y, _ = function(*inputs, (zero, zero, torch.full_like(zero, NOTHING)))
         found.append([y, *torch.autograd.grad((y * weights.to(device, dtype)).sum(), inputs)])
     for wanted, got in zip(*found, strict=True):
         assert (got.double().cpu() - wanted).abs().max() <= 2e-4 * wanted.abs().max()

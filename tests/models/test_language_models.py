@@ -134,11 +134,12 @@ def test_a_scanned_wkv_is_exact_over_long_rows_and_wild_keys(monkeypatch, decay)
     k[:, 100], k[:, 500:] = 80.0, k[:, 500:] - 200
     v = torch.randn_like(k)
     w, u = torch.full((4,), decay, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    empty = tuple(torch.full((1, 4), value, dtype=torch.float64) for value in (0.0, 0.0, NOTHING))
+    zero, nothing = (torch.full((1, 4), value, dtype=torch.float64) for value in (0.0, NOTHING))
+    empty = zero, zero, nothing
     wanted, of_chunks = wkv_chunked(k, v, w, u, empty)
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
-        inputs = [tensor.to(dtype) for tensor in (k, v, w, u)]
-        y, sums = wkv_scanned(*inputs, tuple(tensor.to(dtype) for tensor in empty))
+        keys, values, decays, bonus, zero, nothing = (tensor.to(dtype) for tensor in (k, v, w, u, zero, nothing))
+        y, sums = wkv_scanned(keys, values, decays, bonus, (zero, zero, nothing))
         assert torch.allclose(y.double(), wanted, rtol=tolerance, atol=tolerance)
         mean, expected = sums[0] / sums[1], of_chunks[0] / of_chunks[1]
         assert torch.allclose(mean.double(), expected, rtol=tolerance, atol=tolerance)
@@ -264,7 +265,8 @@ def test_autocast_rounds_nothing_inside_a_recurrence(function):
     def call():
         if function == "ssd":
             return ssd(x, x[..., 0].sigmoid(), -w, x[:, :, :1], x[:, :, 1:2])
-        empty = tuple(torch.full((2, 4), value) for value in (0.0, 0.0, NOTHING))
+        zero = torch.zeros(2, 4)
+        empty = zero, zero, torch.full((2, 4), NOTHING)
         y, sums = wkv_chunked(x[:, :, 0], x[:, :, 1], torch.rand(4).exp(), torch.zeros(4), empty)
         return y, sums[0]
 

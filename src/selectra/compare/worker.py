@@ -17,14 +17,14 @@ from selectra import data as _data
 from selectra import models as _models
 from selectra.compare.cells import Cell
 from selectra.compare.forecasting import variate_order
-from selectra.compare.on_device import OnDevice, Resident
+from selectra.compare.on_device import OnDevice
 from selectra.compare.on_device_text import TextOnDevice
+from selectra.compare.residents import Residents, kind_of
 from selectra.compare.store import Store
 from selectra.compare.tune import PrunedError
-from selectra.data.held_text import HeldText, held_split, hold
+from selectra.data.held_text import held_split
 from selectra.data.series import SeriesData
 from selectra.data.table import Table, read_table
-from selectra.data.windows import Windows
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, tasks
 from selectra.spec import Spec, Train
@@ -257,7 +257,7 @@ class _Slot:
         # Where nothing was there to take: when to ask again, if nothing ends before.
         self.ask_at = 0.0
 
-    def start(self, cell: Cell, residents: "_Residents", packed: int) -> None:
+    def start(self, cell: Cell, residents: "Residents", packed: int) -> None:
         """Build the model, take the first step, record the graphs."""
         self.cell, self.queued, self.more, self.ended = cell, deque(), True, False
         with torch.cuda.stream(self.stream):
@@ -266,7 +266,7 @@ class _Slot:
             self.training = self._training(cell, built, residents)
             self.training.prepare()
 
-    def _training(self, cell: Cell, built: Built, residents: "_Residents") -> OnDevice:
+    def _training(self, cell: Cell, built: Built, residents: "Residents") -> OnDevice:
         model = built.model.to(self.device)
         if kind_of(cell) == "language":
             splits = {part: held_split(built.data, part) for part in PARTS}
@@ -308,36 +308,6 @@ class _Slot:
         return "done", record
 
 
-def kind_of(cell: Cell) -> str:
-    """What the cell's model works on."""
-    return models.entry(cell.run.model.name).kind
-
-
-class _Residents:
-    """Rows on the device, one copy for all cells on the same data."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.found: dict[Any, Resident] = {}
-        self.texts: dict[Spec, HeldText] = {}
-
-    def text(self, cell: Cell, data: Any) -> HeldText:
-        """The tokens of a data set."""
-        if cell.run.data not in self.texts:
-            self.texts[cell.run.data] = hold(data, self.device)
-            torch.cuda.synchronize(self.device)
-        return self.texts[cell.run.data]
-
-    def __call__(self, cell: Cell, windows: Windows) -> Resident:
-        spec = cell.run.data
-        same = tuple(pair for pair in spec.pairs if pair[0] not in ("seq_len", "horizon"))
-        key = (spec.name, same, cell.variates)
-        if key not in self.found:
-            self.found[key] = Resident.of(windows, self.device)
-            torch.cuda.synchronize(self.device)
-        return self.found[key]
-
-
 def _limits(packed: int) -> list[int]:
     """The heaviest cell of each slot: what a slot's graphs have used stays theirs, so few take the heavy ones."""
     return [packed, max(1, packed // 3), *[1] * packed][:packed]
@@ -362,7 +332,7 @@ class _Gpu:
 
     def __init__(self, store: Store, device: torch.device, packed: int, on_done: OnDone) -> None:
         self.store, self.packed, self.on_done = store, packed, on_done
-        self.residents = _Residents(device)
+        self.residents = Residents(device)
         self.slots = [_Slot(device, most) for most in _limits(packed)]
         self.idle = False
 
