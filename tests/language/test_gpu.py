@@ -92,7 +92,7 @@ def test_rwkvs_sums_by_the_scan_are_those_in_chunks(decay):
     for function, dtype, device in ((wkv_chunked, torch.float64, "cpu"), (wkv, torch.float32, "cuda")):
         inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (k, v, w, u)]
         zero = torch.zeros(2, 24, dtype=dtype, device=device)
-        y, _ = function(*inputs, (zero, zero, torch.full_like(zero, NOTHING)))
+        y, _ = function(inputs[0], inputs[1], inputs[2], inputs[3], (zero, zero, torch.full_like(zero, NOTHING)))
         found.append([y, *torch.autograd.grad((y * weights.to(device, dtype)).sum(), inputs)])
     for wanted, got in zip(*found, strict=True):
         assert (got.double().cpu() - wanted).abs().max() <= 2e-4 * wanted.abs().max()
