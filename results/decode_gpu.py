@@ -49,7 +49,7 @@ def build(name: str, **options: Any) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return models.build(Spec(name, **options)).eval()
+            return models.build(Spec(name, **options)).to(torch.bfloat16).eval()
     finally:
         torch.set_default_dtype(previous)
 

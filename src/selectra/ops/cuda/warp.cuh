@@ -125,6 +125,34 @@ DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+// What other thread blocks have written before they met this one: past the cache that is the multiprocessor's own.
+DEVICE float4 load_fresh(const float* x) {
+    float4 y;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+        : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "l"(x) : "memory");
+    return y;
+}
+
+DEVICE float load_one_fresh(const float* x) {
+    float y;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(y) : "l"(x) : "memory");
+    return y;
+}
+
+// Waits until `all` thread blocks have come, counted over all meetings of a launch that has them all at work at once
+// (a cooperative one). What was written before is seen after. One thread, `caller`, speaks for its thread block; it does
+// best to have no loads on their way.
+DEVICE void meet_blocks(int* met, int all, int caller) {
+    __syncthreads();
+    if (thread_index() == caller) {
+        int seen;
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(met) : "memory");
+        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(met) : "memory");
+        while (seen < all);
+    }
+    __syncthreads();
+}
+
 #else
 
 // Tests run the kernels on the CPU: tests/ops/emulator has all of the above by the same names.
