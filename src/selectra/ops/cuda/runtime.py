@@ -194,9 +194,7 @@ _modules: Once[int] = Once()
 _cubins: Once[bytes] = Once()
 
 
-def _load(
-    source: str, name: str, defines: Macros, device_index: int, shared_bytes: int, cooperative: bool
-) -> Kernel:
+def _load(source: str, name: str, defines: Macros, device_index: int, shared_bytes: int, cooperative: bool) -> Kernel:
     limit = shared_limit(device_index)
     if shared_bytes > limit:
         raise BackendError(
