@@ -27,7 +27,9 @@ PARTS = 4
 MOST_ROWS = 4
 # A launch takes its arguments by value, in 32,764 bytes at most.
 MOST_BLOCKS = 256
-WARPS, PIECES, MOST_TILES = 8, 8, 12
+WARPS, PIECES, MOST_TILES, BATCH = 8, 8, 12, 64
+# Channels whose recurrence a warp steps at once.
+MOST_TOGETHER = 4
 WARP, PIECE_BYTES, FLOAT_BYTES = 32, 16, 4
 
 
@@ -92,6 +94,8 @@ class CudaStepPlan:
             and weights.norm_weight is not None
             and model % vector == 0
             and d_inner % vector == 0
+            # A thread's pieces of a row make a tile at most.
+            and max(model, d_inner) <= PIECES * vector * WARPS * WARP
             and all(w is None or _fits(w, device) for w in weights)
             and all(w is None or w.dtype == dtype for w in weights._replace(A_log=None, D=None))  # pyright: ignore
         )
@@ -157,7 +161,7 @@ def run(
     selected = rows * (sizes.rank + 2 * sizes.states)
     numbers = rows * (3 * sizes.model + 3 * sizes.inner) + selected + -selected % 4
     work = torch.empty(numbers, dtype=torch.float32, device=x.device)
-    met = torch.zeros(1, dtype=torch.int32, device=x.device)
+    met = torch.zeros(launch.blocks, dtype=torch.int32, device=x.device)
     tensors = (x, residual, y, stream, work, met)
     pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     blocks = [(*plan.words, conv.data_ptr(), ssm.data_ptr()) for plan, (conv, ssm) in zip(plans, states, strict=True)]
@@ -176,8 +180,9 @@ def run(
 def step_launch(shape: Shape) -> Launch:
     """The kernel, with one thread block on every multiprocessor."""
     sizes, cooperative = shape.sizes, cuda.is_cooperative(shape.device_index)
-    # Vectors of activations and the sums of warps; the rest of the shared memory holds weights on their way.
-    room = (shape.rows * max(sizes.model, sizes.inner) + WARP) * FLOAT_BYTES
+    blocks = cuda.multiprocessors(shape.device_index)
+    # The sums of warps; the rest of the shared memory holds weights on their way.
+    room = shape.rows * WARPS * BATCH * FLOAT_BYTES
     tile = WARP * PIECES * PIECE_BYTES
     tiles = min(MOST_TILES, (cuda.shared_limit(shape.device_index) - room) // (WARPS * tile))
     defines = (
@@ -196,7 +201,8 @@ def step_launch(shape: Shape) -> Launch:
         ("WARPS", WARPS),
         ("PIECES", PIECES),
         ("TILES", max(tiles, 1)),
+        ("TOGETHER", min(MOST_TOGETHER, -(-sizes.inner // (blocks * WARPS)))),
     )
     shared_bytes = room + WARPS * max(tiles, 1) * tile
     kernel = cuda.kernel(SOURCE, "step_blocks", defines, shape.device_index, shared_bytes, cooperative)
-    return Launch(kernel, cuda.multiprocessors(shape.device_index), (WARPS + 1) * WARP, cooperative)
+    return Launch(kernel, blocks, (WARPS + 1) * WARP, cooperative)

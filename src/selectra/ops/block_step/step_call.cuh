@@ -20,14 +20,16 @@
 //   WIDTH     of the convolution
 //   RANK      of the step's projection
 //   DEPTH     blocks
-//   WARPS     of a thread block that read weights; one more sees to the meetings
-//   PIECES    of 16 bytes that a lane reads for a tile of weights
+//   WARPS     of a thread block that read weights, a power of two; one more sees to the meetings
+//   PIECES    of 16 bytes that a lane reads for a tile of weights, at most
 //   TILES     that a warp has on their way at once
+//   TOGETHER  channels whose recurrence a warp steps at once
 
 constexpr int LANES = 32, THREADS = (WARPS + 1) * LANES, SELECTED = RANK + 2 * STATES;
 // Numbers in 16 bytes.
 constexpr int VECTOR = TYPE == FLOAT32 ? 4 : 8, PIECE_BYTES = 16, TILE_BYTES = LANES * PIECES * PIECE_BYTES;
-constexpr int WIDEST = MODEL > INNER ? MODEL : INNER;
+// Rows of weights after which a thread block adds up its warps' sums, and the room of these.
+constexpr int BATCH = 64, SUM_BYTES = ROWS * WARPS * BATCH * 4;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // The parts of a block; between two of them all thread blocks have to meet.
@@ -48,7 +50,7 @@ struct Call {
     // (ROWS, MODEL).
     const void *x, *residual;
     void *y, *stream;
-    // What is handed from part to part, and how many thread blocks have come to a meeting, 0 at first.
+    // What is handed from part to part; to which meeting each thread block has come, 0 at first.
     float* work;
     int* met;
     double eps;

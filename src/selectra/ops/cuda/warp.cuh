@@ -129,26 +129,29 @@ DEVICE void wait_for_copies() {
 DEVICE float4 load_fresh(const float* x) {
     float4 y;
     asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
-        : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "l"(x) : "memory");
+        : "=f"(y.x), "=f"(y.y), "=f"(y.z), "=f"(y.w) : "l"(x));
     return y;
 }
 
 DEVICE float load_one_fresh(const float* x) {
     float y;
-    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(y) : "l"(x) : "memory");
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(y) : "l"(x));
     return y;
 }
 
-// Waits until `all` thread blocks have come, counted over all meetings of a launch that has them all at work at once
-// (a cooperative one). What was written before is seen after. One thread, `caller`, speaks for its thread block; it does
-// best to have no loads on their way.
-DEVICE void meet_blocks(int* met, int all, int caller) {
+// Waits until every thread block of a launch that has them all at work at once (a cooperative one) has come to meeting
+// number `meeting`, from 1 on: `met` says of each to which one it came. What was written before is seen after. One warp
+// speaks for its thread block; it does best to have no loads on their way.
+DEVICE void meet_blocks(int* met, int meeting, int warp) {
     __syncthreads();
-    if (thread_index() == caller) {
-        int seen;
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(met) : "memory");
-        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(met) : "memory");
-        while (seen < all);
+    if (thread_index() / 32 == warp) {
+        int lane = thread_index() % 32;
+        if (lane == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(met + block_x()), "r"(meeting) : "memory");
+        for (int other = lane; other < grid_x(); other += 32) {
+            int seen;
+            do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(met + other) : "memory");
+            while (seen < meeting);
+        }
     }
     __syncthreads();
 }
