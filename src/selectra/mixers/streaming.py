@@ -1,8 +1,8 @@
 """Whether one position of a Mamba block can go through the compiled kernel, and its way there.
 
 Everything that PyTorch would have to see keeps the ordinary path: gradients, hooks, adapters and parametrisations on
-the projections, autocast, compilers and modes, other devices and types, and a backend that was asked for. A single block
-is taken on a CPU; on a GPU only all blocks of a model together (`stack.py`) are.
+the projections, autocast, compilers and modes, other devices and types, and a backend that was asked for. On a CPU a
+single block is taken too, on a GPU only all blocks of a model together (`stack.py`).
 """
 
 from __future__ import annotations

@@ -88,10 +88,10 @@ def jamba(record: Row) -> Iterator[str]:
         "tokens; decoding is one CUDA graph a token at batch 1."
     )
     yield (
-        f"The attention layer's cache is {'' if exact else '**not** '}{size(per_token)} for each position that there is "
-        f"room for; all other state is {size(ours['rows'][-1]['other_state_bytes'])}"
-        f"{' at every context' if constant else ' and **not** constant'}. While decoding, memory beyond the weights and "
-        f"the cache differs by {size(grown)} between contexts."
+        f"The attention layer's cache is {'' if exact else '**not** '}{size(per_token)} for each position that there "
+        f"is room for; all other state is {size(ours['rows'][-1]['other_state_bytes'])}"
+        f"{' at every context' if constant else ' and **not** constant'}. While decoding, memory beyond the weights "
+        f"and the cache differs by {size(grown)} between contexts."
     )
     yield _jamba_table(record, rival)
     if "not run" in record:

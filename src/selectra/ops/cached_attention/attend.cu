@@ -28,7 +28,7 @@ struct Call {
     float* joined;
     // Like queries.
     void* y;
-    int64 room, parts;
+    int64 room, heads, parts;
     double scale;
 };
 
@@ -90,7 +90,7 @@ DEVICE void join(Seen& seen, int lanes) {
 KERNEL __launch_bounds__(WARPS * LANES) attend(const __grid_constant__ Call call) {
     SHARED_MEMORY(shared);
     int warp = thread_index() / LANES, lane = thread_index() % LANES;
-    int64 part = block_x(), head = block_y(), row = block_z(), heads = grid_y();
+    int64 part = block_x(), head = block_y(), row = block_z(), heads = call.heads;
     int64 n = call.counts[row], each = (n + call.parts - 1) / call.parts;
     int64 first = part * each, last = first + each < n ? first + each : n;
     Seen seen[GROUP];

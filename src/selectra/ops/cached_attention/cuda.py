@@ -20,8 +20,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WARP, WARPS, FLOAT_BYTES, HEAD_BYTES = 32, 4, 4, 128
 # Numbers of a lane: those of its part of a head, an eighth, for all queries that share a key.
 MOST_NUMBERS, KEY_LANES = 64, 8
-# Thread blocks of a multiprocessor, so that each has enough loads on their way.
-RESIDENT = 4
+# Thread blocks that a multiprocessor has registers for.
+RESIDENT = 2
 
 
 class Shape(NamedTuple):
@@ -65,7 +65,7 @@ def attend(
     joined = torch.empty(batch * heads * parts * (d_head + 2), dtype=torch.float32, device=q.device)
     y = torch.empty_like(q)
     pointers = tuple(tensor.data_ptr() for tensor in (q, keys, values, n, joined, y))
-    words = (*pointers, room, parts, struct.unpack("q", struct.pack("d", d_head**-0.5))[0])
+    words = (*pointers, room, shared, parts, struct.unpack("q", struct.pack("d", d_head**-0.5))[0])
     first.launch((parts, shared, batch), WARPS * WARP, words)
     second.launch((batch * heads, 1, 1), WARPS * WARP, words)
     return y
