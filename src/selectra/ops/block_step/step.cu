@@ -2,122 +2,8 @@
 //
 // A thread block has rows of every matrix, and each of its threads some columns of them, whose activations stay in its
 // registers. Weights stream through a ring in shared memory without regard to where one part or block ends and the next
-// begins: while the thread blocks meet, weights go on coming. A lane reads back only what it copied itself, so that the
-// ring needs no barrier.
-#include "step_call.cuh"
-
-DEVICE int lane_index() { return thread_index() % LANES; }
-DEVICE int warp_index() { return thread_index() / LANES; }
-
-// Number `index` of `count` equal parts of `size`.
-DEVICE void share(int size, int index, int count, int& first, int& end) {
-    first = int(int64(index) * size / count);
-    end = int(int64(index + 1) * size / count);
-}
-
-// The least power of two of warps with a lane for each of so many pieces, and the largest one of rows that, with so many
-// pieces of each, make a tile.
-DEVICE constexpr int warps_for(int pieces) {
-    int warps = 1;
-    while (warps < WARPS && warps * LANES < pieces) warps *= 2;
-    return warps;
-}
-
-DEVICE constexpr int rows_for(int pieces) {
-    int rows = 1;
-    while (2 * rows * pieces <= PIECES) rows *= 2;
-    return rows;
-}
-
-// How the warps of a thread block divide rows of COLUMNS numbers: so many side by side in a row, so many rows at once;
-// the pieces of a row that a thread has, and the rows of a tile.
-template <int COLUMNS>
-struct Layout {
-    static constexpr int COUNT = COLUMNS / VECTOR;
-    static constexpr int BESIDE = warps_for(COUNT), GROUPS = WARPS / BESIDE;
-    static constexpr int OWN = (COUNT + BESIDE * LANES - 1) / (BESIDE * LANES), TILE_ROWS = rows_for(OWN);
-
-    // The thread's piece number i of a row, which there is or not.
-    static MEMBER int piece(int i) { return (i * BESIDE + warp_index() % BESIDE) * LANES + lane_index(); }
-    static MEMBER bool exists(int i) { return (i + 1) * BESIDE * LANES <= COUNT || piece(i) < COUNT; }
-    // The rows of this warp among those of all thread blocks.
-    static MEMBER void rows(int count, int& first, int& end) {
-        share(count, block_x() * GROUPS + warp_index() / BESIDE, grid_x() * GROUPS, first, end);
-    }
-};
-
-// The weights of this warp, tile after tile.
-struct Ring {
-    unsigned char* slots;
-    const unsigned char* matrix;
-    int part, last, row, end, asked, taken;
-
-    MEMBER Ring(const Call& call, unsigned char* memory) {
-        slots = memory + warp_index() * (TILES * TILE_BYTES) + lane_index() * PIECE_BYTES;
-        part = int(call.first) - 1, last = int(call.last);
-        row = end = asked = taken = 0;
-        matrix = nullptr;
-        // The warp of the meetings has no rows.
-        if (warp_index() == WARPS) part = last;
-        seek(call);
-#pragma unroll 1
-        for (int i = 0; i < TILES; ++i) ask(call);
-    }
-
-    // The next part in which this warp has rows, or `last`.
-    MEMBER void seek(const Call& call) {
-        while (row >= end && part < last && ++part < last) {
-            const Block& block = call.blocks[part / PARTS];
-            int kind = part % PARTS;
-            if (kind == IN) Layout<MODEL>::rows(2 * INNER, row, end), matrix = bytes(block.in_weight);
-            if (kind == SELECT) Layout<INNER>::rows(SELECTED, row, end), matrix = bytes(block.x_weight);
-            if (kind == SCAN) row = end = 0;
-            if (kind == OUT) Layout<INNER>::rows(MODEL, row, end), matrix = bytes(block.out_weight);
-        }
-    }
-
-    static MEMBER const unsigned char* bytes(const void* x) { return static_cast<const unsigned char*>(x); }
-
-    template <int COLUMNS>
-    MEMBER void ask_tile() {
-        using L = Layout<COLUMNS>;
-        unsigned char* to = slots + asked * TILE_BYTES;
-        const unsigned char* from = matrix + int64(row) * (L::COUNT * PIECE_BYTES);
-#pragma unroll
-        for (int r = 0; r < L::TILE_ROWS; ++r) {
-#pragma unroll
-            for (int i = 0; i < L::OWN; ++i) {
-                if (row + r < end && L::exists(i)) {
-                    const unsigned char* piece = from + (r * L::COUNT + L::piece(i)) * PIECE_BYTES;
-                    copy_async<PIECE_BYTES>(to + (r * L::OWN + i) * (LANES * PIECE_BYTES), piece);
-                }
-            }
-        }
-        row += L::TILE_ROWS;
-    }
-
-    // Asks for one more tile, if there is one.
-    MEMBER void ask(const Call& call) {
-        if (part < last) {
-            if (part % PARTS == IN) {
-                ask_tile<MODEL>();
-            } else {
-                ask_tile<INNER>();
-            }
-            asked = asked + 1 == TILES ? 0 : asked + 1;
-            seek(call);
-        }
-        commit_copies();
-    }
-
-    // The oldest tile; whoever has read it asks for another.
-    MEMBER const unsigned char* take() {
-        wait_for_copies<TILES - 1>();
-        const unsigned char* from = slots + taken * TILE_BYTES;
-        taken = taken + 1 == TILES ? 0 : taken + 1;
-        return from;
-    }
-};
+// begins: while the thread blocks meet, weights go on coming.
+#include "step_ring.cuh"
 
 // The activations of a thread's columns.
 template <int COLUMNS>
@@ -153,9 +39,10 @@ DEVICE void multiply_tile(const Call& call, Ring& ring, const Own<COLUMNS>& own,
     for (int r = 0; r < L::TILE_ROWS; ++r) {
 #pragma unroll
         for (int i = 0; i < L::OWN; ++i) {
-            pieces[r][i] = *reinterpret_cast<const uint4*>(from + (r * L::OWN + i) * (LANES * PIECE_BYTES));
+            if (L::exists(i)) pieces[r][i] = *reinterpret_cast<const uint4*>(from + ring.place<COLUMNS>(r, i));
         }
     }
+    ring.give_back(call);
     float products[ROWS][L::TILE_ROWS];
 #pragma unroll
     for (int r = 0; r < L::TILE_ROWS; ++r) {
@@ -173,7 +60,6 @@ DEVICE void multiply_tile(const Call& call, Ring& ring, const Own<COLUMNS>& own,
             }
         }
     }
-    ring.ask(call);
 #pragma unroll
     for (int b = 0; b < ROWS; ++b) {
         float sum = sum_by_lane(products[b]);
@@ -185,34 +71,33 @@ DEVICE void multiply_tile(const Call& call, Ring& ring, const Own<COLUMNS>& own,
 template <int COLUMNS, typename Done>
 DEVICE void multiply_rows(const Call& call, Ring& ring, const Own<COLUMNS>& own, float* sums, int rows, const Done& done) {
     using L = Layout<COLUMNS>;
-    constexpr int WARP_GROUPS = L::GROUPS;
-    // As many rounds for every warp, since the block waits in each.
-    int most = (rows + grid_x() * WARP_GROUPS - 1) / (grid_x() * WARP_GROUPS), first = 0, end = 0;
-    if (warp_index() < WARPS) L::rows(rows, first, end);
+    // As many rounds for every thread block's warps, also those without rows, since the block waits in each.
+    int most = (rows + grid_x() - 1) / grid_x(), first, end;
+    L::rows(rows, first, end);
 #pragma unroll 1
     for (int start = 0; start < most; start += BATCH) {
+        int until = end - first < start + BATCH ? end - first : start + BATCH;
+        if (warp_index() < WARPS) {
 #pragma unroll 1
-        for (int row = first + start; row < end && row < first + start + BATCH; row += L::TILE_ROWS) {
-            multiply_tile<COLUMNS>(call, ring, own, sums, row - first - start);
+            for (int row = start; row < until; row += L::ALL_ROWS) {
+                multiply_tile<COLUMNS>(call, ring, own, sums, row - start + L::group() * L::TILE_ROWS);
+            }
         }
-        synchronize_block();
-        for (int i = thread_index(); i < WARP_GROUPS * BATCH; i += THREADS) {
-            int of, until;
-            share(rows, block_x() * WARP_GROUPS + i / BATCH, grid_x() * WARP_GROUPS, of, until);
-            of += start + i % BATCH;
-            if (of >= until) continue;
+        synchronize_some<WORKERS>();
+        for (int i = thread_index(); start + i < until; i += WORKERS) {
             float total[ROWS];
 #pragma unroll
             for (int b = 0; b < ROWS; ++b) {
                 total[b] = 0.0f;
 #pragma unroll
                 for (int warp = 0; warp < L::BESIDE; ++warp) {
-                    total[b] += sums[(b * WARPS + i / BATCH * L::BESIDE + warp) * BATCH + i % BATCH];
+                    int from = i / L::TILE_ROWS % L::GROUPS * L::BESIDE + warp;
+                    total[b] += sums[(b * WARPS + from) * BATCH + i];
                 }
             }
-            done(of, total);
+            done(first + start + i, total);
         }
-        if (start + BATCH < most) synchronize_block();
+        if (start + BATCH < most) synchronize_some<WORKERS>();
     }
 }
 
@@ -279,7 +164,7 @@ DEVICE void read_normed(const Call& call, int block, Own<MODEL>& own, float* roo
         squares = warp_sum(squares);
         if (lane_index() == 0) room[b * (WARPS + 1) + warp_index()] = squares;
     }
-    synchronize_block();
+    synchronize_some<WORKERS>();
 #pragma unroll
     for (int b = 0; b < ROWS; ++b) {
         float squares = 0.0f;
@@ -436,17 +321,22 @@ KERNEL __launch_bounds__(THREADS, 1) step_blocks(const __grid_constant__ Call ca
     SHARED_MEMORY(shared);
     float* sums = reinterpret_cast<float*>(shared);
     Ring ring(call, shared + SUM_BYTES);
+    if (ring.is_at_work_for_others(call)) return;
 #pragma unroll 1
     for (int64 index = call.first; index < call.last; ++index) {
         int at = int(index / PARTS), part = int(index % PARTS);
         const Block& block = call.blocks[at];
         if (part == IN) ask_for_rest(block);
         // What the parts before have written is there for all.
-        if (index > call.first) meet_blocks(call.met, int(index - call.first), WARPS);
+        if (index > call.first) {
+            synchronize_some<WORKERS>();
+            if (warp_index() == WARPS) meet_blocks(call.met, int(index - call.first));
+            synchronize_some<WORKERS>();
+        }
         if (part == IN) {
             Own<MODEL> own;
             read_normed(call, at, own, sums);
-            synchronize_block();
+            synchronize_some<WORKERS>();
             multiply_rows<MODEL>(call, ring, own, sums, 2 * INNER, [&](int row, const float (&products)[ROWS]) {
                 for (int b = 0; b < ROWS; ++b) {
                     float v = products[b] + weight(block.in_bias, row);
