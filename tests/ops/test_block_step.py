@@ -23,7 +23,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {F32: 3e-6, BF16: 8e-3, F16: 1e-3}
 
 
-def blocks_of(depth: int, dtype: torch.dtype, *sizes: int, in_fp32: bool = True, **options: Any) -> nn.ModuleList:
+def blocks_of(depth: int, dtype: torch.dtype, *sizes: int, in_fp32: bool = True, **options: Any) -> Any:
     torch.manual_seed(depth)
     blocks = nn.ModuleList(
         PreNorm(AddNorm(sizes[0], residual_in_fp32=in_fp32), S6(*sizes, **options)) for _ in range(depth)
@@ -34,19 +34,19 @@ def blocks_of(depth: int, dtype: torch.dtype, *sizes: int, in_fp32: bool = True,
     return blocks.to(dtype).requires_grad_(False)
 
 
-def drawn_states(blocks: nn.ModuleList, batch: int) -> list[State]:
-    states = [block.mixer.init_state(batch) for block in blocks]  # pyright: ignore[reportCallIssue]
+def drawn_states(blocks: Any, batch: int) -> list[State]:
+    states = [block.mixer.init_state(batch) for block in blocks]
     return [State(torch.randn_like(state.conv), torch.randn_like(state.ssm)) for state in states]
 
 
-def wanted(blocks: nn.ModuleList, x: Tensor, residual: Tensor | None, states: list[State]) -> tuple[Tensor, ...]:
+def wanted(blocks: Any, x: Any, residual: Any, states: list[State]) -> tuple[Any, ...]:
     """In float64, through the scan of every block; states are written."""
     y, stream = x.double(), None if residual is None else residual.double()
-    exact = deepcopy(blocks).double()
+    exact: Any = deepcopy(blocks).double()
     for i, block in enumerate(exact):
-        y, stream = block.norm(y, stream)  # pyright: ignore[reportCallIssue]
-        y, states[i] = block.mixer.scan(y, State(states[i].conv.double(), states[i].ssm.double()))  # pyright: ignore
-    return y, stream, *(tensor for state in states for tensor in state)  # pyright: ignore[reportReturnType]
+        y, stream = block.norm(y, stream)
+        y, states[i] = block.mixer.scan(y, State(states[i].conv.double(), states[i].ssm.double()))
+    return y, stream, *(tensor for state in states for tensor in state)
 
 
 def require_close(found: Tensor, true: Tensor, least: float) -> None:
@@ -54,17 +54,17 @@ def require_close(found: Tensor, true: Tensor, least: float) -> None:
     assert error <= least, f"off by {error:.1e} of the largest, allowed {least:.1e}"
 
 
-def compare(blocks: nn.ModuleList, batch: int, given: torch.dtype | None, steps: int = 2) -> None:
+def compare(blocks: Any, batch: int, given: torch.dtype | None, steps: int = 2) -> None:
     """Hold the kernel's steps to the scan."""
-    dtype, d_model = blocks[0].mixer.in_proj.weight.dtype, blocks[0].mixer.d_model  # pyright: ignore
+    dtype, d_model = blocks[0].mixer.in_proj.weight.dtype, blocks[0].mixer.d_model
     states = drawn_states(blocks, batch)
     true_states = [State(*(tensor.clone() for tensor in state)) for state in states]
     for _ in range(steps):
         x = torch.randn(batch, 1, d_model).to(dtype)
         residual = None if given is None else torch.randn(batch, 1, d_model).to(given)
-        plans = [plan_of(block.mixer, block.norm, CudaStepPlan) for block in blocks]  # pyright: ignore
-        stream = new_stream(blocks[0].norm, x, residual)  # pyright: ignore
-        y = block_step.run(plans, states, x, residual, stream)  # pyright: ignore
+        plans: Any = [plan_of(block.mixer, block.norm, CudaStepPlan) for block in blocks]
+        stream = new_stream(blocks[0].norm, x, residual)
+        y = block_step.run(plans, states, x, residual, stream)
         truth = wanted(blocks, x, residual, true_states)
         assert y.dtype == dtype
         found = (y, stream, *(tensor for state in states for tensor in state))
@@ -106,7 +106,7 @@ def test_options_and_orders(emulated_gpu: EmulatedGpu) -> None:
     # As mamba_ssm keeps a model of half precision.
     blocks = blocks_of(2, BF16, 24, 4)
     for block in blocks:
-        block.mixer.A_log.data, block.mixer.D.data = block.mixer.A_log.float(), block.mixer.D.float()  # pyright: ignore
+        block.mixer.A_log.data, block.mixer.D.data = block.mixer.A_log.float(), block.mixer.D.float()
     compare(blocks, 1, None)
     # A stream in the blocks' own type.
     compare(blocks_of(2, BF16, 24, 4, in_fp32=False), 1, BF16)
@@ -119,7 +119,7 @@ def test_little_shared_memory_is_enough(emulated_gpu: EmulatedGpu) -> None:
 
 def test_what_it_does_not_take() -> None:
     blocks = blocks_of(1, F32, 16, 4)
-    plan = plan_of(blocks[0].mixer, blocks[0].norm, CudaStepPlan)  # pyright: ignore
+    plan = plan_of(blocks[0].mixer, blocks[0].norm, CudaStepPlan)
     assert plan is not None and not plan.usable
     x = torch.randn(1, 1, 16)
     assert not block_step.takes([plan], x, None)
@@ -144,13 +144,13 @@ def test_blocks_meet_on_a_gpu(dtype, depth, batch, sizes) -> None:
 @needs_gpu
 def test_many_steps_agree_with_the_ordinary_path() -> None:
     blocks = blocks_of(6, BF16, 512, 16).cuda()
-    states = [[block.mixer.init_state(1) for block in blocks] for _ in range(2)]  # pyright: ignore[reportCallIssue]
+    states = [[block.mixer.init_state(1) for block in blocks] for _ in range(2)]
     for _ in range(50):
         x = torch.randn(1, 1, 512, device="cuda", dtype=BF16)
         mine = step_blocks_(blocks, x, None, states[0])
         y, stream = x, None
         for block, state in zip(blocks, states[1], strict=True):
-            y, stream = block.step_(y, stream, state)  # pyright: ignore[reportCallIssue]
+            y, stream = block.step_(y, stream, state)
         for a, b in zip(mine, (y, stream), strict=True):
             assert b is not None
             require_close(a, b.double(), 0.03)

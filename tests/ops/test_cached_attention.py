@@ -17,8 +17,9 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 CLOSE = {F32: 3e-6, BF16: 8e-3, F16: 1e-3}
 
 
-def drawn(batch: int, room: int, heads: int, shared: int, d_head: int, dtype: torch.dtype) -> list[Tensor]:
+def drawn(dtype: torch.dtype, batch: int, *sizes: int) -> list[Tensor]:
     """Queries, keys and values; what no row has used is no number."""
+    room, heads, shared, d_head = sizes
     torch.manual_seed(room)
     q, keys, values = torch.randn(batch, heads, d_head), *torch.randn(2, batch, room, shared, d_head)
     return [2 * q.to(dtype), keys.to(dtype), values.to(dtype)]
@@ -36,7 +37,7 @@ def wanted(q: Tensor, keys: Tensor, values: Tensor, n: Tensor) -> Tensor:
 
 def compare(call: Any, counts: tuple[int, ...], *sizes: int, dtype: torch.dtype = F32) -> None:
     n = torch.tensor(counts)
-    q, keys, values = drawn(len(counts), *sizes, dtype)
+    q, keys, values = drawn(dtype, len(counts), *sizes)
     truth = wanted(q, keys, values, n)
     for row, count in enumerate(counts):
         keys[row, count:], values[row, count:] = float("nan"), float("nan")
@@ -75,7 +76,7 @@ def test_order_of_threads_and_number_of_parts(emulated_gpu: EmulatedGpu) -> None
 
 
 def test_what_it_does_not_take() -> None:
-    q, keys, values = drawn(1, 4, 4, 2, 32, F32)
+    q, keys, values = drawn(F32, 1, 4, 4, 2, 32)
     assert not cached_attention.takes(q, keys, values, torch.tensor([4]))
 
 
