@@ -3,7 +3,7 @@
 // A thread block has rows of every matrix, and each of its threads some columns of them, whose activations stay in its
 // registers. Weights stream through a ring in shared memory without regard to where one part or block ends and the next
 // begins: while the thread blocks meet, weights go on coming.
-#include "step_ring.cuh"
+#include "step_channels.cuh"
 
 // The activations of a thread's columns.
 template <int COLUMNS>
@@ -202,13 +202,6 @@ DEVICE float convolved(const Block& block, int channel, int b, float u) {
     return silu(sum);
 }
 
-// The channels whose recurrence this warp steps.
-DEVICE void own_channels(int64& first, int64& count) {
-    int start, end;
-    share(INNER, block_x() * WARPS + warp_index(), grid_x() * WARPS, start, end);
-    first = start, count = end - start;
-}
-
 DEVICE void ask_for(const void* from, int64 bytes) {
     constexpr int LINE = 128;
     for (int64 i = lane_index() * LINE; i < bytes; i += LANES * LINE) prefetch(static_cast<const char*>(from) + i);
@@ -238,83 +231,71 @@ DEVICE void ask_for_rest(const Block& block) {
     for (int b = 0; b < ROWS; ++b) ask_for(block.ssm + (int64(b) * INNER + first) * STATES, count * (STATES * 4));
 }
 
-// Step size, recurrence, skip and gate of this warp's channels.
-DEVICE void scan_channels(const Call& call, const Block& block) {
-    constexpr int RANK_PARTS = (RANK + LANES - 1) / LANES, PARTS_OF_STATE = (STATES + LANES - 1) / LANES;
+// What the parts before have written is there for all.
+DEVICE void meet(const Call& call, int64 index) {
+    if (index == call.first) return;
+    synchronize_some<WORKERS>();
+    if (warp_index() == WARPS) meet_blocks(call.met, int(index - call.first));
+    synchronize_some<WORKERS>();
+}
+
+DEVICE void do_in(const Call& call, Ring& ring, int64 index, float* sums) {
+    int at = int(index / PARTS);
+    const Block& block = call.blocks[at];
+    ask_for_rest(block);
+    meet(call, index);
+    Own<MODEL> own;
+    read_normed(call, at, own, sums);
+    synchronize_some<WORKERS>();
+    multiply_rows<MODEL>(call, ring, own, sums, 2 * INNER, [&](int row, const float (&products)[ROWS]) {
+        for (int b = 0; b < ROWS; ++b) {
+            float v = products[b] + weight(block.in_bias, row);
+            if (row < INNER) {
+                call.work[MIXED + b * INNER + row] = convolved(block, row, b, v);
+            } else {
+                call.work[GATE + b * INNER + row - INNER] = v;
+            }
+        }
+    });
+}
+
+DEVICE void do_select(const Call& call, Ring& ring, int64 index, float* sums) {
+    meet(call, index);
+    Own<INNER> own;
+    read_own(call.work + MIXED, own);
+    multiply_rows<INNER>(call, ring, own, sums, SELECTED, [&](int row, const float (&products)[ROWS]) {
+        for (int b = 0; b < ROWS; ++b) call.work[LOW + b * SELECTED + row] = products[b];
+    });
+}
+
+DEVICE void do_scan(const Call& call, int64 index) {
+    const Block& block = call.blocks[index / PARTS];
     int64 first, count;
     own_channels(first, count);
-    for (int64 end = first + count; first < end; first += TOGETHER) {
-        float step[TOGETHER][RANK_PARTS], rate[TOGETHER][PARTS_OF_STATE], skip[TOGETHER], bias[TOGETHER];
-        int64 channels[TOGETHER];
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            // Beyond the last channel it is read again.
-            int64 channel = channels[i] = first + i < end ? first + i : end - 1;
-#pragma unroll
-            for (int j = 0; j < RANK_PARTS; ++j) {
-                int k = j * LANES + lane_index();
-                step[i][j] = k < RANK ? number<TYPE>(block.dt_weight, channel * RANK + k) : 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < PARTS_OF_STATE; ++j) {
-                int n = j * LANES + lane_index();
-                rate[i][j] = n < STATES ? number<RATE>(block.A_log, channel * STATES + n) : 0.0f;
-            }
-            skip[i] = block.D ? number<SKIP>(block.D, channel) : 0.0f, bias[i] = weight(block.dt_bias, channel);
-        }
+    // The first ones' weights come while thread blocks meet.
+    Channels channels(block, first, count);
+    meet(call, index);
 #pragma unroll 1
-        for (int b = 0; b < ROWS; ++b) {
-            const float *low = call.work + LOW + b * SELECTED, *B = low + RANK, *C = B + STATES;
-            // All loads before the first use.
-            float u[TOGETHER], z[TOGETHER], h[TOGETHER][PARTS_OF_STATE];
-            float ranks[RANK_PARTS], in[PARTS_OF_STATE], out[PARTS_OF_STATE];
-#pragma unroll
-            for (int j = 0; j < RANK_PARTS; ++j) {
-                int k = j * LANES + lane_index();
-                ranks[j] = k < RANK ? load_one_fresh(low + k) : 0.0f;
-            }
-#pragma unroll
-            for (int j = 0; j < PARTS_OF_STATE; ++j) {
-                int n = j * LANES + lane_index();
-                in[j] = n < STATES ? load_one_fresh(B + n) : 0.0f, out[j] = n < STATES ? load_one_fresh(C + n) : 0.0f;
-            }
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) {
-                int64 at = int64(b) * INNER + channels[i];
-                u[i] = load_one_fresh(call.work + MIXED + at), z[i] = load_one_fresh(call.work + GATE + at);
-#pragma unroll
-                for (int j = 0; j < PARTS_OF_STATE; ++j) {
-                    int n = j * LANES + lane_index();
-                    h[i][j] = n < STATES ? block.ssm[at * STATES + n] : 0.0f;
-                }
-            }
-            float dt[TOGETHER] = {}, y[TOGETHER] = {};
-#pragma unroll
-            for (int j = 0; j < RANK_PARTS; ++j) {
-#pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) dt[i] = fma(step[i][j], ranks[j], dt[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) dt[i] = softplus(warp_sum(dt[i]) + bias[i]);
-#pragma unroll
-            for (int j = 0; j < PARTS_OF_STATE; ++j) {
-                int n = j * LANES + lane_index();
-#pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) {
-                    float decay = exp2_fast(-dt[i] * LOG2_E * exp2_fast(rate[i][j] * LOG2_E));
-                    float state = fma(decay, h[i][j], dt[i] * u[i] * in[j]);
-                    int64 at = int64(b) * INNER + channels[i];
-                    if (n < STATES && first + i < end) block.ssm[at * STATES + n] = state;
-                    y[i] = fma(state, out[j], y[i]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) {
-                float gated = fma(skip[i], u[i], warp_sum(y[i])) * silu(z[i]);
-                if (lane_index() == 0 && first + i < end) call.work[GATED + int64(b) * INNER + channels[i]] = gated;
-            }
-        }
+    for (int64 next = first; next < first + count;) {
+#pragma unroll 1
+        for (int b = 0; b < ROWS; ++b) channels.step(call, block, b);
+        next += TOGETHER;
+        if (next < first + count) channels = Channels(block, next, first + count - next);
     }
+}
+
+DEVICE void do_out(const Call& call, Ring& ring, int64 index, float* sums) {
+    int at = int(index / PARTS);
+    meet(call, index);
+    Own<INNER> own;
+    read_own(call.work + GATED, own);
+    multiply_rows<INNER>(call, ring, own, sums, MODEL, [&](int row, const float (&products)[ROWS]) {
+        for (int b = 0; b < ROWS; ++b) {
+            float v = products[b] + weight(call.blocks[at].out_bias, row);
+            call.work[GIVEN + b * MODEL + row] = v;
+            if (at == DEPTH - 1) put<TYPE>(call.y, b * MODEL + row, v);
+        }
+    });
 }
 
 KERNEL __launch_bounds__(THREADS, 1) step_blocks(const __grid_constant__ Call call) {
@@ -324,47 +305,10 @@ KERNEL __launch_bounds__(THREADS, 1) step_blocks(const __grid_constant__ Call ca
     if (ring.is_at_work_for_others(call)) return;
 #pragma unroll 1
     for (int64 index = call.first; index < call.last; ++index) {
-        int at = int(index / PARTS), part = int(index % PARTS);
-        const Block& block = call.blocks[at];
-        if (part == IN) ask_for_rest(block);
-        // What the parts before have written is there for all.
-        if (index > call.first) {
-            synchronize_some<WORKERS>();
-            if (warp_index() == WARPS) meet_blocks(call.met, int(index - call.first));
-            synchronize_some<WORKERS>();
-        }
-        if (part == IN) {
-            Own<MODEL> own;
-            read_normed(call, at, own, sums);
-            synchronize_some<WORKERS>();
-            multiply_rows<MODEL>(call, ring, own, sums, 2 * INNER, [&](int row, const float (&products)[ROWS]) {
-                for (int b = 0; b < ROWS; ++b) {
-                    float v = products[b] + weight(block.in_bias, row);
-                    if (row < INNER) {
-                        call.work[MIXED + b * INNER + row] = convolved(block, row, b, v);
-                    } else {
-                        call.work[GATE + b * INNER + row - INNER] = v;
-                    }
-                }
-            });
-        } else if (part == SELECT) {
-            Own<INNER> own;
-            read_own(call.work + MIXED, own);
-            multiply_rows<INNER>(call, ring, own, sums, SELECTED, [&](int row, const float (&products)[ROWS]) {
-                for (int b = 0; b < ROWS; ++b) call.work[LOW + b * SELECTED + row] = products[b];
-            });
-        } else if (part == SCAN) {
-            if (warp_index() < WARPS) scan_channels(call, block);
-        } else {
-            Own<INNER> own;
-            read_own(call.work + GATED, own);
-            multiply_rows<INNER>(call, ring, own, sums, MODEL, [&](int row, const float (&products)[ROWS]) {
-                for (int b = 0; b < ROWS; ++b) {
-                    float v = products[b] + weight(block.out_bias, row);
-                    call.work[GIVEN + b * MODEL + row] = v;
-                    if (at == DEPTH - 1) put<TYPE>(call.y, b * MODEL + row, v);
-                }
-            });
-        }
+        int part = int(index % PARTS);
+        if (part == IN) do_in(call, ring, index, sums);
+        if (part == SELECT) do_select(call, ring, index, sums);
+        if (part == SCAN) do_scan(call, index);
+        if (part == OUT) do_out(call, ring, index, sums);
     }
 }

@@ -134,3 +134,13 @@ DEVICE float warp_sum(float x) {
     for (int lanes = LANES / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
     return x;
 }
+
+// Of several numbers side by side: the shuffles of one do not wait for those of another.
+template <int N>
+DEVICE void warp_sums(float (&x)[N]) {
+#pragma unroll
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) x[i] += shuffle_xor(x[i], lanes);
+    }
+}
