@@ -49,9 +49,11 @@ def test_a_gpu_gives_what_a_cpu_gives(name):
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "jamba_smoke"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_steps_as_the_model_does(name, dtype):
+    if name == "jamba_smoke" and dtype == torch.float32:
+        pytest.skip("experts in float32 are padded to the longest group, for which the host waits")
     model, tokens = build(name).to("cuda", dtype), torch.randint(32, (2, 20), device="cuda")
     states = [model.init_state(2, capacity=20) for _ in range(2)]
     for state in states:
@@ -61,6 +63,23 @@ def test_a_graph_steps_as_the_model_does(name, dtype):
         wanted = model.step_(tokens[:, t : t + 1], states[0])
         assert torch.equal(graphed(tokens[:, t : t + 1]), wanted)
     assert states[1].seen.tolist() == [20, 20]
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@torch.no_grad()
+def test_recording_a_step_copies_no_cache_and_changes_no_state():
+    model = models.build(Spec("gpt_smoke", d_model=256, n_heads=4), {"vocab_size": 32}).eval().cuda().bfloat16()
+    state = model.init_state(1, capacity=2**17)
+    model.step_(torch.randint(32, (1, 30), device="cuda"), state)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    GraphedStep(model, state)
+    # The workspace of matrix products is of some megabytes.
+    assert torch.cuda.max_memory_allocated() - held < state.n_bytes / 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
 
 
 @pytest.mark.gpu
