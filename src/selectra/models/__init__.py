@@ -21,6 +21,7 @@ from .rsmamba import RSMamba as RSMamba
 from .rsmamba_official import read_rsmamba as read_rsmamba
 from .rwkv import RWKV as RWKV
 from .s_mamba import SMamba as SMamba
+from .samba import Samba as Samba
 from .simba import Simba as Simba
 from .simba_official import read_simba as read_simba
 from .simba_series import SimbaSeries as SimbaSeries
