@@ -22,6 +22,9 @@ from .rsmamba_official import read_rsmamba as read_rsmamba
 from .rwkv import RWKV as RWKV
 from .s_mamba import SMamba as SMamba
 from .samba import Samba as Samba
+from .segmenter import FPN as FPN
+from .segmenter import Segformer as Segformer
+from .segmenter import UPerNet as UPerNet
 from .simba import Simba as Simba
 from .simba_official import read_simba as read_simba
 from .simba_series import SimbaSeries as SimbaSeries
