@@ -64,7 +64,11 @@ def official_names(simba: Simba) -> dict[str, torch.Tensor]:
             first = {"embed": "patch_embed", "blocks": "block", "norm": "norm"}[part] + str(number)
             if part == "embed":
                 rest = rest[1:] if rest[0] == "proj" and rest[1] in ("conv", "norm") else rest
-                rest = ["proj", *rest[1:]] if rest[0] == "conv" and rest[-1] in ("weight", "bias") and len(rest) == 2 else rest
+                rest = (
+                    ["proj", *rest[1:]]
+                    if rest[0] == "conv" and rest[-1] in ("weight", "bias") and len(rest) == 2
+                    else rest
+                )
             key = ".".join([first, *rest])
         for ours, theirs in ((".norm1.", ".attn.norm."), (".mamba.", ".attn.mamba.")):
             key = key.replace(ours, theirs) if key.startswith(("block", "post")) else key

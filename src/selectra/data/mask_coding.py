@@ -57,7 +57,9 @@ class Coding:
         return table[places].reshape(codes.shape)
 
     def _unknown(self, codes: Pixels, missing: Sequence[int], name: str) -> str:
-        shown = ", ".join(f"{self._shown(code)} ({int((codes == code).sum()):,} pixels)" for code in missing[:MOST_SHOWN])
+        shown = ", ".join(
+            f"{self._shown(code)} ({int((codes == code).sum()):,} pixels)" for code in missing[:MOST_SHOWN]
+        )
         more = f" and {len(missing) - MOST_SHOWN} more" if len(missing) > MOST_SHOWN else ""
         allowed = sorted(self.numbers)
         known = ", ".join(map(self._shown, allowed[:MOST_SHOWN]))
@@ -118,8 +120,6 @@ ISPRS = by_colours(
     # The border of masks without boundaries.
     ignored=((0, 0, 0),),
 )
-# The same converted to numbers, as OpenMMLab's tool writes them: 0 for the border.
-ISPRS_NUMBERS = by_numbers(ISPRS.classes, ISPRS.colours, first=1, ignored=(0, 255))
 _CITYSCAPES = (
     ("road", 7, (128, 64, 128)), ("sidewalk", 8, (244, 35, 232)), ("building", 11, (70, 70, 70)),
     ("wall", 12, (102, 102, 156)), ("fence", 13, (190, 153, 153)), ("pole", 17, (153, 153, 153)),

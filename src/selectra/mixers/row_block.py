@@ -22,9 +22,7 @@ class RowBlock(nn.Module):
         eps: Of the norm before the mixer of channels; the other has PyTorch's.
     """
 
-    def __init__(
-        self, d_model: int, mamba: S6, channel: nn.Module, drop_path: float = 0.0, eps: float = 1e-5
-    ) -> None:
+    def __init__(self, d_model: int, mamba: S6, channel: nn.Module, drop_path: float = 0.0, eps: float = 1e-5) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model, eps=eps)
         self.mamba, self.channel, self.drop_path = mamba, channel, DropPath(drop_path)

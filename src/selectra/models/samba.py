@@ -19,7 +19,7 @@ Departures, paper and official code against each other and against this:
 """
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn

@@ -36,7 +36,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError
-from selectra.layers.conv_stages import ConvMlp, ConvStem, NormedPyramid, NormedStage, rename_stages, row_block_key, start_convolutions
+from selectra.layers.conv_stages import (
+    ConvMlp,
+    ConvStem,
+    NormedPyramid,
+    NormedStage,
+    rename_stages,
+    row_block_key,
+    start_convolutions,
+)
 from selectra.layers.drop import rising_rates
 from selectra.layers.image import ConvNorm, Mlp, start_linear
 from selectra.layers.image_model import LAST

@@ -11,7 +11,6 @@ from selectra.mixers import S6, RowBlock
 from selectra.models.simba import EPS, ChannelMixer, Simba, make_channel_mixer, rename
 from selectra.official import NormLayer, Official, OfficialRowBlock, norm_eps, reads
 
-
 OfficialMixer = Literal["mlp", "EinFFT"]
 
 
