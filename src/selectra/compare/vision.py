@@ -19,26 +19,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from selectra import models as _models  # noqa: F401
 from selectra import recipes as _recipes  # noqa: F401
 from selectra.compare.on_device_images import ImagesOnDevice
-from selectra.data import Images
-from selectra.data.image_views import Held
 from selectra.data.images import HeldImages
 from selectra.errors import ConfigError
 from selectra.registry import datasets, models, recipes, tasks
 from selectra.spec import Run, Spec, override
-from selectra.tasks import Classification
+from selectra.tasks import Task
 from selectra.train.evaluation import evaluate
 from selectra.train.parallel import World
 from selectra.train.precision import autocast
 
-CHUNK, MEASURED, WARM = 20, 30, 3
+CHUNK, MEASURED, WARM, EVALUATED = 20, 30, 3, 1000
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A set's training and test images."""
+    """A set of images with classes or masks, its training and its test part."""
 
-    images: Images
-    train: Held
+    images: Any
+    train: Any
     test: HeldImages
 
 
@@ -66,7 +64,7 @@ def find_run(recipe: str, seed: int, changes: Sequence[str]) -> Run:
     return run.model_copy(update=typed)
 
 
-def build(run: Run, parts: Parts, device: torch.device) -> tuple[nn.Module, Classification]:
+def build(run: Run, parts: Parts, device: torch.device) -> tuple[nn.Module, Task]:
     """The run's model, drawn from its seed as the loop draws it, and its task."""
     torch.manual_seed(run.train.seed)
     model = models.build(run.model, parts.images.facts)
@@ -111,6 +109,7 @@ class Study:
         device: Where.
         packed: Trainings side by side.
         own_seeds: Fewer seeds for some of the recipes.
+        done: Recipes and seeds that an earlier call has trained.
     """
 
     recipes: tuple[str, ...]
@@ -119,6 +118,7 @@ class Study:
     device: torch.device
     packed: int = 2
     own_seeds: dict[str, int] = field(default_factory=dict)
+    done: frozenset[tuple[str, int]] = frozenset()
 
     def __post_init__(self) -> None:
         self.library = Library(self.device)
@@ -127,7 +127,7 @@ class Study:
         """Seed by seed, so that what a limit cuts off is a whole seed of all models."""
         for place, seed in enumerate(self.seeds):
             for recipe in self.recipes:
-                if place < self.own_seeds.get(recipe, len(self.seeds)):
+                if place < self.own_seeds.get(recipe, len(self.seeds)) and (recipe, seed) not in self.done:
                     yield recipe, seed
 
     def measure(self, recipe: str) -> dict[str, Any]:
@@ -189,10 +189,12 @@ class Study:
         assert training is not None and slot.key is not None
         seconds, run = training.seconds, training.run
         world = World(device=self.device)
+        # Whole pictures with masks are larger than those with classes.
+        size = EVALUATED if tasks.entry(run.task.name).kind == "image" else run.train.batch_size
         with training.on_stream():
             parts = self.library(run.data)
             metrics = {
-                name: evaluate(model, training.task, parts.test, 1000, world, run.train.precision)
+                name: evaluate(model, training.task, parts.test, size, world, run.train.precision)
                 for name, model in (("test", training.final), ("test_last_weights", training.model))
             }
         losses = training.losses.cpu()

@@ -2,7 +2,7 @@
 
 from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
-from selectra.data.mask_batches import MaskBatch as MaskBatch
+from selectra.data.mask_views import MaskBatch as MaskBatch
 from selectra.data.masks import Masks as Masks
 from selectra.data.series import SeriesData as SeriesData
 from selectra.data.series import SeriesFile as SeriesFile

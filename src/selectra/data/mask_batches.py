@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from selectra.data.image_draws import keys, uniforms
 from selectra.data.images import HeldImages
-from selectra.data.mask_views import N_DRAWS, HeldPairs, MaskAugment, viewed
+from selectra.data.mask_views import N_DRAWS, HeldPairs, MaskAugment, MaskBatch, MaskPiece, viewed
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -24,34 +23,6 @@ class ReadablePairs(Protocol):
     short_side: int | None
 
     def read(self, row: int) -> tuple[UInt8[Tensor, "c h w"], UInt8[Tensor, "h w"]]: ...
-
-
-@dataclass(frozen=True)
-class MaskPiece:
-    """Images of one size, standardised by channel, and the classes of their pixels, 255 where nothing counts.
-
-    The masks of images that were brought to another size have their own.
-    """
-
-    x: Float[Tensor, "b c h w"]
-    y: Int64[Tensor, "b h2 w2"]
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-
-@dataclass(frozen=True)
-class MaskBatch:
-    """Pieces that differ in size; a training batch has one."""
-
-    pieces: tuple[MaskPiece, ...]
-
-    def to(self, device: torch.device | str) -> MaskBatch:
-        """The same batch on another device."""
-        return MaskBatch(tuple(MaskPiece(piece.x.to(device), piece.y.to(device)) for piece in self.pieces))
-
-    def __len__(self) -> int:
-        return sum(map(len, self.pieces))
 
 
 class HeldMasks(HeldImages):
@@ -66,16 +37,6 @@ class HeldMasks(HeldImages):
 
     def __init__(self, held: HeldPairs, augment: MaskAugment | None) -> None:
         super().__init__(held, augment)  # pyright: ignore[reportArgumentType]
-
-    def make(self, index: list[int], epoch: int, device: torch.device | str) -> Any:
-        if self.held.pixels.device != torch.empty(0, device=device).device:
-            self.held = self.held.to(device)
-        rows = torch.tensor(index, device=device)
-        if self.augment is None:
-            piece = MaskPiece(self.held.plain(rows), self.held.labels.index_select(0, rows).long())
-        else:
-            piece = MaskPiece(*self.held.view(rows, self.augment, self.seed, epoch))
-        return MaskBatch((piece,))
 
 
 class ReadMasks:

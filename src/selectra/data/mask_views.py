@@ -60,6 +60,34 @@ class MaskAugment:
 
 
 @dataclass(frozen=True)
+class MaskPiece:
+    """Images of one size, standardised by channel, and the classes of their pixels, 255 where nothing counts.
+
+    The masks of images that were brought to another size have their own.
+    """
+
+    x: Float[Tensor, "b c h w"]
+    y: Int64[Tensor, "b h2 w2"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True)
+class MaskBatch:
+    """Pieces that differ in size; a training batch has one."""
+
+    pieces: tuple[MaskPiece, ...]
+
+    def to(self, device: torch.device | str) -> MaskBatch:
+        """The same batch on another device."""
+        return MaskBatch(tuple(MaskPiece(piece.x.to(device), piece.y.to(device)) for piece in self.pieces))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+@dataclass(frozen=True)
 class HeldPairs:
     """A part's images and masks on one device, all of one size.
 
@@ -82,6 +110,14 @@ class HeldPairs:
     def with_tables(self, augment: MaskAugment) -> HeldPairs:
         """The same: nothing is drawn from tables here."""
         return self
+
+    def batch(
+        self, index: Int64[Tensor, " b"], augment: MaskAugment | None, seed: int, epoch: Int64[Tensor, ""] | int
+    ) -> MaskBatch:
+        """Pairs as they are, or as training sees them in this pass."""
+        if augment is not None:
+            return MaskBatch((MaskPiece(*self.view(index, augment, seed, epoch)),))
+        return MaskBatch((MaskPiece(self.plain(index), self.labels.index_select(0, index).long()),))
 
     def plain(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Images as they are, standardised."""
