@@ -33,7 +33,7 @@ def shape_masks() -> Example:
     images, masks = np.empty((160, 48, 64, 3), np.uint8), np.zeros((160, 48, 64), np.uint8)
     for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
         canvas = np.broadcast_to(draw.uniform(0, 110, 3), image.shape).copy()
-        for half, label in enumerate((i % 4, draw.integers(4))):
+        for half, label in enumerate((i % 4, int(draw.integers(4)))):
             radius = draw.uniform(7, 12)
             middle = draw.uniform(12, 36), draw.uniform(12, 20) + 32 * half
             inside = _shape(label, np.abs(rows - middle[0]), np.abs(columns - middle[1]), radius)

@@ -67,7 +67,8 @@ class Coding:
             known += f" ... {self._shown(allowed[-1])}"
         return (
             f"the mask '{name}' has unknown labels: {shown}{more}; known are {known} "
-            f"({len(self.classes)} classes). Correct it or name its classes; data.unknown=ignore leaves such pixels out."
+            f"({len(self.classes)} classes). Correct it or name its classes; with data.unknown=ignore such pixels do "
+            "not count."
         )
 
     def _shown(self, code: int) -> str:

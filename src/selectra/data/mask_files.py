@@ -216,7 +216,7 @@ def _ade20k(files: Files) -> Found:
     pairs = []
     for name in files:
         found = re.fullmatch(r"images/(training|validation)/(.+)\.jpg", name)
-        mask = found and f"annotations/{found[1]}/{found[2]}.png"
+        mask = "" if found is None else f"annotations/{found[1]}/{found[2]}.png"
         if found and mask in files:
             pairs.append(Pair(name, mask, "train" if found[1] == "training" else "test"))
     meaning = coding.ADE20K
@@ -232,7 +232,7 @@ def _cityscapes(files: Files) -> Found:
     for kind, meaning in (("labelTrainIds", coding.CITYSCAPES_TRAIN), ("labelIds", coding.CITYSCAPES)):
         for name in files:
             found = re.fullmatch(r"leftImg8bit/(train|val)/([^/]+)/(.+)_leftImg8bit(\.\w+)", name)
-            mask = found and f"gtFine/{found[1]}/{found[2]}/{found[3]}_gtFine_{kind}.png"
+            mask = "" if found is None else f"gtFine/{found[1]}/{found[2]}/{found[3]}_gtFine_{kind}.png"
             if found and mask in files:
                 pairs.append(Pair(name, mask, "train" if found[1] == "train" else "test"))
         if pairs:
@@ -244,7 +244,7 @@ def _loveda(files: Files) -> Found:
     pairs = []
     for name in files:
         found = re.fullmatch(r"(Train|Val)/(Urban|Rural)/images_png/(.+)\.png", name)
-        mask = found and f"{found[1]}/{found[2]}/masks_png/{found[3]}.png"
+        mask = "" if found is None else f"{found[1]}/{found[2]}/masks_png/{found[3]}.png"
         if found and mask in files:
             pairs.append(Pair(name, mask, "train" if found[1] == "Train" else "test"))
     return pairs, coding.LOVEDA

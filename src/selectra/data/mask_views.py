@@ -154,7 +154,8 @@ def viewed(
         mean: Of every channel, in shares of 255.
         std: Likewise.
     """
-    zoom = torch.exp(torch.lerp(*(torch.full_like(u[:, 0], log(side)) for side in augment.scale), u[:, 0]))
+    low, high = (log(side) for side in augment.scale)
+    zoom = torch.exp(low + (high - low) * u[:, 0])
     flips = ((u[:, 2], augment.flip_vertical), (u[:, 1], augment.flip))
     sides = []
     for draw, (flip, share), length, size in zip(

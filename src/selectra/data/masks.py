@@ -102,7 +102,9 @@ class Masks:
             torch.tensor(IMAGENET[name] if standard == "imagenet" else (0.5,) * 3) for name in ("mean", "std")
         )
         held = first.numel() * 4 // 3 * len(self.listing.names) <= MOST_HELD and short_side is None
-        self.in_memory = keep == "memory" or (keep == "auto" and held and self._same_size(tuple(first.shape[1:])))
+        self.in_memory = keep == "memory" or (
+            keep == "auto" and held and self._same_size((first.shape[1], first.shape[2]))
+        )
 
     def _numbered(self, first: int, ignored: Sequence[int]) -> Coding:
         """As many classes as the training masks have numbers."""

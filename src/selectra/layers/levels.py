@@ -6,6 +6,7 @@ the form that BEiT's decoders have, arXiv:2106.08254). Pyramids of fewer stages 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class FourLevels(nn.Module):
         self.ways = nn.ModuleList()
         if self.plain:
             self._from_plain(tuple(dims), strides[0])
-        elif any(b != 2 * a for a, b in zip(strides[:-1], strides[1:], strict=True)):
+        elif any(b != 2 * a for a, b in pairwise(strides)):
             raise ConfigError(f"the backbone's strides are {tuple(strides)}; they must be all alike, or double.")
         self.missing = 0 if self.plain else COUNT - len(self.strides)
         self.dims += self.dims[-1:] * self.missing
