@@ -82,7 +82,7 @@ def test_samples_do_not_see_each_other():
 def test_the_command_lines_way_to_another_backbone():
     model = models.build(models.typed(Spec("upernet_smoke", backbone="vmamba_smoke")), FACTS)
     assert type(model.backbone).__name__ == "VMamba"
-    with pytest.raises(ConfigError, match="there is no model 'vmambo_smoke'.*Did you mean 'vmamba_smoke'"):
+    with pytest.raises(ConfigError, match=r"there is no model 'vmambo_smoke'.*Did you mean 'vmamba_smoke'"):
         models.build(Spec("upernet_smoke", backbone=Spec("vmambo_smoke")), FACTS)
     with pytest.raises(ConfigError, match="backbone is a Linear; it must be an image model"):
         UPerNet(backbone=nn.Linear(2, 2), n_classes=3)

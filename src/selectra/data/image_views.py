@@ -103,13 +103,13 @@ class Held:
     n_classes: int
     tables: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> "Held":
+    def to(self, device: torch.device | str) -> Held:
         """The same on another device."""
         pixels, labels, mean, std = (t.to(device) for t in (self.pixels, self.labels, self.mean, self.std))
         tables = {name: table.to(device) for name, table in self.tables.items()}
         return Held(pixels, labels, mean, std, self.n_classes, tables)
 
-    def with_tables(self, augment: Augment) -> "Held":
+    def with_tables(self, augment: Augment) -> Held:
         """The same with what mixing draws from."""
         tables = {name: beta_table(a) for name in ("mixup", "cutmix") if (a := getattr(augment, name)) > 0}
         return Held(self.pixels, self.labels, self.mean, self.std, self.n_classes, tables)

@@ -163,9 +163,10 @@ def viewed(
     ):
         place = torch.arange(length, device=u.device).expand(len(u), length)
         place = torch.where((flip < share)[:, None], length - 1 - place, place)
-        # At scale 1 crops begin at whole pixels, so that nothing is blurred.
         first = draw * (size - length / zoom)
-        first = torch.where(zoom == 1, first.round(), first)
+        if augment.scale == (1, 1):
+            # Crops begin at whole pixels, all alike likely, so that nothing is blurred.
+            first = (draw * (size - length + (1 if size >= length else -1))).trunc()
         here = first[:, None] + (place + 0.5) / zoom[:, None]
         sides.append(2 * here / size - 1)
     rows, columns = sides[0][:, :, None], sides[1][:, None, :]
