@@ -80,7 +80,7 @@ def test_light_changes_images_alone():
     ("arguments", "message"),
     [
         ({"crop": (0, 4)}, r"crop=\(0, 4\)"),
-        ({"crop": (4, 4), "scale": (2.0, 1.0)}, r"scale=\(2.0, 1.0\)"),
+        ({"crop": (4, 4), "zoom": (2.0, 1.0)}, r"zoom=\(2.0, 1.0\)"),
         ({"crop": (4, 4), "flip": 1.5}, "flip=1.5"),
         ({"crop": (4, 4), "jitter": 1.0}, "jitter=1.0"),
     ],
@@ -91,7 +91,7 @@ def test_what_cannot_be_is_named(arguments, message):
 
 
 def test_memory_and_disk_show_the_same():
-    views = {"crop": (24, 40), "scale": (0.5, 2.0), "flip": 0.5, "jitter": 0.2}
+    views = {"crop": (24, 40), "zoom": (0.5, 2.0), "flip": 0.5, "jitter": 0.2}
     held, read = (Masks("shapes", keep=keep, **views).windows("train") for keep in ("memory", "disk"))
     assert isinstance(held, HeldMasks) and isinstance(read, ReadMasks)
     for part in (held, read):

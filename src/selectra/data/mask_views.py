@@ -30,14 +30,14 @@ class MaskAugment:
 
     Args:
         crop: Height and width of what training sees.
-        scale: Least and greatest factor by which an image is made larger before it is cropped.
+        zoom: Least and greatest factor by which an image is made larger before it is cropped.
         flip: Share of images that are mirrored left to right.
         flip_vertical: Share that is turned upside down, for pictures from above.
         jitter: Brightness, contrast and saturation change by up to this share.
     """
 
     crop: tuple[int, int]
-    scale: tuple[float, float] = (1.0, 1.0)
+    zoom: tuple[float, float] = (1.0, 1.0)
     flip: float = 0.0
     flip_vertical: float = 0.0
     jitter: float = 0.0
@@ -46,8 +46,8 @@ class MaskAugment:
         for name in ("flip", "flip_vertical"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: a share is from 0 to 1")
-        if not 0 < self.scale[0] <= self.scale[1]:
-            raise ConfigError(f"scale={self.scale}: least and greatest factor, above 0")
+        if not 0 < self.zoom[0] <= self.zoom[1]:
+            raise ConfigError(f"zoom={self.zoom}: least and greatest factor, above 0")
         if not 0 <= self.jitter < 1:
             raise ConfigError(f"jitter={self.jitter}: from 0 up to, but not, 1")
         if min(self.crop) < 1:
@@ -154,7 +154,7 @@ def viewed(
         mean: Of every channel, in shares of 255.
         std: Likewise.
     """
-    low, high = (log(side) for side in augment.scale)
+    low, high = (log(side) for side in augment.zoom)
     zoom = torch.exp(low + (high - low) * u[:, 0])
     flips = ((u[:, 2], augment.flip_vertical), (u[:, 1], augment.flip))
     sides = []
@@ -164,7 +164,7 @@ def viewed(
         place = torch.arange(length, device=u.device).expand(len(u), length)
         place = torch.where((flip < share)[:, None], length - 1 - place, place)
         first = draw * (size - length / zoom)
-        if augment.scale == (1, 1):
+        if augment.zoom == (1, 1):
             # Crops begin at whole pixels, all alike likely, so that nothing is blurred.
             first = (draw * (size - length + (1 if size >= length else -1))).trunc()
         here = first[:, None] + (place + 0.5) / zoom[:, None]

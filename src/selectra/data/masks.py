@@ -46,7 +46,7 @@ class Masks:
         first_label: Number of the first of these classes in masks.
         ignore: Labels that do not count beside these classes.
         crop: Training: height and width of what is seen, or one number for both; None for whole images of one size.
-        scale: Training: least and greatest factor by which an image is made larger before it is cropped.
+        zoom: Training: least and greatest factor by which an image is made larger before it is cropped.
         flip: Training: share of images that are mirrored left to right.
         flip_vertical: Training: share that is turned upside down, for pictures from above.
         jitter: Training: brightness, contrast and saturation change by up to this share.
@@ -73,7 +73,7 @@ class Masks:
         first_label: int = 0,
         ignore: tuple[int, ...] = (255,),
         crop: int | tuple[int, int] | None = None,
-        scale: tuple[float, float] = (1.0, 1.0),
+        zoom: tuple[float, float] = (1.0, 1.0),
         flip: float = 0.0,
         flip_vertical: float = 0.0,
         jitter: float = 0.0,
@@ -97,7 +97,7 @@ class Masks:
         self.coding = self.listing.coding or self._numbered(first_label, ignore)
         first = self._first()
         size = tuple(first.shape[1:]) if crop is None else (crop, crop) if isinstance(crop, int) else tuple(crop)
-        self.augment = MaskAugment((size[0], size[1]), scale, flip, flip_vertical, jitter)
+        self.augment = MaskAugment((size[0], size[1]), zoom, flip, flip_vertical, jitter)
         self.mean_std = tuple(
             torch.tensor(IMAGENET[name] if standard == "imagenet" else (0.5,) * 3) for name in ("mean", "std")
         )

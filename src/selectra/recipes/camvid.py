@@ -9,7 +9,7 @@ from selectra.spec import Optim, Run, Spec, Train
 
 def on_camvid(name: str, backbone: Spec, **options: object) -> Run:
     """The shared part: about 65 passes over the training images."""
-    views = {"crop": (288, 352), "scale": (0.5, 2.0), "flip": 0.5, "jitter": 0.3}
+    views = {"crop": (288, 352), "zoom": (0.5, 2.0), "flip": 0.5, "jitter": 0.3}
     return Run(
         name=name,
         model=Spec("upernet_base", backbone=backbone, d_decoder=128, **options),
