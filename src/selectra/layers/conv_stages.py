@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.image import ConvNorm, Mlp, convolve, require_image
 from selectra.layers.image_model import LAST, Pyramid, leave_out
+from selectra.layers.norm import LayerNorm
 
 
 class ConvMlp(Mlp):
@@ -51,7 +52,7 @@ class NormedStage(nn.Module):
     def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], d_model: int, eps: float) -> None:
         super().__init__()
         self.embed, self.blocks = embed, nn.Sequential(*blocks)
-        self.norm: nn.LayerNorm | None = nn.LayerNorm(d_model, eps=eps)
+        self.norm: nn.LayerNorm | None = LayerNorm(d_model, eps=eps)
 
 
 class NormedPyramid(Pyramid):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from selectra.layers.drop import DropPath
 from selectra.layers.image import Mlp
+from selectra.layers.norm import LayerNorm
 from selectra.mixers.s6 import S6
 
 
@@ -24,7 +25,7 @@ class RowBlock(nn.Module):
 
     def __init__(self, d_model: int, mamba: S6, channel: nn.Module, drop_path: float = 0.0, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model, eps=eps)
+        self.norm1, self.norm2 = LayerNorm(d_model), LayerNorm(d_model, eps=eps)
         self.mamba, self.channel, self.drop_path = mamba, channel, DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
