@@ -118,7 +118,7 @@ MASKS = ("data.path=shapes", "train.steps=3", "train.batch_size=4", "train.preci
          "model.backbone.dims=8,16", "model.backbone.depths=1,1", "model.d_decoder=8", "model.d_aux=8")  # fmt: skip
 
 
-def test_masks_are_trained_as_by_the_loop():
+def test_masks_are_trained_as_by_the_loop(tmp_path):
     """A pass is of whole batches here, so that both see the same."""
     changes = (*MASKS, "train.steps=5", "data.test=0.35", "model.backbone.drop_path=0", "model.dropout=0")
     study = Study(("vmamba_camvid",), (0,), changes, CPU)
@@ -127,17 +127,16 @@ def test_masks_are_trained_as_by_the_loop():
     parts = study.library(run.data)
     assert len(parts.train.labels) % 4 == 0
     model, task = build(run, parts, CPU)
-    fit(model, task, parts.images.windows("train"), None, run, progress=False)
+    fit(model, task, parts.images.windows("train"), None, run, tmp_path, progress=False)
     other, _ = build(run, parts, CPU)
     training = ImagesOnDevice(other, task, parts.train, parts.images.augment, run)
     training.prepare()
     while training.advance(2):
         pass
-    # Shifts before batch norms have no gradient but rounding, which the optimizer makes steps of; scores do not see them.
-    x = parts.train.plain(torch.arange(3))
-    assert torch.allclose(model.eval()(x), training.final.eval()(x), rtol=1e-3, atol=1e-4)
-    untrained, _ = build(run, parts, CPU)
-    assert not torch.allclose(untrained.eval()(x), model(x), rtol=1e-3, atol=1e-2)
+    lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    # Shifts before batch norms have no gradient but rounding, which the optimizer makes steps of; losses do not see them.
+    assert training.losses.tolist() == pytest.approx(losses, rel=1e-4) and len(losses) == 5
 
 
 def test_a_study_of_masks_goes_on_where_it_ended():

@@ -39,3 +39,4 @@ from .vit import DeiT as DeiT
 from .vit import ViT as ViT
 from .vmamba import VMamba as VMamba
 from .vmamba_official import read_vssm as read_vssm
+from .xt import XT as XT
