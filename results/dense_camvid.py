@@ -64,7 +64,8 @@ def main() -> None:
     words, began = read_words(), time.monotonic()
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = True
-    changes = list(words.changes) + ([f"train.steps={words.steps}"] if words.steps else [])
+    # Weights are the running mean of the last ones: nothing is chosen on the validation part.
+    changes = ["train.eval_every=1000000", *words.changes] + ([f"train.steps={words.steps}"] if words.steps else [])
     changes += [f"data.path={words.data}"] if words.data else []
     record = begin(words, changes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -101,7 +101,7 @@ def test_images_are_asked_for_where_there_are_any() -> None:
             vision_study(Asked(quick=True))
 
 
-@pytest.mark.parametrize("name", ["channel_mixers", "directions", "selection", "series_kinds"])
+@pytest.mark.parametrize("name", ["channel_mixers", "cifar10", "directions", "selection", "series_kinds"])
 def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
     assert name in studies.names()
     study = find_study(name, Asked())
