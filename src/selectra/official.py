@@ -8,6 +8,7 @@ whole models stand at the end of the model's file; those of single mixers stand 
 import contextlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, get_type_hints
 
@@ -16,7 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError, DataError
+from selectra.layers.conv_stages import row_block_key
 from selectra.mixers.einfft import EinFFT
+from selectra.mixers.row_block import RowBlock
 from selectra.mixers.s6 import S6, State
 from selectra.spec import nearest, read_value
 
@@ -134,9 +137,7 @@ def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
 
 
-def _load(
-    source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None
-) -> None:
+def _load(source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None) -> None:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise DataError(f"{source}: state '{key}' is {type(value).__name__}; it must be a tensor.")
@@ -283,6 +284,43 @@ class OfficialEinFFT(Official):
 def read_einfft(*, dim: int) -> OfficialEinFFT:
     """SiMBA's spectral channel mixer."""
     return OfficialEinFFT(EinFFT(dim))
+
+
+class OfficialRowBlock(Official):
+    """SiMBA's and Samba's block on a sequence of tokens; the grid's sides come with it or with the configuration."""
+
+    model: RowBlock
+
+    def __init__(self, model: RowBlock, height: int | None, width: int | None) -> None:
+        super().__init__(model, lambda state: {row_block_key(key): value for key, value in state.items()})
+        self.height, self.width = height, width
+
+    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
+        height, width = (self.height if H is None else H), (self.width if W is None else W)
+        if height is None or width is None or height * width != x.shape[1]:
+            raise ConfigError(f"H={height} and W={width}: x has {x.shape[1]} tokens, which must be H W")
+        return (self.model(x.unflatten(1, (height, width))).flatten(1, 2),)
+
+
+# As partial, class or text: "LayerNorm eps=1e-6".
+NormLayer = Any
+
+
+def norm_eps(norm_layer: NormLayer) -> float:
+    """The eps of the norms that an official class takes as an argument.
+
+    Raises:
+        ConfigError: They are no layer norms.
+    """
+    if isinstance(norm_layer, str):
+        found = re.fullmatch(r"LayerNorm(?:[ (]*eps ?= ?([0-9.e-]+)\)?)?", norm_layer)
+        eps = None if found is None else float(found[1] or 1e-5)
+    else:
+        made = norm_layer(1) if callable(norm_layer) else None
+        eps = made.eps if isinstance(made, nn.LayerNorm) else None
+    if eps is None:
+        raise ConfigError(f"option 'norm_layer' is {norm_layer!r}; it takes LayerNorm, such as 'LayerNorm eps=1e-6'")
+    return eps
 
 
 # Of mamba_ssm's mixer: what shapes it, and what only says how it starts or which kernel it takes.

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from selectra.compare.on_device import _between, _mark, _own_generator, rates_of
-from selectra.data.image_views import Augment, Held
-from selectra.data.images import ImageBatch
 from selectra.errors import ConfigError
 from selectra.spec import Run
-from selectra.tasks import Classification
+from selectra.tasks import Task
 from selectra.train.depth import training_mode
 from selectra.train.optim import make_optimizer
 from selectra.train.precision import autocast
@@ -50,7 +48,7 @@ class ImagesOnDevice:
     Args:
         model: On the device, freshly seeded.
         task: Its loss.
-        held: The training images, on the device.
+        held: The training images, with classes or masks, on the device.
         augment: How they are seen.
         run: Its optimizer, length, batch and seed.
         stream: The stream of this training's graph; None runs every step as it is called.
@@ -58,7 +56,7 @@ class ImagesOnDevice:
     """
 
     def __init__(
-        self, model: nn.Module, task: Classification, held: Held, augment: Augment, run: Run,
+        self, model: nn.Module, task: Task, held: Any, augment: Any, run: Run,
         stream: torch.cuda.Stream | None = None, pool: Any = None,
     ) -> None:  # fmt: skip
         _require_simple(run)
@@ -101,12 +99,12 @@ class ImagesOnDevice:
         rows = self.order.index_select(0, self.number)[0]
         epochs = self.epochs.index_select(0, self.number)[0]
         self.rate.copy_(self.rate_table.index_select(0, self.number)[0])
-        x, target = self.held.view(rows, self.augment, self.run.train.seed, epochs)
-        batch = ImageBatch(x, self.held.labels.index_select(0, rows), target)
+        batch = self.held.batch(rows, self.augment, self.run.train.seed, epochs)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.run.train.precision):
             loss = self.task.loss(self.model, batch)
-        mean = loss.sum / len(rows)
+        # Pixels that count may be none.
+        mean = loss.sum / loss.count.clamp(min=1)
         mean.backward()
         if self.run.optim.clip is not None:
             nn.utils.clip_grad_norm_(self.trained, self.run.optim.clip)

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from selectra.compare.on_device_images import ImagesOnDevice
-from selectra.data import Images
-from selectra.data.image_views import Held
 from selectra.data.images import HeldImages
 from selectra.errors import ConfigError, DataError
 from selectra.pretrained import load_pretrained
 from selectra.registry import datasets, models, tasks
 from selectra.spec import Run, Spec
-from selectra.tasks import Classification
+from selectra.tasks import Task
 from selectra.train.depth import freeze
 from selectra.train.evaluation import evaluate
 from selectra.train.parallel import World
@@ -36,10 +34,10 @@ EVALUATED = 1000
 
 @dataclass(frozen=True)
 class Parts:
-    """A set's images: those of training on the device; validation and test go there when they are first used."""
+    """A set's images, with classes or masks; training's on the device, the others go there when they are first used."""
 
-    images: Images
-    train: Held
+    images: Any
+    train: Any
     val: HeldImages
     test: HeldImages
 
@@ -69,7 +67,7 @@ class Library:
         return self.parts[spec]
 
 
-def build(run: Run, parts: Parts, device: torch.device) -> tuple[nn.Module, Classification]:
+def build(run: Run, parts: Parts, device: torch.device) -> tuple[nn.Module, Task]:
     """The run's model and its task: drawn from its seed as the loop draws it, from other weights where the run says so.
 
     Raises:
@@ -160,7 +158,9 @@ class Training:
         world = World(device=self.device)
         with self.on_device.on_stream():
             model = self.on_device.final if model is None else model
-            return evaluate(model, self.task, images, EVALUATED, world, self.run.train.precision)
+            # Whole pictures with masks are larger than those with classes.
+            size = EVALUATED if tasks.entry(self.run.task.name).kind == "image" else self.run.train.batch_size
+            return evaluate(model, self.task, images, size, world, self.run.train.precision)
 
     def finish(self) -> None:
         """Take the weights that validation chose, if it did."""

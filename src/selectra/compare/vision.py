@@ -54,6 +54,7 @@ class Study:
         device: Where.
         packed: Trainings side by side.
         own_seeds: Fewer seeds for some of the recipes.
+        done: Recipes and seeds that an earlier call has trained.
     """
 
     recipes: tuple[str, ...]
@@ -62,6 +63,7 @@ class Study:
     device: torch.device
     packed: int = 2
     own_seeds: dict[str, int] = field(default_factory=dict)
+    done: frozenset[tuple[str, int]] = frozenset()
 
     def __post_init__(self) -> None:
         self.library = Library(self.device)
@@ -70,7 +72,7 @@ class Study:
         """Seed by seed, so that what a limit cuts off is a whole seed of all models."""
         for place, seed in enumerate(self.seeds):
             for recipe in self.recipes:
-                if place < self.own_seeds.get(recipe, len(self.seeds)):
+                if place < self.own_seeds.get(recipe, len(self.seeds)) and (recipe, seed) not in self.done:
                     yield recipe, seed
 
     def measure(self, recipe: str) -> dict[str, Any]:
