@@ -105,7 +105,8 @@ class LanguageModel(nn.Module):
         found: list[Tensor] = []
         mixers = self.mixers()
         options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens}
-        x = self._through(self._embedded(tokens, mask, cu_seqlens), lambda i, x: mixers[i](x, **options), found)
+        embedded = self._embedded(tokens, mask, cu_seqlens)
+        x = self._through(embedded, lambda i, x: mixers[i](x, **options), found, options)
         logits = self._logits(x)
         return Routed(logits, tuple(found)) if routers else logits
 
@@ -217,10 +218,24 @@ class LanguageModel(nn.Module):
         require_rows(x, state)
         return self._through(x, lambda i, x: mixers[i].step_(x, state.layers[i]), [])
 
-    def _through(self, x: Tensor, mix: Callable[[int, Tensor], Tensor], routers: list[Tensor]) -> Tensor:
-        """Embedded tokens through all blocks and the last norm; `mix(i, x)` runs mixer i."""
+    def _through(
+        self,
+        x: Tensor,
+        mix: Callable[[int, Tensor], Tensor],
+        routers: list[Tensor],
+        options: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Embedded tokens through all blocks and the last norm; `mix(i, x)` runs mixer i.
+
+        With `options`, which `mix` passes to mixers, blocks of nothing but a mixer are called themselves: only then
+        can they be computed again during backward.
+        """
         residual = None
         for i, block in enumerate(self.layers):
+            if options is not None and type(block) is PreNorm:
+                x, residual = block(x, residual, **options)
+                x = self.drop(x)
+                continue
             x, residual = block.norm(x, residual)  # pyright: ignore[reportCallIssue]
             x = self.drop(mix(i, x))
             if isinstance(block, Block):

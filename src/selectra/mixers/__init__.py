@@ -5,6 +5,7 @@ from selectra.mixers.bidirectional import Bidirectional
 from selectra.mixers.cross_scan_2d import CrossPaths, CrossScan2d
 from selectra.mixers.einfft import EinFFT
 from selectra.mixers.monarch import Monarch, MonarchMLP
+from selectra.mixers.row_block import RowBlock
 from selectra.mixers.s6 import S6, SelectivePath, State
 from selectra.mixers.selective_channel import SelectiveChannel
 from selectra.mixers.ssd import SSD
@@ -22,6 +23,7 @@ __all__ = [
     "KeyValue",
     "Monarch",
     "MonarchMLP",
+    "RowBlock",
     "SelectiveChannel",
     "SelectivePath",
     "State",
