@@ -45,11 +45,16 @@ def mine(x: Tensor) -> Tensor:
 
 def trained(again: bool) -> tuple[Tensor, dict[str, Tensor]]:
     net, (tokens, targets, mask) = model(), (mine(x) for x in sequence())
+    calls = []
+    mixer: nn.Module = net.mixers()[1]
+    mixer.register_forward_hook(lambda *_: calls.append(again))
     with recomputed(net, again):
         with length_parallel(timeout=30) as length:
             logits = net(tokens, mask=mask)
         # Recomputation knows the split by itself.
         loss_of(logits, targets, mask).backward()
+    # A mixer that is computed again is called again.
+    assert len(calls) == (2 if again else 1)
     length.sum_gradients(net.parameters())
     return logits.detach(), gradients(net)
 

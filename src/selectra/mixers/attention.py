@@ -18,11 +18,8 @@ from selectra.mixers.history import count, require_room, room_for, slots_of, wri
 from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import require_input, zero_absent
 from selectra.mixers.sizes import require_sizes
-<<<<<<< HEAD
-from selectra.ops.whole import require_whole
-=======
 from selectra.ops import cached_attention
->>>>>>> main
+from selectra.ops.whole import require_whole
 
 
 class KeyValue(NamedTuple):

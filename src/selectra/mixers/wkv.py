@@ -43,6 +43,7 @@ def wkv(
     Returns:
         The means, and the sums after the last position.
     """
+    require_whole("RWKV's mean")
     if k.is_cuda and mask is None and k.shape[1] > CHUNK:
         return wkv_scanned(k, v, w, u, sums)
     return wkv_chunked(k, v, w, u, sums, mask)
@@ -57,7 +58,6 @@ def wkv_chunked(
     mask: Bool[Tensor, "b l"] | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Sums]:
     """`wkv` in chunks: inside one a softmax, between them the sums."""
-    require_whole("RWKV's average")
     outputs = []
     # Autocast would round the sums.
     with torch.autocast(k.device.type, enabled=False):
