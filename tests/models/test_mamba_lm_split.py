@@ -47,7 +47,7 @@ def trained(again: bool) -> tuple[Tensor, dict[str, Tensor]]:
     net, (tokens, targets, mask) = model(), (mine(x) for x in sequence())
     calls = []
     mixer: nn.Module = net.mixers()[1]
-    mixer.register_forward_hook(lambda *_: calls.append(again))
+    mixer.register_forward_pre_hook(lambda *_: calls.append(again))
     with recomputed(net, again):
         with length_parallel(timeout=30) as length:
             logits = net(tokens, mask=mask)
