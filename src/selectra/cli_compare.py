@@ -17,10 +17,11 @@ BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budge
 
 def compare(
     what: Annotated[
-        str, typer.Argument(help="forecasting, vision, a built-in study, or a file of Python that defines one.")
+        str,
+        typer.Argument(help="forecasting, vision, language, a built-in study, or a file of Python that defines one."),
     ] = "forecasting",
     file: Annotated[
-        str | None, typer.Argument(help="Your table of series or folder of images; default: bundled data.")
+        str | None, typer.Argument(help="Your table of series, folder of images or text; default: bundled data.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
     store: Annotated[

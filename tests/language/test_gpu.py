@@ -10,6 +10,7 @@ import selectra.models  # noqa: F401
 from selectra.errors import ConfigError
 from selectra.language.graphed import GraphedStep
 from selectra.layers.moe import grouped_product
+from selectra.mixers.wkv import NOTHING, wkv, wkv_chunked
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -77,3 +78,21 @@ def test_grouped_products_are_those_of_a_loop():
     found, expected = torch.autograd.grad(y, [x, weight], dy), torch.autograd.grad(wanted, [x, weight], dy)
     for got, want in zip(found, expected, strict=True):
         assert (got.float() - want.float()).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("decay", [1e-2, 8.0])
+def test_rwkvs_sums_by_the_scan_are_those_in_chunks(decay):
+    """Outputs and gradients in float32 against float64, from no state on, with keys that differ by e^60."""
+    shape = (2, 300, 24)
+    k, v = 10 * torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    w, u = torch.full((24,), decay, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    weights, found = torch.randn(shape, dtype=torch.float64), []
+    for function, dtype, device in ((wkv_chunked, torch.float64, "cpu"), (wkv, torch.float32, "cuda")):
+        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (k, v, w, u)]
+        zero = torch.zeros(2, 24, dtype=dtype, device=device)
+        y, _ = function(inputs[0], inputs[1], inputs[2], inputs[3], (zero, zero, torch.full_like(zero, NOTHING)))
+        found.append([y, *torch.autograd.grad((y * weights.to(device, dtype)).sum(), inputs)])
+    for wanted, got in zip(*found, strict=True):
+        assert (got.double().cpu() - wanted).abs().max() <= 2e-4 * wanted.abs().max()
