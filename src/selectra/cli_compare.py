@@ -17,10 +17,13 @@ BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budge
 
 def compare(
     what: Annotated[
-        str, typer.Argument(help="forecasting, vision, a built-in study, or a file of Python that defines one.")
+        str, typer.Argument(help="forecasting, vision, costs, a built-in study, or a file of Python that defines one.")
     ] = "forecasting",
     file: Annotated[
-        str | None, typer.Argument(help="Your table of series or folder of images; default: bundled data.")
+        str | None,
+        typer.Argument(
+            help="Your table of series or folder of images; default: bundled data. `costs`: language, images, series."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
     store: Annotated[
@@ -56,10 +59,19 @@ def compare(
     tables: Annotated[
         str | None, typer.Option(help="The tables of docs/results/forecasting.md instead: a,b,orders,ablation,costs,c.")
     ] = None,
+    points: Annotated[str | None, typer.Option(help="`costs`: only these lengths or sides, such as 500,4096.")] = None,
 ) -> None:
     """Train models against each other, every finished cell stored at once, and write the page that says who wins."""
     from selectra.compare.questions import Asked, find_study  # noqa: PLC0415
 
+    if what == "costs":
+        given = {"--quick": quick, "--seeds": seeds, "--trials": trials, "--budget-flops": budget_flops,
+                 "--budget-latency": budget_latency, "--steps": steps, "--batch-size": batch_size,
+                 "--tables": tables, "--workers": workers}  # fmt: skip
+        _costs((file, models, points), given, budget_params, store, device, time_limit)
+        return
+    if points is not None:
+        raise ConfigError("--points are for `compare costs`; a study has its own lengths.")
     if tables is not None or _holds_tables(store):
         if what != "forecasting" or file is not None or quick:
             raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
@@ -75,6 +87,27 @@ def compare(
     counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
     if counts["done"]:
         _report_study(path, None, console)
+
+
+def _costs(
+    chosen: tuple[str | None, str | None, str | None], given: dict[str, object], params: str | None,
+    store: Path | None, device: str, time_limit: float | None,
+) -> None:  # fmt: skip
+    """Measure cost curves, and write their page."""
+    from selectra.compare.curve_command import compare_costs  # noqa: PLC0415
+    from selectra.compare.curves import Wish  # noqa: PLC0415
+    from selectra.compare.questions import amount_of  # noqa: PLC0415
+
+    refused = [name for name, value in given.items() if value]
+    if refused:
+        raise ConfigError(f"{refused[0]} is for studies; `compare costs` trains nothing to the end.")
+    kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
+    if not all(point.isdigit() and int(point) > 0 for point in points):
+        raise ConfigError(f"--points takes whole numbers separated by commas, got '{','.join(points)}'.")
+    asked = {"models": names, "params": None if params is None else amount_of(params), "points": tuple(map(int, points))}
+    path, console = store or Path("costs.json"), _console()
+    compare_costs(Wish(**asked, **({"kinds": kinds} if kinds else {})), path, device, time_limit, console)
+    _report_json(path, None, console)
 
 
 def _usual_workers(device: str) -> int:
@@ -117,7 +150,7 @@ def _budget(given: dict[str, str | None]) -> "StudyBudget | None":
 
 
 def report(
-    records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
+    records: Annotated[Path, typer.Argument(help="The store of a comparison, or JSON records: exported from one, or of `compare costs`.")],
     out: Annotated[
         Path | None,
         typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records."),
@@ -145,9 +178,18 @@ def report(
 
 def _report_json(records: Path, out: Path | None, console: Console) -> None:
     from selectra.report.forecasting import write_page  # noqa: PLC0415
+    from selectra.report import costs  # noqa: PLC0415
     from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
 
-    if f'"{WHAT}"' in records.read_text("utf-8")[:200]:
+    start = records.read_text("utf-8")[:2000]
+    if f'"{costs.WHAT}"' in start:
+        content = costs.read_costs(records)
+        paths = costs.write_reports(content, (out or records).with_suffix(""))
+        console.print(costs.verdict(content), highlight=False, markup=False, soft_wrap=True, style="bold")
+        console.print(f"The page is {paths[0]}, beside {', '.join(each.name for each in (*paths[1:], records))}",
+                      highlight=False, soft_wrap=True)  # fmt: skip
+        return
+    if f'"{WHAT}"' in start[:200]:
         paths = write_reports(read_study(records), (out or records).with_suffix(""))
         console.print(f"The page is {paths[0]}, made from {records}", highlight=False, soft_wrap=True)
         return

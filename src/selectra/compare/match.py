@@ -27,6 +27,8 @@ LARGEST = 2**14
 NEIGHBOURS = 48
 # Times waver: medians of so many seconds are compared.
 LATENCY_SECONDS = 0.2
+# Powers of two above this one make no product faster.
+EVEN = 64
 Quantity = Literal["params", "flops", "latency"]
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
@@ -73,21 +75,52 @@ def match(
     if len(asked) != 1 or not 0 < asked[0][1] < math.inf:
         raise ConfigError(f"match takes one budget above 0: params=, flops= or latency=; got {given}.")
     (quantity, wanted), turned = asked[0], _turned(spec, facts, over)
-    cost = partial(_quantity, quantity, facts=dict(facts), device=device)
+    best = _best(turned, partial(_quantity, quantity, facts=dict(facts), device=device), wanted, tolerance, quantity)
+    found = best.turned(best.value)
+    assert best.got is not None
+    return Matched(
+        found, quantity, wanted, best.got, best.turned.name, best.value, measure(found, facts, device=device)
+    )
+
+
+def match_even(spec: Spec, facts: Mapping[str, Any], params: float, tolerance: float = TOLERANCE) -> tuple[Spec, int]:
+    """The model at a number of parameters, and how many it has: of all widths within the tolerance the most even one.
+
+    For measuring speed: products of odd widths are slow on every GPU, and that would be a model's bad luck.
+
+    Raises:
+        ConfigError: No width meets the budget; the message names the nearest ones.
+    """
+    turned, cost = _turned(spec, facts, "width"), partial(_quantity, "params", facts=dict(facts), device="cpu")
+    best = _best(turned, cost, params, tolerance, "params")
+    around = range(max(1, round(best.value * (1 - tolerance))), round(best.value * (1 + tolerance)) + 1)
+    # The lowest bit that is set is the largest power of two that divides.
+    for value in sorted(around, key=lambda each: (-min(each & -each, EVEN), abs(each - best.value))):
+        try:
+            got = cost(best.turned(value))
+        except ConfigError:
+            continue
+        if abs(got / params - 1) <= tolerance:
+            return best.turned(value), int(got)
+    assert best.got is not None
+    return best.turned(best.value), int(best.got)
+
+
+def _best(
+    turned: "_Turned", cost: Callable[[Spec], float], wanted: float, tolerance: float, quantity: Quantity
+) -> "_Tried":  # fmt: skip
+    """The width, or the inner width, that comes nearest to a budget; refused where that is not near enough."""
     tried = [_try(turned, cost, wanted)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
         tried.append(_try(follower, cost, wanted))
     best = min(tried, key=lambda each: each.off(wanted))
     if best.got is None or best.off(wanted) > tolerance:
-        name, unit = turned.name, UNITS[quantity]
+        name, unit, model = turned.name, UNITS[quantity], turned.spec.name
         raise ConfigError(
-            f"no {spec.name}.{name} brings {spec.name} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
+            f"no {model}.{name} brings {model} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
             f"{_nearest(tried[0], wanted, unit)}; ask for one of these, or match another quantity."
         )
-    found = best.turned(best.value)
-    return Matched(
-        found, quantity, wanted, best.got, best.turned.name, best.value, measure(found, facts, device=device)
-    )
+    return best
 
 
 @dataclass(frozen=True)

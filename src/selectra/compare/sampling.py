@@ -1,0 +1,114 @@
+"""Time and power of something that is done over and over: warmed up, synchronised, the device never idle in between."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from selectra.compare.energy import Counter, Power
+
+WARM_CALLS, LEAST_CALLS = 2, 3
+# A call that takes longer is warmed up once, and timed as often as there must be.
+SLOW = 1.0
+# Seconds between two looks at the counter of an idle device.
+LOOK = 2e-3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one call takes.
+
+    `ms` is the median of the times between the ends of two calls in a row, `lower` and `upper` are the quartiles;
+    `host_ms` is how long the host needs to begin a call, which is what limits small models; `peak_mb` is the most
+    memory that was taken on a GPU, weights and all else included; `joules` and `watts` are of the whole device.
+    """
+
+    ms: float
+    lower: float
+    upper: float
+    calls: int
+    host_ms: float
+    peak_mb: float | None
+    joules: float | None
+    watts: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dictionary."""
+        return asdict(self)
+
+
+def sample(call: Callable[[], object], device: torch.device, seconds: float, counter: Counter) -> Sample:
+    """Measure a call.
+
+    Args:
+        call: On a GPU it may return before the device has done it.
+        seconds: How long at the least, after the warm-up.
+        counter: Of the device's energy.
+    """
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(WARM_CALLS):
+        began = time.perf_counter()
+        call()
+        _wait(device)
+        if time.perf_counter() - began > SLOW:
+            break
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None
+    power = Power(counter)
+    times, host = (_on_gpu if on_gpu else _on_host)(call, seconds, power)
+    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive") if times[1:] else 3 * times
+    watts = power.watts
+    joules = None if watts is None else watts * statistics.fmean(times)
+    return Sample(1e3 * median, 1e3 * lower, 1e3 * upper, len(times), 1e3 * host, peak, joules, watts)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _on_gpu(call: Callable[[], object], seconds: float, power: Power) -> tuple[list[float], float]:
+    """Seconds between the ends of calls, by events: the next call is always begun before the last one ends."""
+    ends, host = [torch.cuda.Event(enable_timing=True)], []
+    call()
+    ends[0].record()
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(ends) <= LEAST_CALLS:
+        start = time.perf_counter()
+        call()
+        host.append(time.perf_counter() - start)
+        ends.append(torch.cuda.Event(enable_timing=True))
+        ends[-1].record()
+        while not ends[-2].query():
+            power.look()
+        power.look()
+    ends[-1].synchronize()
+    times = [before.elapsed_time(after) / 1e3 for before, after in zip(ends, ends[1:], strict=False)]
+    return times, statistics.median(host)
+
+
+def _on_host(call: Callable[[], object], seconds: float, power: Power) -> tuple[list[float], float]:
+    times: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(times) < LEAST_CALLS:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        power.look()
+    return times, statistics.median(times)
+
+
+def idle_watts(device: torch.device, counter: Counter, seconds: float) -> float | None:
+    """Power of the device while it has nothing to do, for comparison."""
+    if not counter.there:
+        return None
+    _wait(device)
+    power, began = Power(counter), time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        power.look()
+        time.sleep(LOOK)
+    return power.watts
