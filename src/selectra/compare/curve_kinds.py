@@ -32,7 +32,8 @@ class Curves:
         decoded: Positions at which a token is generated.
         facts: What the data says at a point.
         batch: Samples in a batch at a point, on a GPU.
-        precision: Of the products; weights are float32, those that generate of this precision too.
+        precision: Of the products on a GPU; weights are float32, those that generate of this precision too. On a CPU all
+            is float32.
         matched_at: The point at which parameters are equal; None where they are at each, since they depend on it.
     """
 
@@ -62,6 +63,10 @@ class Curves:
         """Where generated tokens are measured."""
         return self.decoded[device.type != "cuda"]
 
+    def precision_on(self, device: torch.device) -> Precision:
+        """Of the products."""
+        return self.precision if device.type == "cuda" else "float32"
+
     def batch_on(self, device: torch.device, point: int) -> int:
         """Samples in a batch."""
         return max(1, self.batch(point) // (1 if device.type == "cuda" else ON_CPU))
@@ -74,19 +79,19 @@ LANGUAGE = Curves(
     unit="token",
     models=MappingProxyType(
         {
-            "mamba": Spec("mamba_lm", d_model=768, depth=24),
-            "mamba2": Spec("mamba_lm", mixer="mamba2", d_model=768, depth=24),
+            "mamba": Spec("mamba_lm", d_model=736, depth=24),
             "gpt": Spec("gpt", d_model=768, depth=12, n_heads=12),
             # Attention in two of sixteen layers; without experts, whose parameters do not all work for a token.
-            "jamba": Spec("jamba", d_model=640, depth=16, n_heads=8, n_kv_heads=4, d_ff=1707, n_experts=1),
-            "rwkv": Spec("rwkv", d_model=768, depth=12),
+            "jamba": Spec("jamba", d_model=624, depth=16, n_heads=8, n_kv_heads=4, d_ff=1560, n_experts=1),
+            "mamba2": Spec("mamba_lm", mixer="mamba2", d_model=736, depth=24),
             "retnet": Spec("retnet", d_model=768, depth=12, n_heads=3),
-            "hyena": Spec("hyena", d_model=864, depth=12),
+            "hyena": Spec("hyena", d_model=928, depth=12),
+            "rwkv": Spec("rwkv", d_model=736, depth=12),
         }
     ),
     subjects=("mamba", "mamba2"),
-    params=(85e6, 5e6),
-    points=((512, 1000, 2048, 4096, 6001, 8192, 12_000, 16_384, 32_768), (128, 250, 512, 1000, 2048)),
+    params=(85e6, 5.4e6),
+    points=((512, 1000, 2048, 4096, 6001, 12_000, 32_768), (128, 250, 512, 1000, 2048)),
     facts=lambda length: {"vocab_size": 256, "seq_len": length},
     batch=lambda length: TOKENS // length,
     precision="bfloat16",
@@ -101,14 +106,14 @@ IMAGES = Curves(
     models=MappingProxyType(
         {
             "vim": Spec("vim_small"),
-            "vmamba": Spec("vmamba_tiny_s1l8"),
+            "vmamba": Spec("vmamba_tiny_s1l8", dims=(88, 176, 352, 704)),
             "vit": Spec("vit_small", depth=14),
             "convnext": Spec("convnext_tiny", depths=(3, 3, 6, 3)),
             "resnet": Spec("resnet_50"),
         }
     ),
     subjects=("vim", "vmamba"),
-    params=(25.5e6, 25.5e6),
+    params=(25.3e6, 25.3e6),
     points=((128, 224, 384, 512, 736, 1024), (64, 96, 128, 224)),
     facts=lambda side: {"img_size": side, "n_classes": 1000, "in_channels": 3},
     batch=lambda side: PIXELS // side**2,
@@ -126,13 +131,13 @@ SERIES = Curves(
             "s_mamba": Spec("s_mamba"),
             # Fewer heads than published leave more widths to choose from.
             "patchtst": Spec("patchtst", n_heads=4),
-            "itransformer": Spec("itransformer", n_heads=4),
+            "itransformer": Spec("itransformer", n_heads=2),
             "gru": Spec("gru"),
         }
     ),
     subjects=("tsm2", "s_mamba"),
     params=(300e3, 300e3),
-    points=((96, 200, 336, 720, 1440), (96, 200, 336)),
+    points=((96, 200, 336, 720), (96, 200, 336)),
     facts=lambda length: {"seq_len": length, "horizon": 96, "n_series": 7, "season": 24},
     batch=lambda length: WINDOWS,
     precision="float32",

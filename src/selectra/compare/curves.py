@@ -35,6 +35,8 @@ SECONDS, IDLE_SECONDS = 0.3, 1.0
 # Tokens that are generated in a row before the state is taken back to its position, and room for as many and a warm-up.
 TOKENS_IN_ROW, ROOM = 16, 24
 DECODED_ROWS = 16
+# A model that takes longer for a call is not measured at further points.
+TOO_SLOW_MS = 4e3
 SEED = 0
 Row = dict[str, Any]
 
@@ -77,6 +79,7 @@ def new_record(wish: Wish, device: torch.device, counter: Counter) -> Row:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "settings": {
             "seconds for each median": wish.seconds, "tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+            "tf32 in cuDNN": bool(torch.backends.cudnn.allow_tf32),
             "compiled": False, "layout": "channels last inside, images NCHW in",
             "forward and training step": "eager, one call begun before the last one ends",
             "generated tokens": "CUDA graph" if device.type == "cuda" else "eager",
@@ -89,7 +92,7 @@ def new_record(wish: Wish, device: torch.device, counter: Counter) -> Row:
 
 def _kind_facts(curves: Curves, wish: Wish, device: torch.device) -> Row:
     return {
-        "question": curves.question, "axis": curves.axis, "unit": curves.unit, "precision": curves.precision,
+        "question": curves.question, "axis": curves.axis, "unit": curves.unit, "precision": curves.precision_on(device),
         "params": wish.params or curves.params_on(device), "subjects": list(curves.subjects), "models": [], "rows": [],
         "crossings": [],
     }  # fmt: skip
@@ -164,13 +167,24 @@ def _rows(curves: Curves, kind: Row, wish: Wish, device: torch.device, counter: 
         if (name, mode, point) in done or time.monotonic() >= wish.until:
             continue
         row: Row = {"model": name, "mode": mode, "point": point}
+        longest = max((each.get("ms", 0.0) for each in kind["rows"] if (each["model"], each["mode"]) == (name, mode)),
+                      default=0.0)  # fmt: skip
+        if longest > TOO_SLOW_MS:
+            kind["rows"].append(row | {"reason": f"left out: a call took {longest / 1e3:.1f} s at another point"})
+            yield kind["rows"][-1]
+            continue
         try:
             row |= bench.measure(name, mode, point, wish, counter)
-        except (ConfigError, torch.OutOfMemoryError) as error:
-            row["reason"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+        except (ConfigError, RuntimeError) as error:
+            # A kernel that refuses a shape is a finding; PyTorch tells it by RuntimeError alone.
+            row["reason"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else _first_line(error)
             bench.forget()
         kind["rows"].append(row)
         yield row
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _places(curves: Curves, wish: Wish, device: torch.device) -> Iterator[tuple[str, int, str]]:
@@ -200,7 +214,7 @@ class _Bench:
         """One row."""
         spec = self.sized(name, point, wish)
         facts = self.curves.facts(point + ROOM if mode == "decode" else point)
-        dtype = getattr(torch, self.curves.precision) if mode == "decode" else torch.float32
+        dtype = getattr(torch, self.curves.precision_on(self.device)) if mode == "decode" else torch.float32
         model = self.model(spec, facts, dtype)
         # Gradients of an earlier step are none of this work's memory.
         model.zero_grad(set_to_none=True)
@@ -269,7 +283,7 @@ class _Bench:
 
         @torch.no_grad()
         def call() -> None:
-            with autocast(self.device, self.curves.precision):
+            with autocast(self.device, self.curves.precision_on(self.device)):
                 model(x)
 
         return Work(call, self.units(batch, point), batch)
@@ -285,7 +299,7 @@ class _Bench:
 
         def call() -> None:
             optimizer.zero_grad(set_to_none=True)
-            with autocast(self.device, self.curves.precision):
+            with autocast(self.device, self.curves.precision_on(self.device)):
                 loss = loss_of(model(x))
             loss.backward()
             optimizer.step()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from selectra.compare.measure import Cost, build_model, count_flops, count_parameters, inputs_for, measure
@@ -86,24 +87,34 @@ def match(
 def match_even(spec: Spec, facts: Mapping[str, Any], params: float, tolerance: float = TOLERANCE) -> tuple[Spec, int]:
     """The model at a number of parameters, and how many it has: of all widths within the tolerance the most even one.
 
-    For measuring speed: products of odd widths are slow on every GPU, and that would be a model's bad luck.
+    For measuring speed: products of odd widths are slow on every GPU, and that would be a model's bad luck. A model
+    that meets the budget as it is stays so.
 
     Raises:
         ConfigError: No width meets the budget; the message names the nearest ones.
     """
     turned, cost = _turned(spec, facts, "width"), partial(_quantity, "params", facts=dict(facts), device="cpu")
+    own = cost(spec)
+    if abs(own / params - 1) <= tolerance:
+        return spec, int(own)
     best = _best(turned, cost, params, tolerance, "params")
+    assert best.got is not None
     around = range(max(1, round(best.value * (1 - tolerance))), round(best.value * (1 + tolerance)) + 1)
-    # The lowest bit that is set is the largest power of two that divides.
-    for value in sorted(around, key=lambda each: (-min(each & -each, EVEN), abs(each - best.value))):
+    for value in sorted(around, key=lambda each: (-_evenness(best.turned(each)), abs(each - best.value))):
         try:
             got = cost(best.turned(value))
         except ConfigError:
             continue
         if abs(got / params - 1) <= tolerance:
             return best.turned(value), int(got)
-    assert best.got is not None
     return best.turned(best.value), int(best.got)
+
+
+def _evenness(spec: Spec) -> int:
+    """The largest power of two that divides all widths."""
+    sizes = [each for name in WIDTHS if name in spec.args for each in np.atleast_1d(spec.args[name]).tolist()]
+    # The lowest bit that is set.
+    return min((min(each & -each, EVEN) for each in sizes), default=1)
 
 
 def _best(

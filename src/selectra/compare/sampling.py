@@ -11,7 +11,7 @@ import torch
 from selectra.compare.energy import Counter, Power
 
 WARM_CALLS, LEAST_CALLS = 2, 3
-# A call that takes longer is warmed up once, and timed as often as there must be.
+# A call that takes longer is warmed up and timed once, unless there is time for more.
 SLOW = 1.0
 # Seconds between two looks at the counter of an idle device.
 LOOK = 2e-3
@@ -51,15 +51,17 @@ def sample(call: Callable[[], object], device: torch.device, seconds: float, cou
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
+    slow = False
     for _ in range(WARM_CALLS):
         began = time.perf_counter()
         call()
         _wait(device)
-        if time.perf_counter() - began > SLOW:
+        slow = time.perf_counter() - began > SLOW
+        if slow:
             break
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None
     power = Power(counter)
-    times, host = (_on_gpu if on_gpu else _on_host)(call, seconds, power)
+    times, host = (_on_gpu if on_gpu else _on_host)(call, seconds, power, 1 if slow else LEAST_CALLS)
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive") if times[1:] else 3 * times
     watts = power.watts
     joules = None if watts is None else watts * statistics.fmean(times)
@@ -71,13 +73,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _on_gpu(call: Callable[[], object], seconds: float, power: Power) -> tuple[list[float], float]:
+def _on_gpu(call: Callable[[], object], seconds: float, power: Power, least: int) -> tuple[list[float], float]:
     """Seconds between the ends of calls, by events: the next call is always begun before the last one ends."""
     ends, host = [torch.cuda.Event(enable_timing=True)], []
     call()
     ends[0].record()
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(ends) <= LEAST_CALLS:
+    while time.perf_counter() - began < seconds or len(ends) <= least:
         start = time.perf_counter()
         call()
         host.append(time.perf_counter() - start)
@@ -91,10 +93,10 @@ def _on_gpu(call: Callable[[], object], seconds: float, power: Power) -> tuple[l
     return times, statistics.median(host)
 
 
-def _on_host(call: Callable[[], object], seconds: float, power: Power) -> tuple[list[float], float]:
+def _on_host(call: Callable[[], object], seconds: float, power: Power, least: int) -> tuple[list[float], float]:
     times: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times) < LEAST_CALLS:
+    while time.perf_counter() - began < seconds or len(times) < least:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
