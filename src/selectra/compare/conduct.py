@@ -241,8 +241,8 @@ def _work(
 
 
 def _packs(study: Study) -> bool:
-    """Whether many trainings share a GPU: those of series do."""
-    return models.entry(study.variants[0].model.name).kind == "series"
+    """Whether many trainings share a GPU: those of series and of images do."""
+    return models.entry(study.variants[0].model.name).kind in ("series", "image")
 
 
 def judge_of(store: Store, study: Study) -> Callable[[Cell], Callable[[Sequence[float]], bool]]:

@@ -89,11 +89,28 @@ def find_study(what: str, asked: Asked) -> Study:
     elif what == "vision":
         study = vision_study(asked)
     else:
-        given = [name for name in ("file", "quick", "models") if getattr(asked, name)]
+        own = what.endswith(".py")
+        given = [name for name in (*(("file",) if own else ()), "quick", "models") if getattr(asked, name)]
         if given:
             raise ConfigError(f"{given[0]} is for `compare forecasting` and `compare vision`; a study says it itself.")
-        study = _from_file(Path(what)) if what.endswith(".py") else _built_in(what)
+        study = _from_file(Path(what)) if own else _on_data(_built_in(what), asked)
     return _changed(study, asked)
+
+
+def _on_data(study: Study, asked: Asked) -> Study:
+    """A built-in study on a user's tables or folders, each of them a base, in place of the bundled data."""
+    if asked.file is None:
+        return study
+    first, bases = study.bases[0], []
+    for file in asked.file.split(","):
+        name = Path(file).name.split(".")[0]
+        if datasets.entry(first.data.name).kind == "series":
+            shape = {"seq_len": asked.lookback, "horizon": asked.horizon}
+            name, data = f"{name} {asked.horizon}", first.data.replace(path=file, **shape)
+        else:
+            data = first.data.replace(path=file)
+        bases.append(first.model_copy(update={"name": name, "data": data}))
+    return study.model_copy(update={"bases": tuple(bases)})
 
 
 def _built_in(name: str) -> Study:

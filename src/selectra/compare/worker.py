@@ -17,6 +17,7 @@ from selectra import data as _data
 from selectra import models as _models
 from selectra.compare.cells import Cell
 from selectra.compare.forecasting import variate_order
+from selectra.compare.image_cells import HeldOnce, ImageTraining
 from selectra.compare.on_device import OnDevice, Resident
 from selectra.compare.store import Store
 from selectra.compare.tune import PrunedError
@@ -248,16 +249,13 @@ class _Slot:
         # Where nothing was there to take: when to ask again, if nothing ends before.
         self.ask_at = 0.0
 
-    def start(self, cell: Cell, resident: Callable[[Cell, Windows], Resident], packed: int) -> None:
+    def start(self, cell: Cell, held: "_OnGpu", packed: int) -> None:
         """Build the model, take the first step, record the graphs."""
         self.cell, self.queued, self.more, self.ended = cell, deque(), True, False
         with torch.cuda.stream(self.stream):
             built = build(cell)
             self.facts = _facts(cell, built, self.device, packed)
-            self.training = OnDevice(
-                built.model.to(self.device), built.task, built.parts, cell.run, resident(cell, built.parts["train"]),
-                self.stream, self.pool,
-            )  # fmt: skip
+            self.training = held.training(cell, built, self.stream, self.pool)
             self.training.prepare()
 
     def move(self) -> bool:
@@ -281,23 +279,32 @@ class _Slot:
         if self.cell is not None and self.cell.trial is not None:
             # The graphs hold the test part; a trial's choice does not see it.
             del record["test"]
-            record["history"] = [each["mse"] for each in outcome.history]
+            record["history"] = [each["score" if "score" in each else "mse"] for each in outcome.history]
             record["score"] = min(record["history"], default=None)
         del self.training
         self.cell = None
-        if outcome.best_step == 0:
+        if outcome.best_step == 0 or any(each.get("score", 0.0) != each.get("score", 0.0) for each in outcome.history):
             return "failed", {**record, "reason": "diverged: no validation error was a number"}
         return "done", record
 
 
-class _Residents:
-    """Rows on the device, one copy for all cells on the same data."""
+class _OnGpu:
+    """Data on the device, one copy for all cells on the same data, and the trainings that read it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.images = device, HeldOnce(device)
         self.found: dict[Any, Resident] = {}
 
-    def __call__(self, cell: Cell, windows: Windows) -> Resident:
+    def training(self, cell: Cell, built: Built, stream: "torch.cuda.Stream", pool: Any) -> Any:
+        """The training of a cell, by what its model is for."""
+        train = built.parts["train"]
+        if models.entry(cell.run.model.name).kind == "image":
+            return ImageTraining(cell, built, self.images(cell, train), stream, pool)
+        return OnDevice(
+            built.model.to(self.device), built.task, built.parts, cell.run, self._rows(cell, train), stream, pool
+        )
+
+    def _rows(self, cell: Cell, windows: Windows) -> Resident:
         spec = cell.run.data
         same = tuple(pair for pair in spec.pairs if pair[0] not in ("seq_len", "horizon"))
         key = (spec.name, same, cell.variates)
@@ -331,7 +338,7 @@ class _Gpu:
 
     def __init__(self, store: Store, device: torch.device, packed: int, on_done: OnDone) -> None:
         self.store, self.packed, self.on_done = store, packed, on_done
-        self.residents = _Residents(device)
+        self.held = _OnGpu(device)
         self.slots = [_Slot(device, most) for most in _limits(packed)]
         self.idle = False
 
@@ -361,7 +368,7 @@ class _Gpu:
             slot.ask_at = time.monotonic() + ASK_EVERY
             return most == self.packed
         try:
-            slot.start(cell, self.residents, self.packed)
+            slot.start(cell, self.held, self.packed)
         except (ConfigError, DataError, torch.OutOfMemoryError) as error:
             slot.cell = None
             self._finish(cell, "failed", {**cell.label, "reason": str(error)})

@@ -45,7 +45,7 @@ from selectra.mixers import S6, EinFFT, MonarchMLP
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
-ChannelMixer = Literal["einfft", "monarch", "mlp"]
+ChannelMixer = Literal["einfft", "monarch", "mlp", "none"]
 # Norms before channel mixers and behind stages; all others have PyTorch's.
 EPS = 1e-6
 
@@ -62,16 +62,19 @@ class ConvMlp(Mlp):
 
 
 class Block(nn.Module):
-    """Mamba along the grid's rows, then a mixer of channels, each behind a norm and added to its input."""
+    """Mamba along the grid's rows, then, where it is given, a mixer of channels, each behind a norm and added."""
 
-    def __init__(self, d_model: int, mamba: S6, channel: nn.Module, drop_path: float = 0.0) -> None:
+    def __init__(self, d_model: int, mamba: S6, channel: nn.Module | None, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model, eps=EPS)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = None if channel is None else nn.LayerNorm(d_model, eps=EPS)
         self.mamba, self.channel, self.drop_path = mamba, channel, DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         grid = x.shape[1:3]
         x = x + self.drop_path(self.mamba(self.norm1(x).flatten(1, 2)).unflatten(1, grid))
+        if self.channel is None or self.norm2 is None:
+            return x
         y = self.norm2(x)
         # MLPs stay on the grid; the others mix a sequence of tokens.
         y = self.channel(y) if isinstance(self.channel, Mlp) else self.channel(y.flatten(1, 2)).unflatten(1, grid)
@@ -136,7 +139,7 @@ class Simba(Pyramid):
         d_stem: Width inside the stem.
         dims: Width of every stage.
         depths: Blocks of every stage.
-        channel_mixer: What mixes the channels of a token.
+        channel_mixer: What mixes the channels of a token; "none" leaves Mamba alone, to see what the mixer is worth.
         mlp_ratios: Inner width of the MLP or the Monarch maps over the width of each stage.
         n_blocks: Blocks of EinFFT and of Monarch matrices.
         d_state: State size per channel of the Mambas.
@@ -175,7 +178,7 @@ class Simba(Pyramid):
         def mamba(d_model: int) -> S6:
             return S6(d_model, d_state, d_conv, expand)
 
-        def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
+        def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module | None:
             return make_channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
         embeds = [
@@ -298,9 +301,11 @@ class Simba(Pyramid):
 
 def make_channel_mixer(
     kind: ChannelMixer, d_model: int, d_hidden: int, n_blocks: int, mlp: Callable[[int, int], nn.Module]
-) -> nn.Module:
+) -> nn.Module | None:
     if kind not in get_args(ChannelMixer):
         raise ConfigError(f"channel_mixer={kind!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
+    if kind == "none":
+        return None
     if kind == "mlp":
         return mlp(d_model, d_hidden)
     return EinFFT(d_model, n_blocks) if kind == "einfft" else MonarchMLP(d_model, d_hidden, n_blocks)
