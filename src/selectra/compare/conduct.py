@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
-from selectra.compare.match import match
+from selectra.compare.match import meet
 from selectra.compare.measure import build_model, measure
 from selectra.compare.store import Store
 from selectra.compare.study import Study, Variant
@@ -139,10 +139,10 @@ def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], 
     check(run)
     spec, note = run.model, ""
     if study.budget is not None:
-        asked = {study.budget.quantity: study.budget.amount}
         if _has_size(spec, study.budget.over):
-            found = match(spec, facts, over=study.budget.over, device=device, **asked)
-            spec, note = found.spec, f"{found.over} = {found.value} for {found.got:,.6g} {study.budget.quantity}"
+            quantity, over = study.budget.quantity, study.budget.over
+            found = meet(spec, facts, quantity, study.budget.amount, over=over, device=device)
+            spec, note = found.spec, f"{found.turned.name} = {found.value} for {found.got:,.6g} {quantity}"
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
     model = build_model(spec, facts)

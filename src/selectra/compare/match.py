@@ -75,13 +75,20 @@ def match(
     asked: list[tuple[Quantity, float]] = [(name, value) for name, value in given.items() if value is not None]
     if len(asked) != 1 or not 0 < asked[0][1] < math.inf:
         raise ConfigError(f"match takes one budget above 0: params=, flops= or latency=; got {given}.")
-    (quantity, wanted), turned = asked[0], _turned(spec, facts, over)
-    best = _best(turned, partial(_quantity, quantity, facts=dict(facts), device=device), wanted, tolerance, quantity)
-    found = best.turned(best.value)
+    quantity, wanted = asked[0]
+    best = meet(spec, facts, quantity, wanted, over=over, tolerance=tolerance, device=device)
     assert best.got is not None
-    return Matched(
-        found, quantity, wanted, best.got, best.turned.name, best.value, measure(found, facts, device=device)
-    )
+    cost = measure(best.spec, facts, device=device)
+    return Matched(best.spec, quantity, wanted, best.got, best.turned.name, best.value, cost)
+
+
+def meet(
+    spec: Spec, facts: Mapping[str, Any], quantity: Quantity, wanted: float, *,
+    over: Literal["width", "depth"] = "width", tolerance: float = TOLERANCE, device: torch.device | str = "cpu",
+) -> "_Tried":  # fmt: skip
+    """`match` without measuring what the model costs."""
+    turned = _turned(spec, facts, over)
+    return _best(turned, partial(_quantity, quantity, facts=dict(facts), device=device), wanted, tolerance, quantity)
 
 
 def match_even(spec: Spec, facts: Mapping[str, Any], params: float, tolerance: float = TOLERANCE) -> tuple[Spec, int]:
@@ -121,6 +128,11 @@ def _best(
     turned: "_Turned", cost: Callable[[Spec], float], wanted: float, tolerance: float, quantity: Quantity
 ) -> "_Tried":  # fmt: skip
     """The width, or the inner width, that comes nearest to a budget; refused where that is not near enough."""
+    if quantity == "params":
+        # Most of a search's time is for models that were made for the budget.
+        own, value = cost(turned.spec), _first(turned.values[turned.name])
+        if abs(own / wanted - 1) <= tolerance / 4:
+            return _Tried(turned, value, own, {value: own})
     tried = [_try(turned, cost, wanted)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
         tried.append(_try(follower, cost, wanted))
@@ -160,6 +172,11 @@ class _Tried:
     value: int
     got: float | None
     seen: dict[int, float]
+
+    @property
+    def spec(self) -> Spec:
+        """The model at this value."""
+        return self.turned(self.value)
 
     def off(self, wanted: float) -> float:
         """How far off the budget, as a part of it."""
