@@ -5,9 +5,10 @@ between two steps that were seen, and the energy of a call is that power times t
 """
 
 import importlib
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -95,31 +96,42 @@ class _Zone:
         return (now + self.turns * self.range_uj) / 1e6
 
 
-@dataclass
 class Power:
-    """Looks at a counter while something runs, and says the mean power between the first and the last step seen.
+    """Watches a counter while something runs, and says the mean power between the first and the last step seen.
+
+    A thread of its own looks every few milliseconds: whoever runs the work may wait for the device for longer, and
+    would date a step too late.
 
     Args:
-        counter: What is looked at.
-        clock: Seconds.
+        counter: What is watched; with one that is not there nothing happens.
+        every: Seconds between two looks.
     """
 
-    counter: Counter
-    clock: Callable[[], float] = time.perf_counter
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    _looked: float = -1.0
-    _last: float | None = None
+    def __init__(self, counter: Counter, every: float = LOOK_EVERY) -> None:
+        self.counter, self.every = counter, every
+        self.steps: list[tuple[float, float]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def look(self) -> None:
-        """Note the counter if it has moved; costs nothing if the last look was just now."""
-        now = self.clock()
-        if self.counter.read is None or now - self._looked < LOOK_EVERY:
-            return
-        self._looked, joules = now, self.counter.read()
-        # When the first value was reached is not known; later ones are seen to come.
-        if self._last is not None and joules != self._last:
-            self.steps.append((now, joules))
-        self._last = joules
+    def __enter__(self) -> "Power":
+        if self.counter.there:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self.counter.there:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        assert self.counter.read is not None
+        last = self.counter.read()
+        while not self._over.wait(self.every):
+            now, joules = time.perf_counter(), self.counter.read()
+            # When the first value was reached is not known; later ones are seen to come.
+            if joules != last:
+                self.steps.append((now, joules))
+            last = joules
 
     @property
     def watts(self) -> float | None:
@@ -128,3 +140,8 @@ class Power:
             return None
         (t0, e0), (t1, e1) = self.steps[0], self.steps[-1]
         return (e1 - e0) / (t1 - t0)
+
+    @property
+    def covered(self) -> float:
+        """Seconds between the first and the last step."""
+        return self.steps[-1][0] - self.steps[0][0] if self.steps else 0.0

@@ -13,8 +13,8 @@ from selectra.compare.energy import Counter, Power
 WARM_CALLS, LEAST_CALLS = 2, 3
 # A call that takes longer is warmed up and timed once, unless there is time for more.
 SLOW = 1.0
-# Seconds between two looks at the counter of an idle device.
-LOOK = 2e-3
+# Seconds between the first and the last step of the energy counter that a power is taken from.
+LEAST_COVERED = 0.28
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,11 @@ def sample(call: Callable[[], object], device: torch.device, seconds: float, cou
         if slow:
             break
     peak = torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None
-    power = Power(counter)
-    times, host = (_on_gpu if on_gpu else _on_host)(call, seconds, power, 1 if slow else LEAST_CALLS)
+    with Power(counter) as power:
+        times, host = (_on_gpu if on_gpu else _on_host)(call, seconds, power, 1 if slow else LEAST_CALLS)
     lower, median, upper = statistics.quantiles(times, n=4, method="inclusive") if times[1:] else 3 * times
-    watts = power.watts
+    # Over a shorter time a step that is dated a little wrong weighs too much.
+    watts = power.watts if power.covered >= LEAST_COVERED else None
     joules = None if watts is None else watts * statistics.fmean(times)
     return Sample(1e3 * median, 1e3 * lower, 1e3 * upper, len(times), 1e3 * host, peak, joules, watts)
 
@@ -79,28 +80,31 @@ def _on_gpu(call: Callable[[], object], seconds: float, power: Power, least: int
     call()
     ends[0].record()
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(ends) <= least:
+    while _go_on(time.perf_counter() - began, seconds, len(ends) > least, power):
         start = time.perf_counter()
         call()
         host.append(time.perf_counter() - start)
         ends.append(torch.cuda.Event(enable_timing=True))
         ends[-1].record()
-        while not ends[-2].query():
-            power.look()
-        power.look()
+        ends[-2].synchronize()
     ends[-1].synchronize()
     times = [before.elapsed_time(after) / 1e3 for before, after in zip(ends, ends[1:], strict=False)]
     return times, statistics.median(host)
 
 
+def _go_on(passed: float, seconds: float, enough: bool, power: Power) -> bool:
+    """Whether to measure on: for so long, so many calls, and until the counter of energy has moved for long enough."""
+    covered = not power.counter.there or power.covered >= LEAST_COVERED or passed >= 3 * seconds + 2 * LEAST_COVERED
+    return passed < seconds or not enough or not covered
+
+
 def _on_host(call: Callable[[], object], seconds: float, power: Power, least: int) -> tuple[list[float], float]:
     times: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < seconds or len(times) < least:
+    while _go_on(time.perf_counter() - began, seconds, len(times) >= least, power):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-        power.look()
     return times, statistics.median(times)
 
 
@@ -109,8 +113,6 @@ def idle_watts(device: torch.device, counter: Counter, seconds: float) -> float 
     if not counter.there:
         return None
     _wait(device)
-    power, began = Power(counter), time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        power.look()
-        time.sleep(LOOK)
+    with Power(counter) as power:
+        time.sleep(seconds)
     return power.watts

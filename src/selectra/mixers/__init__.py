@@ -3,6 +3,7 @@
 from selectra.mixers.attention import CausalAttention, KeyValue
 from selectra.mixers.bidirectional import Bidirectional
 from selectra.mixers.cross_scan_2d import CrossPaths, CrossScan2d
+from selectra.mixers.discretised import DiscretisedS6, Discretisation, make_s6
 from selectra.mixers.einfft import EinFFT
 from selectra.mixers.monarch import Monarch, MonarchMLP
 from selectra.mixers.s6 import S6, SelectivePath, State
@@ -18,6 +19,8 @@ __all__ = [
     "CausalAttention",
     "CrossPaths",
     "CrossScan2d",
+    "DiscretisedS6",
+    "Discretisation",
     "EinFFT",
     "KeyValue",
     "Monarch",
@@ -26,5 +29,6 @@ __all__ = [
     "SelectivePath",
     "State",
     "WeightedAverage",
+    "make_s6",
     "step_blocks_",
 ]

@@ -41,7 +41,7 @@ from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import ConvNorm, Mlp, convolve, require_image, start_linear
 from selectra.layers.image_model import LAST, Pyramid, leave_out
-from selectra.mixers import S6, EinFFT, MonarchMLP
+from selectra.mixers import S6, Discretisation, EinFFT, MonarchMLP, make_s6
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
@@ -145,6 +145,7 @@ class Simba(Pyramid):
         d_state: State size per channel of the Mambas.
         d_conv: Width of their short convolutions.
         expand: Their inner width over the width of their stage.
+        discretisation: How their recurrence is made; others than Mamba's show what that buys.
         patch_size: Pixels of a token's side behind the stem; the official one is 4.
         token_labels: Add half of the tokens' greatest scores, by a head of their own.
         drop_path: Rate at which the last block's branches are left out in training; earlier ones less often.
@@ -165,6 +166,7 @@ class Simba(Pyramid):
         d_state: int = 64,
         d_conv: int = 4,
         expand: int | float = 2,
+        discretisation: Discretisation = "mamba",
         patch_size: int = 4,
         token_labels: bool = False,
         drop_path: float = 0.0,
@@ -176,7 +178,7 @@ class Simba(Pyramid):
             raise ConfigError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: needs one of each for a stage")
 
         def mamba(d_model: int) -> S6:
-            return S6(d_model, d_state, d_conv, expand)
+            return make_s6(discretisation, d_model, d_state, d_conv, expand)
 
         def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module | None:
             return make_channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)

@@ -4,6 +4,7 @@ from selectra.recipes.studies.channel_mixers import channel_mixers as channel_mi
 from selectra.recipes.studies.channel_mixers_deep import channel_mixers_deep as channel_mixers_deep
 from selectra.recipes.studies.channel_mixers_images import channel_mixers_images as channel_mixers_images
 from selectra.recipes.studies.directions import directions as directions
+from selectra.recipes.studies.discretisation import discretisation as discretisation
 from selectra.recipes.studies.image_kinds import image_kinds as image_kinds
 from selectra.recipes.studies.scan_orders import scan_orders as scan_orders
 from selectra.recipes.studies.selection import selection as selection
