@@ -97,7 +97,7 @@ class Slot:
         """A slot; on a CPU it has no stream."""
         if device.type != "cuda":
             return cls(device, None, None)
-        return cls(device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+        return cls(device, torch.cuda.Stream(device), None)
 
 
 @dataclass
@@ -179,6 +179,8 @@ class Study:
         model, task = build(run, parts, self.device)
         if slot.stream is not None:
             slot.stream.wait_stream(torch.cuda.current_stream(self.device))
+            # A pool ends with the last graph that took from it.
+            slot.pool = torch.cuda.graph_pool_handle()
         slot.training = ImagesOnDevice(
             model, task, parts.train, parts.images.augment, run, slot.stream, slot.pool
         )  # fmt: skip
