@@ -150,7 +150,7 @@ def _budget(given: dict[str, str | None]) -> "StudyBudget | None":
 
 
 def report(
-    records: Annotated[Path, typer.Argument(help="The store of a comparison, or JSON records: exported from one, or of `compare costs`.")],
+    records: Annotated[Path, typer.Argument(help="The store of a comparison; JSON records of one or of `compare costs`; or a folder of records.")],
     out: Annotated[
         Path | None,
         typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records."),
@@ -161,6 +161,9 @@ def report(
 ) -> None:
     """Write the page of a comparison from its records."""
     console = _console()
+    if records.is_dir():
+        _report_answer(records, out, console)
+        return
     if not records.is_file():
         raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
     if records.suffix == ".json":
@@ -174,6 +177,19 @@ def report(
         _report_study(records, out, console, export)
     else:
         _report_tables(store, records, out, export, console)
+
+
+def _report_answer(folder: Path, out: Path | None, console: Console) -> None:
+    """Write what all records of a folder say together."""
+    import os  # noqa: PLC0415
+
+    from selectra.compare.answer import collect  # noqa: PLC0415
+    from selectra.report.answer import write_answer  # noqa: PLC0415
+
+    content, out = collect(folder), out or Path("answer.md")
+    write_answer(content, out, Path(os.path.relpath(folder, out.parent)).as_posix())
+    console.print(content["verdict"], highlight=False, markup=False, soft_wrap=True, style="bold")
+    console.print(f"The page is {out}, made from the records in {folder}", highlight=False, soft_wrap=True)
 
 
 def _report_json(records: Path, out: Path | None, console: Console) -> None:
