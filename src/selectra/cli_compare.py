@@ -81,11 +81,12 @@ def compare(
     names = () if models is None else tuple(name.strip() for name in models.split(","))
     asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget)
     study = find_study(what, asked)
-    from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
+    from selectra.compare.conduct import Crew, Wish, conduct  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
     counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
-    if counts["done"]:
+    # Of processes that torchrun started the first one is the last to leave.
+    if counts["done"] and Crew.found().rank == 0:
         _report_study(path, None, console)
 
 
@@ -111,12 +112,13 @@ def _costs(
 
 
 def _usual_workers(device: str) -> int:
-    """A process for every core, at most four, where there is no GPU."""
+    """A process for every core, at most four, where there is no GPU; with torchrun its processes are the workers."""
     import os  # noqa: PLC0415
 
-    from selectra.train.parallel import pick_device  # noqa: PLC0415
+    from selectra.compare.conduct import Crew  # noqa: PLC0415
 
-    return 1 if pick_device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
+    crew = Crew.found()
+    return 1 if crew.size > 1 or crew.device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
 
 
 def _tables(store: Path | None, tables: str, how: tuple[str, float | None, int, int], budget: tuple[int, int]) -> None:

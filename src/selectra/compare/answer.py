@@ -26,6 +26,7 @@ QUESTIONS = {
     "discretisation": ("What discretisation buys", "selectra compare discretisation"),
 }  # fmt: skip
 MAMBA_IMAGES = ("vim2", "vmamba", "vim", "simba")
+IMAGES = "CIFAR-10-JPEG, top-1, equal parameters and steps, three seeds, after Holm's correction"
 OUTCOMES = {"better": "wins", "worse": "loses", "level": "level"}
 
 
@@ -113,11 +114,10 @@ def _images(found: Row, records: dict[str, Row]) -> None:
         theirs = 100 * fmean(top1[rival].values())
         for outcome, models in by_outcome.items():
             said = {"wins": "is beaten by", "loses": "beats", "level": "is not told apart from"}[outcome]
-            _claim(found, outcome, f"Images (CIFAR-10-JPEG, top-1, equal parameters and steps): {rival}, {theirs:.1f} %, "
-                   f"{said} {', '.join(models)}", records)  # fmt: skip
-        counts = {key: len(models) for key, models in by_outcome.items()}
-        words.append(f"{rival} by {counts.get('wins', 0)} of {sum(counts.values())}")
-    found["fields"]["images"] = f"images: of the Mamba models, beaten beyond chance is {', '.join(words)}"
+            _claim(found, outcome, f"Images ({IMAGES}): {rival}, {theirs:.1f} %, {said} {', '.join(models)}", records)
+        words.append(f"{rival} is beaten by {len(by_outcome['wins'])} and beats {len(by_outcome['loses'])}")
+    count = len({mamba for mamba, _ in pairs})
+    found["fields"]["images"] = f"images, of {count} Mamba models: {', '.join(words)}"
 
 
 def _common(ours: dict[int, float], theirs: dict[int, float]) -> tuple[list[float], list[float]]:
@@ -129,12 +129,27 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
     for name, record in records.items():
         done = sum("test" in cell for cell in record["cells"])
         found["answered"].add(record["name"])
+        if "mamba" in record["kinds"].values():
+            _contest(found, name, record)
+            continue
         found["parts"].append({
             "question": record["question"], "text": record["verdict"]["text"], "trainings": done, "records": [name],
             "rows": [{key: row[key] for key in ("base", "variant", "mean", "spread")} | {
                 "parameters": row["cost"]["parameters"], "seeds": len(row["values"])} for row in record["rows"]],
             "metric": record["metric"],
         })  # fmt: skip
+
+
+def _contest(found: Row, name: str, record: Row) -> None:
+    """A study of Mamba against other kinds: its comparisons are claims like others."""
+    bases = ", ".join(dict.fromkeys(row["base"] for row in record["rows"]))
+    for each in record["overall"]:
+        outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
+        low, high = signed.format(each["low"]), signed.format(each["high"])
+        _claim(found, outcome, f"{bases}: {record['subject']} against {each['rival']}, {record['metric']} "
+               f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval "
+               f"{low} to {high}; {each['pairs']} seeds)", [name])  # fmt: skip
+    found["fields"][record["name"]] = record["verdict"]["text"].rstrip(".")
 
 
 def _costs(found: Row, records: dict[str, Row]) -> None:

@@ -35,6 +35,8 @@ STUDY, PREPARED = "study", "prepared"
 GRACE = 5.0
 # Cells that failed with these words are tried again by the next call.
 WANT_OF_MEMORY = "out of memory"
+# Seconds between two looks at what others do.
+WAITING = 0.5
 LENGTH_BATCH = 8
 
 
@@ -57,6 +59,33 @@ class Wish:
     packed: int = 8
 
 
+@dataclass(frozen=True)
+class Crew:
+    """The processes that torchrun started, on this machine and on others; each is a worker on the same file.
+
+    Args:
+        rank: This one's number; the first one prepares the study and writes its page.
+        size: How many there are.
+        local: This one's number on its machine, which is also that of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @classmethod
+    def found(cls) -> "Crew":
+        """As torchrun says; one process without it."""
+        return cls(*(int(os.environ.get(name, usual)) for name, usual in
+                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
+
+    def device(self, name: str) -> torch.device:
+        """This process's own."""
+        device = pick_device(name, self.local)
+        alone = device.type != "cuda" or device.index is not None
+        return device if alone or self.size == 1 else torch.device("cuda", self.local)
+
+
 def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
     """Do what is left of a study; how many cells are in which state.
 
@@ -67,17 +96,25 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
     study.check()
     if study.tuning is not None and study.tuning.ranges:
         optuna()
-    device, began = pick_device(wish.device), time.monotonic()
+    crew, began = Crew.found(), time.monotonic()
+    device = crew.device(wish.device)
     until = inf if wish.time_limit is None else began + wish.time_limit
     store = Store(wish.store)
     try:
+        while crew.rank and store.recall(STUDY) is None:
+            time.sleep(WAITING)
         study = open_study(store, study, device, console)
         store.reopen(WANT_OF_MEMORY)
         decide(store, study)
         progress = Progress(store, study, wish, console)
         progress.first_word()
-        if time.monotonic() < until:
+        while time.monotonic() < until:
             _work(study, store, wish, device, until, progress)
+            counts = store.counts()
+            # What others of this crew have in hand may yet come back.
+            if crew.size == 1 or not counts["taken"] + counts["open"]:
+                break
+            time.sleep(WAITING)
         return progress.last_word(time.monotonic() - began)
     finally:
         store.close()
