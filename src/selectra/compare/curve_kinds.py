@@ -132,6 +132,7 @@ SERIES = Curves(
             # Fewer heads than published leave more widths to choose from.
             "patchtst": Spec("patchtst", n_heads=4),
             "itransformer": Spec("itransformer", n_heads=2),
+            "modern_tcn": Spec("modern_tcn", d_model=16, d_ff=16),
             "gru": Spec("gru"),
         }
     ),

@@ -22,14 +22,14 @@ KINDS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("tsm2", "timemachine", "s_mamba", "simba_series"), "mamba"),
         **dict.fromkeys(("vim", "vim2", "vmamba", "simba", "rsmamba", "videomamba"), "mamba"),
         **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin"), "attention"),
-        **dict.fromkeys(("convnext", "resnet"), "convolution"),
+        **dict.fromkeys(("convnext", "resnet", "modern_tcn"), "convolution"),
         **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
         **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
         "gru": "recurrent", "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
     }
 )  # fmt: skip
-FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "gru", "tsmixer", "dlinear", "linear",
-               "seasonal_naive")  # fmt: skip
+FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "modern_tcn", "gru", "tsmixer",
+               "dlinear", "linear", "seasonal_naive")  # fmt: skip
 # One of each kind, small enough for minutes on two cores; sizes that are registered, or stated here.
 QUICK_FORECASTERS: Mapping[str, Spec] = MappingProxyType(
     {
