@@ -52,6 +52,36 @@ def test_images_train_two_steps(name, tmp_path):
     assert fitted.steps == 2 and set(fitted.best) == {"top1", "loss"}
 
 
+CAMVID = [name for name in recipes.names("segmentation") if name.endswith("_camvid")]
+
+
+def test_models_on_camvid_differ_in_the_backbone_alone():
+    assert {"samba_camvid", "vmamba_camvid", "vim2_camvid", "vim_camvid", "convnext_camvid", "vit_camvid"} <= set(
+        CAMVID
+    )
+    first = recipes.build(Spec(CAMVID[0]))
+    for name in CAMVID:
+        run = recipes.build(Spec(name))
+        backbone = run.model.args["backbone"]
+        normed = {} if "normed" not in run.model.args else {"normed": True}
+        like = run.model.replace(backbone=first.model.args["backbone"], **normed)
+        assert {k: v for k, v in like.pairs if k != "normed"} == {k: v for k, v in first.model.pairs if k != "normed"}
+        assert run.model_copy(update={"model": first.model, "name": first.name}) == first
+        # Samba's grids are normalised already.
+        assert run.model.args.get("normed", True) == (backbone.name != "samba_base")
+
+
+@pytest.mark.parametrize("name", CAMVID)
+def test_masks_train_two_steps(name):
+    run = recipes.build(Spec(name))
+    small = f"model.backbone={run.model.args['backbone'].name.partition('_')[0]}_smoke"
+    words = [small, "model.d_decoder=8", "model.d_aux=4", "data.path=shapes", "data.crop=32", "data.test=0.8"]
+    run = override(run, [*words, "train.steps=2", "train.batch_size=4", "train.precision=float32", "train.device=cpu"])
+    built = job.build(job.typed(run))
+    fitted = fit(built.model, built.task, built.data.windows("train"), built.data.windows("val"), run, progress=False)
+    assert fitted.steps == 2 and {"miou", "f1", "accuracy", "loss", "iou ring"} <= set(fitted.best)
+
+
 def test_weather_trains_two_steps(tmp_path):
     run = recipes.build(Spec("tsm2_weather"))
     small = run.model.name.replace("_base", "_smoke")

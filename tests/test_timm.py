@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import selectra.timm
 from selectra.layers.drop import DropPath
 from selectra.layers.image_model import ImageModel, Plain
-from selectra.models import RSMamba, Simba, VideoMamba, Vim, ViM2, VMamba
+from selectra.models import RSMamba, Samba, Simba, VideoMamba, Vim, ViM2, VMamba
 
 NAMES = timm.list_models("selectra_*")
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -30,6 +30,7 @@ SMALL: dict[type, dict[str, Any]] = {
     VMamba: {"dims": DIMS, "depths": (1, 2, 1, 1)},
     ViM2: {"dims": DIMS, "depths": (1, 1, 2, 1), "channel_dims": (16,) * 4, "channel_group": 8, "d_state": 4},
     Simba: {"d_stem": 4, "dims": DIMS, "depths": (1, 2, 1, 1), "mlp_ratios": (2,) * 4, "d_state": 4, "n_blocks": 2},
+    Samba: {"d_stem": 4, "dims": DIMS, "depths": (1, 2, 1, 1), "mlp_ratios": (2,) * 4, "d_state": 4},
 }
 
 
@@ -70,8 +71,8 @@ def is_plain(name: str) -> bool:
 
 def test_every_image_model_is_registered():
     families = {name.removeprefix("selectra_").split("_")[0] for name in NAMES}
-    assert families == {"vim", "vmamba", "vim2", "simba", "rsmamba", "videomamba"} and len(NAMES) == 35
-    assert len(KINDS) == 11 and {name.removeprefix("selectra_").split("_")[0] for name in KINDS} == families
+    assert families == {"vim", "vmamba", "vim2", "simba", "samba", "rsmamba", "videomamba"} and len(NAMES) == 36
+    assert len(KINDS) == 12 and {name.removeprefix("selectra_").split("_")[0] for name in KINDS} == families
     assert set(timm.list_models(module="timm", filter="selectra_*")) == set(NAMES)
     assert not timm.list_models("selectra_*", pretrained=True)
 

@@ -19,6 +19,7 @@ from selectra.errors import BackendError, ConfigError, DataError
 from selectra.image_commands import explain, predict
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
+from selectra.text_commands import tokenize
 from selectra.train.stop import DivergedError, StoppedError
 from selectra.usage import describe_usage, read_levels, read_lookback, with_options
 
@@ -34,6 +35,7 @@ TEST_SIZE = "smoke"
 EXAMPLE_FACTS: dict[str, dict[str, Any]] = {
     "series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24},
     "language": {"vocab_size": 50304},
+    "segmentation": {"n_classes": 150},
 }
 
 CITATION = """@software{{selectra,
@@ -123,6 +125,7 @@ def evaluate(
 
 app.command()(predict)
 app.command()(explain)
+app.command()(tokenize)
 
 
 @app.command("list")
@@ -155,7 +158,9 @@ def _listing(sort: Sort, registry: "Registry", names: list[str]) -> Table:
             middle = [count, ", ".join(entry.takes) or "-", state]
         table.add_row(name, entry.kind, *middle, entry.source or "-")
     if of_models:
-        table.caption = "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes; for 50,304 tokens."
+        table.caption = (
+            "Parameters for 7 series, 96 values in and 96 out; for 1,000 classes, 150 of pixels; for 50,304 tokens."
+        )
     return table
 
 

@@ -17,12 +17,16 @@ BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budge
 
 def compare(
     what: Annotated[
-        str, typer.Argument(help="forecasting, vision, costs, a built-in study, or a file of Python that defines one.")
+        str,
+        typer.Argument(
+            help="forecasting, vision, language, costs, a built-in study, or a file of Python that defines one."
+        ),
     ] = "forecasting",
     file: Annotated[
         str | None,
         typer.Argument(
-            help="Your table of series or folder of images; default: bundled data. `costs`: language, images, series."
+            help="Your table of series, folder of images or text; default: bundled data. `costs`: language, images, "
+            "series."
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
@@ -56,6 +60,9 @@ def compare(
     packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or images in a step.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of the sides that a folder's images are brought to.")
+    ] = None,
     tables: Annotated[
         str | None, typer.Option(help="The tables of docs/results/forecasting.md instead: a,b,orders,ablation,costs,c.")
     ] = None,
@@ -79,7 +86,7 @@ def compare(
         return
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
     names = () if models is None else tuple(name.strip() for name in models.split(","))
-    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget)
+    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size)
     study = find_study(what, asked)
     from selectra.compare.conduct import Crew, Wish, conduct  # noqa: PLC0415
 
@@ -105,7 +112,11 @@ def _costs(
     kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
     if not all(point.isdigit() and int(point) > 0 for point in points):
         raise ConfigError(f"--points takes whole numbers separated by commas, got '{','.join(points)}'.")
-    asked = {"models": names, "params": None if params is None else amount_of(params), "points": tuple(map(int, points))}
+    asked = {
+        "models": names,
+        "params": None if params is None else amount_of(params),
+        "points": tuple(map(int, points)),
+    }
     path, console = store or Path("costs.json"), _console()
     compare_costs(Wish(**asked, **({"kinds": kinds} if kinds else {})), path, device, time_limit, console)
     _report_json(path, None, console)
@@ -152,7 +163,12 @@ def _budget(given: dict[str, str | None]) -> "StudyBudget | None":
 
 
 def report(
-    records: Annotated[Path, typer.Argument(help="The store of a comparison; JSON records of one or of `compare costs`; or a folder of records.")],
+    records: Annotated[
+        Path,
+        typer.Argument(
+            help="The store of a comparison; JSON records of one or of `compare costs`; or a folder of records."
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records."),
@@ -164,6 +180,12 @@ def report(
     """Write the page of a comparison from its records."""
     console = _console()
     if records.is_dir():
+        if out is not None and out.stem == "language":
+            from selectra.report.language import write_page  # noqa: PLC0415
+
+            write_page(records, out)
+            console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+            return
         _report_answer(records, out, console)
         return
     if not records.is_file():
@@ -195,8 +217,8 @@ def _report_answer(folder: Path, out: Path | None, console: Console) -> None:
 
 
 def _report_json(records: Path, out: Path | None, console: Console) -> None:
-    from selectra.report.forecasting import write_page  # noqa: PLC0415
     from selectra.report import costs  # noqa: PLC0415
+    from selectra.report.forecasting import write_page  # noqa: PLC0415
     from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
 
     start = records.read_text("utf-8")[:2000]

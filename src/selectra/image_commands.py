@@ -1,12 +1,15 @@
 """`selectra predict` and `selectra explain`. Heavy imports happen inside, so that help comes at once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from selectra.errors import DataError
+from selectra.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import torch
 
 Images = Annotated[
     list[Path], typer.Argument(help="Image files; arrays (h, w, c) of uint8 as .npy.", metavar="IMAGE...")
@@ -30,20 +33,56 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes are shown.")] = 5,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Name damaged files and go on.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Segmentation: folder for pictures and masks; default: predictions.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Segmentation: look through windows of so many pixels a side.")
+    ] = None,
 ) -> None:
-    """Say what is on images: the likeliest classes of a trained model, with their probabilities."""
+    """Say what is on images: the likeliest classes, or, of a training of segmentation, every pixel's class."""
     from selectra.classifier.command import predictions_table, trained_from  # noqa: PLC0415
     from selectra.classifier.predicting import predict as predict_images  # noqa: PLC0415
+    from selectra.classifier.segmenting import is_segmentation  # noqa: PLC0415
     from selectra.train.parallel import pick_device  # noqa: PLC0415
 
+    alone = (model, weights, classes, img_size) == (None,) * 4
+    if run is not None and alone and is_segmentation(run):
+        _segment(images, run, pick_device(device), skip_corrupt, out or Path("predictions"), window)
+        return
+    given = [option for option, value in {"--out": out, "--window": window}.items() if value is not None]
+    if given:
+        raise ConfigError(f"{' and '.join(given)} is for trainings of segmentation alone; leave it out.")
     trained = trained_from(run, model, weights, classes, img_size)
     skipped: list[str] | None = [] if skip_corrupt else None
     found = predict_images(trained, images, top, pick_device(device), skipped)
     console = Console()
     console.print(predictions_table(trained, found))
+    _name_skipped(console, skipped, bool(found))
+
+
+def _segment(
+    images: list[Path], run: Path, device: "torch.device", skip_corrupt: bool, out: Path, window: int | None
+) -> None:
+    from selectra.classifier.segmenting import segment_all, segmented_table, segmenter_from_run  # noqa: PLC0415
+    from selectra.report.overlay import save_overlay  # noqa: PLC0415
+
+    skipped: list[str] | None = [] if skip_corrupt else None
+    found = segment_all(segmenter_from_run(run), images, device, window, skipped)
+    console = Console()
+    for each in found:
+        save_overlay(each, out)
+    console.print(segmented_table(found))
+    if found:
+        line = f"Pictures (NAME_overlay.png) and masks (NAME_mask.png) are in {out}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _name_skipped(console, skipped, bool(found))
+
+
+def _name_skipped(console: Console, skipped: list[str] | None, any_found: bool) -> None:
     for problem in skipped or []:
         console.print(f"left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    if not found:
+    if not any_found:
         raise DataError("none of the files could be read.")
 
 

@@ -5,8 +5,10 @@ is the list of options, its annotations the values taken. It returns an `Officia
 whole models stand at the end of the model's file; those of single mixers stand here, since mixers know no registry.
 """
 
+import contextlib
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, get_type_hints
 
@@ -15,7 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError, DataError
+from selectra.layers.conv_stages import row_block_key
 from selectra.mixers.einfft import EinFFT
+from selectra.mixers.row_block import RowBlock
 from selectra.mixers.s6 import S6, State
 from selectra.spec import nearest, read_value
 
@@ -72,7 +76,13 @@ def with_options_of(other: Reader) -> Callable[[Reader], Reader]:
     return extend
 
 
-def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Official:
+def from_official(
+    source: str,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    device: str | torch.device | None = None,
+) -> Official:
     """Build the official class `source` from our parts, with its weights.
 
     The module is float64 where the state is, else float32, unless the official options name a type.
@@ -81,6 +91,8 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
         source: "owner/repository:Class", such as "state-spaces/mamba:Mamba".
         config: Keyword arguments of the official constructor.
         state_dict: Its state, under its keys.
+        device: Where its weights are made, in their own type and nowhere else; for models all of whose tensors are in
+            their state. Without one they are made as PyTorch makes modules, on the CPU in its default type at first.
 
     Returns:
         A module in evaluation mode that takes the official inputs in their official order and layout and returns the
@@ -94,11 +106,13 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
     importlib.import_module("selectra.models")
     if source not in readers:
         raise ConfigError(f"'{source}' is not known; there are {', '.join(sorted(readers))}.{nearest(source, readers)}")
-    official = readers[source](**checked_options(source, config))
+    options = checked_options(source, config)
+    with contextlib.nullcontext() if device is None else torch.device("meta"):
+        official = readers[source](**options)
     if "dtype" not in config or config["dtype"] is None:
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in state_dict.values())
         official.to(torch.float64 if double else torch.float32)
-    _load(source, official, state_dict)
+    _load(source, official, state_dict, device)
     return official.eval()
 
 
@@ -123,7 +137,7 @@ def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
 
 
-def _load(source: str, official: Official, state_dict: Mapping[str, Tensor]) -> None:
+def _load(source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None) -> None:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise DataError(f"{source}: state '{key}' is {type(value).__name__}; it must be a tensor.")
@@ -144,6 +158,10 @@ def _load(source: str, official: Official, state_dict: Mapping[str, Tensor]) -> 
     if problems:
         more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
         raise DataError(f"{source}: {'; '.join(problems[:MOST_SHOWN])}{more}.")
+    if device is not None:
+        # Whatever has no place in a state would stay empty.
+        assert dict(official.model.named_buffers()).keys() <= ours.keys()
+        official.to_empty(device=device)
     official.model.load_state_dict(state)
 
 
@@ -266,6 +284,43 @@ class OfficialEinFFT(Official):
 def read_einfft(*, dim: int) -> OfficialEinFFT:
     """SiMBA's spectral channel mixer."""
     return OfficialEinFFT(EinFFT(dim))
+
+
+class OfficialRowBlock(Official):
+    """SiMBA's and Samba's block on a sequence of tokens; the grid's sides come with it or with the configuration."""
+
+    model: RowBlock
+
+    def __init__(self, model: RowBlock, height: int | None, width: int | None) -> None:
+        super().__init__(model, lambda state: {row_block_key(key): value for key, value in state.items()})
+        self.height, self.width = height, width
+
+    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
+        height, width = (self.height if H is None else H), (self.width if W is None else W)
+        if height is None or width is None or height * width != x.shape[1]:
+            raise ConfigError(f"H={height} and W={width}: x has {x.shape[1]} tokens, which must be H W")
+        return (self.model(x.unflatten(1, (height, width))).flatten(1, 2),)
+
+
+# As partial, class or text: "LayerNorm eps=1e-6".
+NormLayer = Any
+
+
+def norm_eps(norm_layer: NormLayer) -> float:
+    """The eps of the norms that an official class takes as an argument.
+
+    Raises:
+        ConfigError: They are no layer norms.
+    """
+    if isinstance(norm_layer, str):
+        found = re.fullmatch(r"LayerNorm(?:[ (]*eps ?= ?([0-9.e-]+)\)?)?", norm_layer)
+        eps = None if found is None else float(found[1] or 1e-5)
+    else:
+        made = norm_layer(1) if callable(norm_layer) else None
+        eps = made.eps if isinstance(made, nn.LayerNorm) else None
+    if eps is None:
+        raise ConfigError(f"option 'norm_layer' is {norm_layer!r}; it takes LayerNorm, such as 'LayerNorm eps=1e-6'")
+    return eps
 
 
 # Of mamba_ssm's mixer: what shapes it, and what only says how it starts or which kernel it takes.

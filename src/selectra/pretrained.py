@@ -26,6 +26,8 @@ from selectra.layers.image import resize_positions
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", "state_dict_ema")
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 HEADS = ("head.", "aux_head.")
+# What only a network above a backbone of ours has.
+DECODERS = ("decoder.", "levels.", "backbone.stages.", "backbone.layers.", "backbone.body.")
 MOST_SHOWN = 8
 # Settings that official trainings save beside their weights; they are read as dictionaries, which run nothing.
 SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
@@ -46,7 +48,7 @@ def load_pretrained(
     """Load an image model's weights in place.
 
     Args:
-        model: One of ours.
+        model: One of ours; of one with a backbone, that takes the weights of a classifier.
         source: A `.safetensors`, `.pth` or `.pt` file, or a state; keys are ours or those of the official code.
         grid: Rows and columns of the source's positions, where they are not of a square and not of this model's grid.
 
@@ -55,6 +57,10 @@ def load_pretrained(
     """
     name = "the state" if isinstance(source, Mapping) else str(source)
     state = strip(dict(source)) if isinstance(source, Mapping) else read_state(Path(source))
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, nn.Module) and not any(key.startswith(DECODERS) for key in state):
+        # Of a classifier: what stands above the backbone starts as it is.
+        model = backbone
     fitted, loaded = fit_state(model, state, name, grid)
     model.load_state_dict(fitted)
     return loaded

@@ -15,7 +15,7 @@ from selectra.compare.conduct import Crew
 from selectra.compare.store import LEASE, SILENCE, Store
 from tests.compare.small import make_cells, write_series
 
-STUDY = '''
+STUDY = """
 import os, time
 from pathlib import Path
 import selectra.compare.worker as worker
@@ -38,7 +38,7 @@ study = Study(
     name="crew", question="Who does what?", bases=(base,), subject="3", seeds=4,
     variants=tuple(Variant(name=str(k), model=Spec("dlinear", kernel=k)) for k in kernels),
 )
-'''
+"""
 CELLS = 12
 
 

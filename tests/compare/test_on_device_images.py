@@ -1,6 +1,7 @@
 """Image trainings that stay on their device: the loop's batches, views, rates and means; studies of several of them."""
 
 import json
+import runpy
 import subprocess
 import sys
 import time
@@ -113,6 +114,61 @@ def test_a_study_draws_weights_as_the_loop_does():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+MASKS = ("data.path=shapes", "train.steps=3", "train.batch_size=4", "train.precision=float32", "data.crop=32",
+         "model.backbone.dims=8,16", "model.backbone.depths=1,1", "model.d_decoder=8", "model.d_aux=8")  # fmt: skip
+
+
+def test_masks_are_trained_as_by_the_loop(tmp_path):
+    """A pass is of whole batches here, so that both see the same."""
+    changes = (*MASKS, "train.steps=5", "data.test=0.35", "model.backbone.drop_path=0", "model.dropout=0")
+    study = Study(("vmamba_camvid",), (0,), changes, CPU)
+    run = find_run("vmamba_camvid", 0, changes)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"device": "cpu"})})
+    parts = study.library(run.data)
+    assert len(parts.train.labels) % 4 == 0
+    model, task = build(run, parts, CPU)
+    fit(model, task, parts.images.windows("train"), None, run, tmp_path, progress=False)
+    other, _ = build(run, parts, CPU)
+    training = ImagesOnDevice(other, task, parts.train, parts.images.augment, run)
+    training.prepare()
+    while training.advance(2):
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    # Weights differ where gradients are nothing but rounding: shifts before batch norms, which losses do not see.
+    assert training.losses.tolist() == pytest.approx(losses, rel=1e-4) and len(losses) == 5
+
+
+def test_a_study_of_masks_goes_on_where_it_ended():
+    done = frozenset({("vmamba_camvid", 0)})
+    study = Study(("vmamba_camvid",), (0, 1), (*MASKS, "data.test=0.02"), CPU, 2, done=done)
+    rows: list[dict] = []
+    assert study.train(time.monotonic() + 100, rows.append) == []
+    assert [(row["recipe"], row["seed"]) for row in rows] == [("vmamba_camvid", 1)]
+    assert rows[0]["steps"] == 3 and 0 <= rows[0]["test"]["miou"] <= 1
+    assert study.measure("vmamba_camvid")["parameters"] > 0
+
+
+def test_the_script_of_masks_goes_on_with_its_record(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "record.json"
+    words = ["dense_camvid.py", "--out", str(out), "--recipes", "vmamba_camvid", *MASKS, "data.test=0.02"]
+
+    def call(*more: str) -> None:
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        # Settings for a GPU, which are not to stay.
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+        runpy.run_path(str(ROOT / "results" / "dense_camvid.py"), run_name="__main__")
+
+    for seeds in ("1", "2"):
+        call("--seeds", seeds)
+    record = json.loads(out.read_text())
+    assert [row["seed"] for row in record["trainings"]] == [0, 1] and len(record["models"]) == 1
+    assert len(record["calls"]) == 2 and record["not_begun"] == []
+    with pytest.raises(SystemExit, match="is of other changes"):
+        call("--steps", "2")
+    assert "vmamba_camvid" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_script_writes_a_record(tmp_path):
     out = tmp_path / "record.json"
@@ -153,3 +209,15 @@ def test_the_graph_does_what_the_steps_do(name):
         torch.cuda.synchronize()
         losses.append(training.losses)
     assert torch.allclose(losses[0], losses[1], rtol=2e-2), (losses[0], losses[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_model_alone_is_measured_and_several_share_the_gpu():
+    small = ("data.path=shapes", "train.steps=9", "train.batch_size=32")
+    study = Study(("resnet18_cifar10", "vmamba_cifar10"), (0, 1), small, torch.device("cuda"), packed=2)
+    found = study.measure("vmamba_cifar10")
+    assert found["train_images_per_s"] > 0 and found["inference_images_per_s"] > 0 and found["peak_gib"] > 0
+    rows: list[dict] = []
+    assert study.train(time.monotonic() + 200, rows.append) == []
+    assert len(rows) == 4 and all(row["steps"] == 9 for row in rows)

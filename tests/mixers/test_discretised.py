@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.mixers import S6, DiscretisedS6, Discretisation, make_s6
+from selectra.mixers import S6, Discretisation, DiscretisedS6, make_s6
 from selectra.mixers.discretised import recurrence
 from selectra.models import Simba, SimbaSeries
 

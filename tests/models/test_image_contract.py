@@ -24,6 +24,9 @@ FACTS: dict[str, Any] = {"n_classes": 5, "in_channels": 3, "img_size": (32, 32)}
 def build(name: str, **arguments: object) -> Any:
     """A model whose parameters all matter: what starts at 0 or 1 is moved away from there."""
     facts = {key: value for key, value in FACTS.items() if key not in arguments}
+    if "backbone" in models.entry(name).parameters() and "in_channels" in arguments:
+        # What is inside has as many.
+        facts["in_channels"] = arguments.pop("in_channels")
     model = models.build(Spec(name, **arguments), facts).eval()
     with torch.no_grad():
         for p in model.parameters():

@@ -32,7 +32,9 @@ def block_by_hand(block: Block, x: Tensor) -> Tensor:
             channel = m * d + i
             for branch in (block.large, block.small):
                 conv: Any = branch[0]
-                row = F.conv1d(x[:, m, i : i + 1], conv.weight[channel : channel + 1], padding=conv.weight.shape[2] // 2)
+                row = F.conv1d(
+                    x[:, m, i : i + 1], conv.weight[channel : channel + 1], padding=conv.weight.shape[2] // 2
+                )
                 bn: Any = branch[1]
                 scale = bn.weight[channel] / (bn.running_var[channel] + bn.eps).sqrt()
                 y[:, m, i] += (row[:, 0] - bn.running_mean[channel]) * scale + bn.bias[channel]

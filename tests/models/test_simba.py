@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from selectra.errors import ConfigError
-from selectra.mixers import S6
-from selectra.models.simba import Block, ConvMlp, Simba
+from selectra.layers.conv_stages import ConvMlp
+from selectra.mixers import S6, RowBlock
+from selectra.models.simba import Simba
 from selectra.official import from_official
 from selectra.registry import models
 from selectra.spec import Spec
@@ -83,7 +84,7 @@ def test_the_start_as_shipped_has_one_step_everywhere():
 
 def test_a_convolution_sees_the_grid():
     """Across the end of a row Mamba goes on, the convolution does not."""
-    block = Block(4, S6(4, d_state=2), ConvMlp(4, 8))
+    block = RowBlock(4, S6(4, d_state=2), ConvMlp(4, 8))
     x = torch.randn(1, 3, 5, 4, requires_grad=True)
     (gradient,) = torch.autograd.grad(block.channel(x)[0, 1, 4].sum(), x)
     seen = (gradient[0] != 0).any(-1)
@@ -139,7 +140,7 @@ def test_a_block_needs_the_grids_sides():
 
 def official_block() -> dict[str, torch.Tensor]:
     names = {"norm1.": "attn.norm.", "mamba.": "attn.mamba.", "channel.dwconv.": "mlp.dwconv.dwconv."}
-    state = Block(4, S6(4, d_state=64), ConvMlp(4, 8)).state_dict()
+    state = RowBlock(4, S6(4, d_state=64), ConvMlp(4, 8)).state_dict()
     for ours, theirs in {**names, "channel.": "mlp."}.items():
         state = {key.replace(ours, theirs) if key.startswith(ours) else key: value for key, value in state.items()}
     return state

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
+from selectra.compare.image_worker import packs_images, work_on_images
 from selectra.compare.match import meet
 from selectra.compare.measure import build_model, measure
 from selectra.compare.store import Store
@@ -174,17 +175,18 @@ def prepare(study: Study, device: torch.device, console: Console) -> dict[str, A
 def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
     run = typed(study.run(base, variant, 0))
     check(run)
-    spec, note = run.model, ""
+    spec, note, cost = run.model, "", None
     if study.budget is not None:
         if _has_size(spec, study.budget.over):
             quantity, over = study.budget.quantity, study.budget.over
-            found = meet(spec, facts, quantity, study.budget.amount, over=over, device=device)
+            amount, align = study.budget.amount, study.budget.align
+            found = meet(spec, facts, quantity, amount, over=over, device=device, align=align)
             spec, note = found.spec, f"{found.turned.name} = {found.value} for {found.got:,.6g} {quantity}"
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
     model = build_model(spec, facts)
     learns = any(each.requires_grad for each in model.parameters()) and not hasattr(model, "solve")
-    cost = measure(spec, facts, device=device).to_json()
+    cost = (cost or measure(spec, facts, device=device, precision=run.train.precision)).to_json()
     return {"spec": spec.to_json(), "by_gradient": learns, "matched": note, "cost": cost, "facts": _plain(facts)}
 
 
@@ -263,13 +265,16 @@ def _decide_one(
 def _work(
     study: Study, store: Store, wish: Wish, device: torch.device, until: float, progress: "Progress"
 ) -> None:  # fmt: skip
-    on_gpu, packs = device.type == "cuda", _packs(study)
-    helpers = _start_helpers(wish, until, on_gpu and packs)
+    on_gpu, judge = device.type == "cuda", judge_of(store, study)
+    rows, images = on_gpu and _packs_rows(study), on_gpu and packs_images(study)
+    helpers = _start_helpers(wish, until, rows or images)
     try:
-        if on_gpu and packs:
+        if rows:
             work_on_gpu(store, device, wish.packed, until, progress)
+        elif images:
+            work_on_images(store, device, wish.packed, until, progress, judge)
         elif on_gpu or not helpers:
-            work_on_cpu(store, until, progress, device=device, judge=judge_of(store, study))
+            work_on_cpu(store, until, progress, device=device, judge=judge)
         progress.watch(helpers, until)
     finally:
         for helper in helpers:
@@ -277,9 +282,9 @@ def _work(
             helper.join()
 
 
-def _packs(study: Study) -> bool:
-    """Whether many trainings share a GPU: those of series and of images do."""
-    return models.entry(study.variants[0].model.name).kind in ("series", "image")
+def _packs_rows(study: Study) -> bool:
+    """Whether its trainings share a GPU as those of series and of language do."""
+    return models.entry(study.variants[0].model.name).kind in ("series", "language")
 
 
 def judge_of(store: Store, study: Study) -> Callable[[Cell], Callable[[Sequence[float]], bool]]:

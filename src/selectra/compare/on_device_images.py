@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from selectra.compare.on_device import _between, _mark, _own_generator, rates_of
-from selectra.data.image_views import Augment, Held
-from selectra.data.images import ImageBatch
 from selectra.errors import ConfigError
 from selectra.spec import Run
-from selectra.tasks import Classification
+from selectra.tasks import Task
 from selectra.train.depth import training_mode
 from selectra.train.optim import make_optimizer
 from selectra.train.precision import autocast
@@ -35,8 +33,7 @@ def order_of(n_images: int, run: Run) -> tuple[Tensor, Tensor]:
     Every pass is the loop's own: torch's DistributedSampler seeds a permutation with the sum of seed and pass.
     """
     steps, size = run.train.steps, run.train.batch_size
-    if steps is None:
-        raise ConfigError("a training that stays on the device is given train.steps, not train.epochs.")
+    assert steps is not None
     n_passes = -(-steps * size // n_images)
     generator = torch.Generator()
     passes = [torch.randperm(n_images, generator=generator.manual_seed(run.train.seed + i)) for i in range(n_passes)]
@@ -51,7 +48,7 @@ class ImagesOnDevice:
     Args:
         model: On the device, freshly seeded.
         task: Its loss.
-        held: The training images, on the device.
+        held: The training images, with classes or masks, on the device.
         augment: How they are seen.
         run: Its optimizer, length, batch and seed.
         stream: The stream of this training's graph; None runs every step as it is called.
@@ -59,7 +56,7 @@ class ImagesOnDevice:
     """
 
     def __init__(
-        self, model: nn.Module, task: Classification, held: Held, augment: Augment, run: Run,
+        self, model: nn.Module, task: Task, held: Any, augment: Any, run: Run,
         stream: torch.cuda.Stream | None = None, pool: Any = None,
     ) -> None:  # fmt: skip
         _require_simple(run)
@@ -102,12 +99,12 @@ class ImagesOnDevice:
         rows = self.order.index_select(0, self.number)[0]
         epochs = self.epochs.index_select(0, self.number)[0]
         self.rate.copy_(self.rate_table.index_select(0, self.number)[0])
-        x, target = self.held.view(rows, self.augment, self.run.train.seed, epochs)
-        batch = ImageBatch(x, self.held.labels.index_select(0, rows), target)
+        batch = self.held.batch(rows, self.augment, self.run.train.seed, epochs)
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.run.train.precision):
             loss = self.task.loss(self.model, batch)
-        mean = loss.sum / len(rows)
+        # Pixels that count may be none.
+        mean = loss.sum / loss.count.clamp(min=1)
         mean.backward()
         if self.run.optim.clip is not None:
             nn.utils.clip_grad_norm_(self.trained, self.run.optim.clip)
@@ -164,6 +161,12 @@ class ImagesOnDevice:
                 self.ended = _mark(self.device)
         return self.done < self.steps
 
+    def stop(self) -> None:
+        """End here; what is queued runs yet."""
+        with self.on_stream():
+            self.ended = _mark(self.device)
+        self.steps = self.done
+
     @property
     def final(self) -> nn.Module:
         """What the training came to."""
@@ -177,15 +180,21 @@ class ImagesOnDevice:
         return _between(self.began, self.ended)
 
 
-def _require_simple(run: Run) -> None:
-    """Refuse what only the loop does."""
+def refusal(run: Run) -> str | None:
+    """What a run asks for that only the loop does; None where there is nothing of that."""
     asked = {
         "train.accumulate": run.train.accumulate != 1,
         "train.patience": run.train.patience is not None,
+        "train.epochs in place of train.steps": run.train.steps is None,
         "train.precision, float16": run.train.precision == "float16",
         "train.compile": run.train.compile,
+        "train.recompute": run.train.recompute,
         "optim.layer_decay": run.optim.layer_decay != 1,
     }
-    refused = [name for name, wrong in asked.items() if wrong]
-    if refused:
-        raise ConfigError(f"a training that stays on the device does not take {refused[0]}; use train.loop.fit.")
+    return next((name for name, wrong in asked.items() if wrong), None)
+
+
+def _require_simple(run: Run) -> None:
+    found = refusal(run)
+    if found is not None:
+        raise ConfigError(f"a training that stays on the device does not take {found}; use train.loop.fit.")

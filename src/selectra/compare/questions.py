@@ -1,4 +1,4 @@
-"""The studies that a user asks for by name, by a file of Python, or by a table or a folder of their own."""
+"""The studies that a user asks for by name, by a file of Python, or by a table, a folder or a text of their own."""
 
 import runpy
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,20 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, studies
 from selectra.spec import Optim, Run, Spec, Train, nearest, override
 
-__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "vision_study"]
+__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "language_study",
+           "vision_study"]  # fmt: skip
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("tsm2", "timemachine", "s_mamba", "simba_series"), "mamba"),
         **dict.fromkeys(("vim", "vim2", "vmamba", "simba", "rsmamba", "videomamba"), "mamba"),
-        **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin"), "attention"),
-        **dict.fromkeys(("convnext", "resnet", "modern_tcn"), "convolution"),
+        **dict.fromkeys(("mamba_lm", "jamba"), "mamba"),
+        **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin", "gpt"), "attention"),
+        **dict.fromkeys(("convnext", "resnet", "hyena", "modern_tcn"), "convolution"),
         **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
         **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
-        "gru": "recurrent", "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
+        **dict.fromkeys(("gru", "rwkv", "retnet"), "recurrent"),
+        "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
     }
 )  # fmt: skip
 FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "modern_tcn", "gru", "tsmixer",
@@ -58,12 +61,13 @@ class Asked:
     """What the command line says about a study; None leaves what the study has.
 
     Args:
-        file: A table of series, or a folder of images.
+        file: A table of series, a folder of images, or a text.
         models: Names, for a study of a user's own data.
         quick: For a first look within minutes.
         lookback: Rows that a forecast sees.
         horizon: Rows that are forecast.
         trials: Draws of the learning rate by optuna, in place of three fixed ones.
+        img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
     """
 
     file: str | None = None
@@ -76,23 +80,31 @@ class Asked:
     seeds: int | None = None
     trials: int | None = None
     budget: Budget | None = None
+    img_size: int | None = None
 
 
 def find_study(what: str, asked: Asked) -> Study:
-    """The study that a word stands for: forecasting, vision, a built-in name, or a file of Python.
+    """The study that a word stands for: forecasting, vision, language, a built-in name, or a file of Python.
 
     Raises:
         ConfigError: There is none, or it cannot be read.
     """
     if what == "forecasting":
+        if asked.img_size is not None:
+            raise ConfigError("--img-size is for `compare vision`; a forecast has --lookback and --horizon.")
         study = forecasting_study(asked)
     elif what == "vision":
         study = vision_study(asked)
+    elif what == "language":
+        study = language_study(asked)
     else:
         own = what.endswith(".py")
-        given = [name for name in (*(("file",) if own else ()), "quick", "models") if getattr(asked, name)]
+        given = [name for name in (*(("file",) if own else ()), "quick", "models", "img_size") if getattr(asked, name)]
         if given:
-            raise ConfigError(f"{given[0]} is for `compare forecasting` and `compare vision`; a study says it itself.")
+            raise ConfigError(
+                f"{given[0]} is for `compare forecasting`, `compare vision` and `compare language`; "
+                "a study says it itself."
+            )
         study = _from_file(Path(what)) if own else _on_data(_built_in(what), asked)
     return _changed(study, asked)
 
@@ -117,7 +129,7 @@ def _built_in(name: str) -> Study:
     from selectra.recipes import studies as _filled  # noqa: F401, PLC0415
 
     if name not in studies.names():
-        known = ["forecasting", "vision", *studies.names()]
+        known = ["forecasting", "vision", "language", *studies.names()]
         raise ConfigError(f"there is no study '{name}'; there are {known}, and files of Python.{nearest(name, known)}")
     return studies.build(Spec(name))
 
@@ -197,11 +209,11 @@ def vision_study(asked: Asked) -> Study:
                           "a study in a file of Python can name its own data.")  # fmt: skip
     name = Path(asked.file).name if asked.file else "drawn shapes"
     steps = 200 if asked.quick else 2000
-    size = {"crop": 4, "flip": 0.5}
+    views = {"crop": 4, "flip": 0.5, **({"img_size": asked.img_size} if asked.img_size else {})}
     base = Run(
         name=name,
         model=Spec("vit_smoke"),
-        data=Spec("images", **({"path": asked.file} if asked.file else {}), **size),
+        data=Spec("images", **({"path": asked.file} if asked.file else {}), **views),
         task=Spec("classification"),
         optim=Optim(lr=RATES[1], weight_decay=0.05, warmup_steps=steps // 20),
         train=Train(steps=steps, batch_size=64, eval_every=max(1, steps // 8)),
@@ -210,6 +222,32 @@ def vision_study(asked: Asked) -> Study:
     study = _study(f"vision_{_short(name)}", f"Should I use Mamba to classify {name}?", base,
                    _chosen(asked.models, known), asked)  # fmt: skip
     return study.model_copy(update={"metric": "top1", "higher_is_better": True, "lengths": ()})
+
+
+def language_study(asked: Asked) -> Study:
+    """Language models against each other on a user's text, JSONL or parquet file, byte by byte.
+
+    Without a file: the built-in study on Tiny Shakespeare. With `quick`, models of 0.4 million parameters.
+    """
+    from selectra.recipes.studies.language_shared import SMALL, TEN_MILLION  # noqa: PLC0415
+
+    built_in = _built_in("language_shakespeare")
+    if not (asked.file or asked.quick or asked.models):
+        return built_in
+    if asked.file and not Path(asked.file).is_file():
+        raise DataError(f"there is no '{asked.file}'; name a text, JSONL or parquet file.")
+    base, name = built_in.bases[0], Path(asked.file).name.split(".")[0] if asked.file else "Tiny Shakespeare"
+    data = Spec("text_file", path=asked.file, seq_len=256, stride=16) if asked.file else base.data
+    words = [f"name={name}"]
+    if asked.quick:
+        data = data.replace(seq_len=128)
+        words += ["train.steps=200", "train.batch_size=16", "train.eval_every=50", "train.precision=float32",
+                  "optim.warmup_steps=20"]  # fmt: skip
+    base = override(base.model_copy(update={"data": data}), words)
+    study = _study(f"language_{_short(name)}", f"Should I use Mamba to model {name}?", base,
+                   _chosen(asked.models, SMALL if asked.quick else TEN_MILLION), asked)  # fmt: skip
+    budget = Budget(quantity="params", amount=4.2e5 if asked.quick else 1.06e7, align=8)
+    return study.model_copy(update={"metric": "loss", "lengths": (), "budget": budget, "tuning": built_in.tuning})
 
 
 def _study(name: str, question: str, base: Run, chosen: Mapping[str, Spec], asked: Asked) -> Study:

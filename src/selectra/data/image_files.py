@@ -189,7 +189,7 @@ def _public(name: str) -> Listing:
     )
 
 
-def _places(root: Path) -> list[tuple[PurePosixPath, Path | tuple[Path, str], str]]:
+def places(root: Path) -> list[tuple[PurePosixPath, Path | tuple[Path, str], str]]:
     """Every file below a folder or in a zip file, zip files opened: its path inside, its place, and a mark."""
     if root.is_file():
         try:
@@ -198,19 +198,19 @@ def _places(root: Path) -> list[tuple[PurePosixPath, Path | tuple[Path, str], st
         except zipfile.BadZipFile as error:
             raise DataError(f"'{root}' is no whole zip file: {error}") from error
         return [(PurePosixPath(m.filename), (root, m.filename), f"{m.file_size} {m.CRC:x}") for m in members]
-    places: list[tuple[PurePosixPath, Path | tuple[Path, str], str]] = []
+    found: list[tuple[PurePosixPath, Path | tuple[Path, str], str]] = []
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.suffix == ".zip":
             inside = PurePosixPath(path.relative_to(root).parent.as_posix())
-            places += [(inside / name, place, mark) for name, place, mark in _places(path)]
+            found += [(inside / name, place, mark) for name, place, mark in places(path)]
         elif path.is_file():
-            places.append((PurePosixPath(path.relative_to(root).as_posix()), path, str(path.stat().st_size)))
-    return places
+            found.append((PurePosixPath(path.relative_to(root).as_posix()), path, str(path.stat().st_size)))
+    return found
 
 
 def _folder(root: Path) -> Listing:
     """Folders of classes, in folders of parts where there are such, plain or zipped."""
-    hidden = [p for p in _places(root) if not any(part.startswith((".", "__MACOSX")) for part in p[0].parts)]
+    hidden = [p for p in places(root) if not any(part.startswith((".", "__MACOSX")) for part in p[0].parts)]
     images = sorted((p for p in hidden if p[0].suffix.lower() in SUFFIXES), key=lambda p: p[0].parts)
     shared = _shared([p[0].parts for p in images])
     parts = [p[0].parts[shared:] for p in images]

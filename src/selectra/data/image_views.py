@@ -5,6 +5,8 @@ on the seed, the pass and the image alone (`image_draws`), and so does its partn
 of the training part.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from math import log
 
@@ -65,6 +67,24 @@ class Augment:
 
 
 @dataclass(frozen=True)
+class ImageBatch:
+    """Images, standardised by channel, and their classes."""
+
+    x: Float[Tensor, "b c h w"]
+    y: Int64[Tensor, " b"]
+    target: Float[Tensor, "b k"] | None = None
+    """Shares of the classes, where images are mixtures."""
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The same batch on another device."""
+        target = None if self.target is None else self.target.to(device)
+        return ImageBatch(self.x.to(device), self.y.to(device), target)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
 class Held:
     """A part's images on one device.
 
@@ -83,16 +103,26 @@ class Held:
     n_classes: int
     tables: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> "Held":
+    def to(self, device: torch.device | str) -> Held:
         """The same on another device."""
         pixels, labels, mean, std = (t.to(device) for t in (self.pixels, self.labels, self.mean, self.std))
         tables = {name: table.to(device) for name, table in self.tables.items()}
         return Held(pixels, labels, mean, std, self.n_classes, tables)
 
-    def with_tables(self, augment: Augment) -> "Held":
+    def with_tables(self, augment: Augment) -> Held:
         """The same with what mixing draws from."""
         tables = {name: beta_table(a) for name in ("mixup", "cutmix") if (a := getattr(augment, name)) > 0}
         return Held(self.pixels, self.labels, self.mean, self.std, self.n_classes, tables)
+
+    def batch(
+        self, index: Int64[Tensor, " b"], augment: Augment | None, seed: int, epoch: Int64[Tensor, ""] | int
+    ) -> ImageBatch:
+        """Images as they are, or as training sees them in this pass."""
+        labels = self.labels.index_select(0, index)
+        if augment is None:
+            return ImageBatch(self.plain(index), labels)
+        x, target = self.view(index, augment, seed, epoch)
+        return ImageBatch(x, labels, target)
 
     def plain(self, index: Int64[Tensor, " b"]) -> Float[Tensor, "b c h w"]:
         """Images as they are, standardised."""

@@ -17,31 +17,13 @@ from selectra.data.image_decode import CorruptError, decode, fitted
 from selectra.data.image_files import list_images
 from selectra.data.image_one import OneByOne
 from selectra.data.image_split import Rows, split_images
-from selectra.data.image_views import Augment, Held
+from selectra.data.image_views import Augment, Held, ImageBatch
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets
 
 Part = Literal["train", "val", "test"]
 MOST_HELD = 4 * 2**30
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images, standardised by channel, and their classes."""
-
-    x: Float[Tensor, "b c h w"]
-    y: Int64[Tensor, " b"]
-    target: Float[Tensor, "b k"] | None = None
-    """Shares of the classes, where images are mixtures."""
-
-    def to(self, device: torch.device | str) -> ImageBatch:
-        """The same batch on another device."""
-        target = None if self.target is None else self.target.to(device)
-        return ImageBatch(self.x.to(device), self.y.to(device), target)
-
-    def __len__(self) -> int:
-        return len(self.y)
 
 
 @dataclass(frozen=True)
@@ -90,11 +72,7 @@ class HeldImages:
         if self.held.pixels.device != torch.empty(0, device=device).device:
             self.held = self.held.to(device)
         rows = torch.tensor(index, device=device)
-        labels = self.held.labels.index_select(0, rows)
-        if self.augment is None:
-            return ImageBatch(self.held.plain(rows), labels)
-        x, target = self.held.view(rows, self.augment, self.seed, epoch)
-        return ImageBatch(x, labels, target)
+        return self.held.batch(rows, self.augment, self.seed, epoch)
 
 
 @datasets.register("images", kind="image")

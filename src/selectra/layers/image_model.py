@@ -212,6 +212,10 @@ class ImageModel(nn.Module):
         """Drop what only scores need."""
         self.reset_classifier(0, "")
 
+    def keep_features(self) -> None:
+        """Drop, for good, what `features` does not need."""
+        self.prune_intermediate_layers(self.seen, prune_norm=not self.normed_features)
+
     @property
     def num_classes(self) -> int:
         """Classes; 0 without a classifier."""

@@ -3,9 +3,10 @@
 from selectra.mixers.attention import CausalAttention, KeyValue
 from selectra.mixers.bidirectional import Bidirectional
 from selectra.mixers.cross_scan_2d import CrossPaths, CrossScan2d
-from selectra.mixers.discretised import DiscretisedS6, Discretisation, make_s6
+from selectra.mixers.discretised import Discretisation, DiscretisedS6, make_s6
 from selectra.mixers.einfft import EinFFT
 from selectra.mixers.monarch import Monarch, MonarchMLP
+from selectra.mixers.row_block import RowBlock
 from selectra.mixers.s6 import S6, SelectivePath, State
 from selectra.mixers.selective_channel import SelectiveChannel
 from selectra.mixers.ssd import SSD
@@ -19,12 +20,13 @@ __all__ = [
     "CausalAttention",
     "CrossPaths",
     "CrossScan2d",
-    "DiscretisedS6",
     "Discretisation",
+    "DiscretisedS6",
     "EinFFT",
     "KeyValue",
     "Monarch",
     "MonarchMLP",
+    "RowBlock",
     "SelectiveChannel",
     "SelectivePath",
     "State",

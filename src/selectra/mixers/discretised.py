@@ -125,7 +125,10 @@ def _first_of_each(cu_seqlens: Tensor, length: int, reverse: bool) -> Tensor:
 
 
 def recurrence(
-    decay: Float[Tensor, "b l *d"], entering: Float[Tensor, "b l *d"], start: Float[Tensor, "b *d"], reverse: bool = False
+    decay: Float[Tensor, "b l *d"],
+    entering: Float[Tensor, "b l *d"],
+    start: Float[Tensor, "b *d"],
+    reverse: bool = False,
 ) -> Float[Tensor, "b l *d"]:
     """All states of `h_t = decay_t h_{t-1} + entering_t`, from the first position or, reversed, from the last.
 

@@ -22,6 +22,10 @@ from .rsmamba import RSMamba as RSMamba
 from .rsmamba_official import read_rsmamba as read_rsmamba
 from .rwkv import RWKV as RWKV
 from .s_mamba import SMamba as SMamba
+from .samba import Samba as Samba
+from .segmenter import FPN as FPN
+from .segmenter import Segformer as Segformer
+from .segmenter import UPerNet as UPerNet
 from .simba import Simba as Simba
 from .simba_official import read_simba as read_simba
 from .simba_series import SimbaSeries as SimbaSeries
@@ -36,3 +40,4 @@ from .vit import DeiT as DeiT
 from .vit import ViT as ViT
 from .vmamba import VMamba as VMamba
 from .vmamba_official import read_vssm as read_vssm
+from .xt import XT as XT

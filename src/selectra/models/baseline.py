@@ -73,6 +73,13 @@ class Baseline(nn.Module):
         """Scores of the classes, before a softmax."""
         return self.head(self.embed(x))
 
+    def keep_features(self) -> None:
+        """Drop, for good, what `features` does not need."""
+        before = self.state_dict().keys()
+        self.body.prune_intermediate_layers(self.seen, prune_norm=True, prune_head=True)
+        self.head = nn.Identity()
+        self.pruned = before - self.state_dict().keys()
+
     def units(self) -> list[nn.Module]:
         """What stands one behind the other: stages, or blocks where all have one resolution."""
         raise NotImplementedError

@@ -28,87 +28,33 @@ Departures, paper and official code against each other and against this:
                  0.69; here they start as Mamba does (`start="shipped"` for the other)
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.layers.drop import DropPath, rising_rates
-from selectra.layers.image import ConvNorm, Mlp, convolve, require_image, start_linear
-from selectra.layers.image_model import LAST, Pyramid, leave_out
-from selectra.layers.norm import LayerNorm
-from selectra.mixers import S6, Discretisation, EinFFT, MonarchMLP, make_s6
+from selectra.layers.conv_stages import (
+    ConvMlp,
+    ConvStem,
+    NormedPyramid,
+    NormedStage,
+    rename_stages,
+    row_block_key,
+    start_convolutions,
+)
+from selectra.layers.drop import rising_rates
+from selectra.layers.image import ConvNorm, Mlp, start_linear
+from selectra.layers.image_model import LAST
+from selectra.mixers import S6, Discretisation, EinFFT, MonarchMLP, RowBlock, make_s6
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
 ChannelMixer = Literal["einfft", "monarch", "mlp", "none"]
 # Norms before channel mixers and behind stages; all others have PyTorch's.
 EPS = 1e-6
-
-
-class ConvMlp(Mlp):
-    """Two linear maps around a depthwise 3 x 3 convolution over the grid and a GELU."""
-
-    def __init__(self, d_model: int, d_hidden: int) -> None:
-        super().__init__(d_model, d_hidden)
-        self.dwconv = nn.Conv2d(d_hidden, d_hidden, 3, padding=1, groups=d_hidden)
-
-    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        return self.fc2(F.gelu(convolve(self.dwconv, self.fc1(x))))
-
-
-class Block(nn.Module):
-    """Mamba along the grid's rows, then, where it is given, a mixer of channels, each behind a norm and added."""
-
-    def __init__(self, d_model: int, mamba: S6, channel: nn.Module | None, drop_path: float = 0.0) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(d_model)
-        self.norm2 = None if channel is None else LayerNorm(d_model, eps=EPS)
-        self.mamba, self.channel, self.drop_path = mamba, channel, DropPath(drop_path)
-
-    def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
-        grid = x.shape[1:3]
-        x = x + self.drop_path(self.mamba(self.norm1(x).flatten(1, 2)).unflatten(1, grid))
-        if self.channel is None or self.norm2 is None:
-            return x
-        y = self.norm2(x)
-        # MLPs stay on the grid; the others mix a sequence of tokens.
-        y = self.channel(y) if isinstance(self.channel, Mlp) else self.channel(y.flatten(1, 2)).unflatten(1, grid)
-        return x + self.drop_path(y)
-
-
-class Stem(nn.Module):
-    """Convolutions with batch norm that make a token of `patch_size` pixels a side: a quarter of an image's sides."""
-
-    def __init__(self, in_channels: int, d_hidden: int, d_model: int, patch_size: int = 4) -> None:
-        super().__init__()
-        if patch_size % 2:
-            raise ConfigError(f"patch_size={patch_size}: needs an even number")
-        self.in_channels = in_channels
-        widths, shapes = (in_channels, d_hidden, d_hidden, d_hidden), ((7, patch_size // 2, 3), (3, 1, 1), (3, 1, 1))
-        self.conv = nn.Sequential()
-        for (d_in, d_out), (kernel, stride, padding) in zip(pairwise(widths), shapes, strict=True):
-            self.conv.append(nn.Conv2d(d_in, d_out, kernel, stride, padding, bias=False))
-            self.conv.extend([nn.BatchNorm2d(d_out), nn.ReLU()])
-        self.proj = ConvNorm(d_hidden, d_model, 3, 2, 1)
-
-    def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
-        require_image(x, self.in_channels)
-        return self.proj(self.conv(x).permute(0, 2, 3, 1))
-
-
-class Stage(nn.Module):
-    """The way to a resolution, blocks at it, and a norm."""
-
-    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], d_model: int) -> None:
-        super().__init__()
-        self.embed, self.blocks = embed, nn.Sequential(*blocks)
-        self.norm: nn.LayerNorm | None = LayerNorm(d_model, eps=EPS)
 
 
 SMALL: dict[str, Any] = {}
@@ -131,7 +77,7 @@ LARGE: dict[str, Any] = {"d_stem": 64, "dims": (96, 192, 384, 512), "depths": (3
     base_monarch=BASE | {"channel_mixer": "monarch"},
     large_monarch=LARGE | {"channel_mixer": "monarch"},
 )
-class Simba(Pyramid):
+class Simba(NormedPyramid):
     """SiMBA's classifier, for images of any size.
 
     Args:
@@ -178,54 +124,27 @@ class Simba(Pyramid):
         if not dims or not len(dims) == len(depths) == len(mlp_ratios):
             raise ConfigError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: needs one of each for a stage")
 
-        def mamba(d_model: int) -> S6:
-            return make_s6(discretisation, d_model, d_state, d_conv, expand)
+        def block(d_model: int, channel: nn.Module | None, drop_path: float = 0.0) -> RowBlock:
+            mamba = make_s6(discretisation, d_model, d_state, d_conv, expand)
+            return RowBlock(d_model, mamba, channel, drop_path, EPS)
 
         def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module | None:
             return make_channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
         embeds = [
-            Stem(in_channels, d_stem, dims[0], patch_size),
+            ConvStem(in_channels, d_stem, dims[0], patch_size),
             *(ConvNorm(*widths, 3, 2, 1) for widths in pairwise(dims)),
         ]
         rates = iter(rising_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
-            Stage(embed, [Block(d, mamba(d), channel(d, ratio, ConvMlp), next(rates)) for _ in range(depth)], d)
+            NormedStage(embed, [block(d, channel(d, ratio, ConvMlp), next(rates)) for _ in range(depth)], d, EPS)
             for embed, d, depth, ratio in zip(embeds, dims, depths, mlp_ratios, strict=True)
         )
-        self.class_block: Block | None = Block(dims[-1], mamba(dims[-1]), channel(dims[-1], mlp_ratios[-1], Mlp))
+        self.class_block: RowBlock | None = block(dims[-1], channel(dims[-1], mlp_ratios[-1], Mlp))
         self.head = nn.Linear(dims[-1], n_classes)
         self.aux_head: nn.Linear | None = nn.Linear(dims[-1], n_classes) if token_labels else None
         self._start(start)
         self.describe(in_channels, dims, [patch_size * 2**i for i in range(len(dims))], range(len(dims)), "token")
-
-    level_name, normed_features = "stages", True
-
-    def run(
-        self, x: Float[Tensor, "b c H W"], after: Collection[int]
-    ) -> tuple[list[Float[Tensor, "b h w d"]], tuple[int, ...]]:
-        """The grids behind some stages; all but the last stage's are normalised, since the next one reads them so."""
-        grids = []
-        for i, stage in enumerate(self.stages):
-            assert isinstance(stage, Stage)
-            x = stage.embed(x)
-            for block in stage.blocks:
-                x = self.through(block, x)
-            # From the last one the class token is made before the norm.
-            if i + 1 < len(self.feature_info):
-                x = self._norm(x, i)
-            if i in after:
-                grids.append(x)
-            if len(grids) == len(after):
-                break
-        return grids, ()
-
-    def normed(self, state: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b h w d"]:
-        return self._norm(state, level) if level + 1 == len(self.feature_info) else state
-
-    def out(self, state: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b d h w"]:
-        # The last norm belongs to the head, which makes a class token before it.
-        return state.permute(0, 3, 1, 2)
 
     def pools(self) -> tuple[str, ...]:
         return (*super().pools(), *(("token",) if self.class_block is not None else ()))
@@ -259,47 +178,22 @@ class Simba(Pyramid):
         super().drop_head()
         self.class_block = None
 
-    def cut(self, stop: int, prune_norm: bool) -> None:
-        self.stages = self.stages[: stop + 1]
-        if prune_norm and stop + 1 == len(self.feature_info):
-            leave_out(self.stages[-1], "norm")
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        fine = [
-            (r"^stages\.(\d+)\.embed", (-1,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", LAST),
-            (r"^class_block", LAST),
-        ]
-        return {"stem": r"^stages\.0\.embed", "blocks": r"^stages\.(\d+)" if coarse else fine}
-
-    @classmethod
-    def first_conv(cls, **arguments: Any) -> str:
-        return "stages.0.embed.conv.0"
+        found = super().group_matcher(coarse)
+        return found if coarse else {**found, "blocks": [*found["blocks"], (r"^class_block", LAST)]}
 
     def from_official_keys(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """An official checkpoint's state under our keys."""
-        return rename(state, len(self.stages))
+        return rename(state)
 
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
-        return [module for module in self.modules() if isinstance(module, Block)]
+        return [module for module in self.modules() if isinstance(module, RowBlock)]
 
-    def _norm(self, x: Float[Tensor, "b h w d"], level: int) -> Float[Tensor, "b h w d"]:
-        stage = self.stages[level]
-        assert isinstance(stage, Stage)
-        return x if stage.norm is None else stage.norm(x)
-
-    @torch.no_grad()
     def _start(self, start: str) -> None:
         mambas = [module for module in self.modules() if isinstance(module, S6)]
         start_linear(self.modules(), () if start == "shipped" else (mamba.dt_proj for mamba in mambas))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-                nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        start_convolutions(self.modules())
 
 
 def make_channel_mixer(
@@ -314,34 +208,9 @@ def make_channel_mixer(
     return EinFFT(d_model, n_blocks) if kind == "einfft" else MonarchMLP(d_model, d_hidden, n_blocks)
 
 
-def rename(state: dict[str, Tensor], n_stages: int) -> dict[str, Tensor]:
-    renamed = {}
-    for key, value in state.items():
-        first, _, rest = key.partition(".")
-        kind, stage = first[:-1], int(first[-1]) - 1 if first[-1:].isdigit() else -1
-        if kind == "patch_embed" and stage >= 0:
-            # The norm and the convolution before it are one module here; the stem has others before.
-            own = {"proj": "conv", "norm": "norm"}
-            name, _, last = rest.partition(".")
-            inner = f"{own[name]}.{last}" if name in own else rest
-            ours = f"stages.{stage}.embed.{'proj.' if stage == 0 and name in own else ''}{inner}"
-        elif kind == "block" and stage >= 0:
-            ours = f"stages.{stage}.blocks.{_block_key(rest)}"
-        elif kind == "norm" and stage >= 0:
-            ours = f"stages.{stage}.norm.{rest}"
-        elif key.startswith("post_network.0."):
-            ours = f"class_block.{_block_key(rest.removeprefix('0.'))}"
-        else:
-            ours = key
-        # Whoever changes a state's precision as a whole makes a count of batches a fraction too.
-        renamed[ours] = value.long() if key.endswith("num_batches_tracked") and value.is_floating_point() else value
-    return renamed
-
-
-def rename_block(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {_block_key(key): value for key, value in state.items()}
-
-
-def _block_key(key: str) -> str:
-    key = key.replace("attn.norm.", "norm1.").replace("attn.mamba.", "mamba.")
-    return key.replace("mlp.dwconv.dwconv.", "channel.dwconv.").replace("mlp.", "channel.")
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official classifier's keys under ours."""
+    prefix = "post_network.0."
+    own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    stages = rename_stages({k: v for k, v in state.items() if not k.startswith(prefix)})
+    return stages | {f"class_block.{row_block_key(key)}": value for key, value in own.items()}

@@ -1,37 +1,17 @@
 """Official weights of SiMBA: what reads the options of the official classes."""
 
 import re
-from functools import partial
 from typing import Any, Literal
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from selectra.errors import ConfigError
-from selectra.mixers import S6
-from selectra.models.simba import Block, ChannelMixer, ConvMlp, Simba, Stage, make_channel_mixer, rename, rename_block
-from selectra.official import Official, reads
-
-
-class OfficialBlock(Official):
-    """A block alone, on a sequence of tokens; the grid's height and width come with it or with the configuration."""
-
-    model: Block
-
-    def __init__(self, model: Block, height: int | None, width: int | None) -> None:
-        super().__init__(model, rename_block)
-        self.height, self.width = height, width
-
-    def forward(self, x: Float[Tensor, "b l d"], H: int | None = None, W: int | None = None) -> tuple[Tensor]:
-        height, width = (self.height if H is None else H), (self.width if W is None else W)
-        if height is None or width is None or height * width != x.shape[1]:
-            raise ConfigError(f"H={height} and W={width}: x has {x.shape[1]} tokens, which must be H W")
-        return (self.model(x.unflatten(1, (height, width))).flatten(1, 2),)
-
+from selectra.layers.conv_stages import ConvMlp, NormedStage
+from selectra.mixers import S6, RowBlock
+from selectra.models.simba import EPS, ChannelMixer, Simba, make_channel_mixer, rename
+from selectra.official import NormLayer, Official, OfficialRowBlock, norm_eps, reads
 
 OfficialMixer = Literal["mlp", "EinFFT"]
-# As partial, class or text: "LayerNorm eps=1e-6".
-NormLayer = Any
 
 
 @reads("badripatro/simba:SiMBA")
@@ -65,7 +45,7 @@ def read_simba(
         drop_path=drop_path_rate,
     )
     _set_eps(model, norm_layer)
-    return Official(model, partial(rename, n_stages=num_stages))
+    return Official(model, rename)
 
 
 @reads("badripatro/simba:Block_mamba")
@@ -80,15 +60,15 @@ def read_block(
     H: int | None = None,
     W: int | None = None,
     mamba: str = "d_state=64,d_conv=4,expand=2",
-) -> OfficialBlock:
+) -> OfficialRowBlock:
     """One block; H and W are those of the official forward, `mamba` the sizes that its Mamba was given."""
     sizes: dict[str, Any] = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", mamba)}
     if set(sizes) - {"d_state", "d_conv", "expand"}:
         raise ConfigError(f"option 'mamba' is {mamba!r}; it takes d_state=, d_conv= and expand=")
     channel = make_channel_mixer(_mixer_kind(cm_type), dim, int(dim * mlp_ratio), 4, ConvMlp)
-    block = Block(dim, S6(dim, **{"d_state": 64, **sizes}), channel, drop_path)
+    block = RowBlock(dim, S6(dim, **{"d_state": 64, **sizes}), channel, drop_path, EPS)
     _set_eps(block, norm_layer)
-    return OfficialBlock(block, H, W)
+    return OfficialRowBlock(block, H, W)
 
 
 def _mixer_kind(cm_type: OfficialMixer) -> ChannelMixer:
@@ -97,17 +77,10 @@ def _mixer_kind(cm_type: OfficialMixer) -> ChannelMixer:
 
 def _set_eps(model: nn.Module, norm_layer: NormLayer) -> None:
     """Give the norms that the official class takes as an argument its eps."""
-    if isinstance(norm_layer, str):
-        found = re.fullmatch(r"LayerNorm(?:[ (]*eps ?= ?([0-9.e-]+)\)?)?", norm_layer)
-        eps = None if found is None else float(found[1] or 1e-5)
-    else:
-        made = norm_layer(1) if callable(norm_layer) else None
-        eps = made.eps if isinstance(made, nn.LayerNorm) else None
-    if eps is None:
-        raise ConfigError(f"option 'norm_layer' is {norm_layer!r}; it takes LayerNorm, such as 'LayerNorm eps=1e-6'")
+    eps = norm_eps(norm_layer)
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, RowBlock):
             module.norm2.eps = eps
-        if isinstance(module, Stage):
+        if isinstance(module, NormedStage):
             assert module.norm is not None
             module.norm.eps = eps

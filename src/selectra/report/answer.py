@@ -30,7 +30,10 @@ def page(content: Row, records: str) -> str:
     ]
     for outcome, heading in HEADINGS.items():
         mine = [claim for claim in content["claims"] if claim["outcome"] == outcome]
-        parts += [f"## {heading}", _bullets(f"{each['text']} {links(each, records)}" for each in mine) or "Nowhere yet."]
+        parts += [
+            f"## {heading}",
+            _bullets(f"{each['text']} {links(each, records)}" for each in mine) or "Nowhere yet.",
+        ]
     parts += ["## The speed question", *_speed(content, records)]
     parts += ["## What its parts are worth", *_parts(content, records)]
     parts += ["## What has no record yet",

@@ -108,5 +108,3 @@ def figure(content: Row) -> Figure:
         row[0].legend(fontsize=7, frameon=False)
     made.suptitle(f"Models of equal size, {content['device']}", fontsize=11)
     return made
-
-

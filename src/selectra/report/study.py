@@ -210,9 +210,8 @@ def fairness(content: Row) -> list[str]:
 
 def _kept(content: Row) -> str:
     """Which weights of a training are tested."""
-    # Images that train side by side on a GPU are looked at only once, at their end.
-    of_images = content["study"]["bases"][0]["task"]["name"] == "classification"
-    if of_images and any(cell.get("packed", 1) > 1 for cell in content["cells"]):
+    scored = [cell for cell in content["cells"] if "test" in cell and cell.get("packed", 1) > 1]
+    if scored and all(cell["best_step"] == cell["steps"] for cell in scored):
         return "The weights that a training ends with are kept"
     return "The weights that are best on the validation part are kept"
 

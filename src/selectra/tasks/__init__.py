@@ -3,6 +3,7 @@
 from selectra.tasks.classification import Classification
 from selectra.tasks.forecasting import Forecasting
 from selectra.tasks.language import Language
+from selectra.tasks.segmentation import Segmentation
 from selectra.tasks.task import Evaluator, Loss, Task
 
-__all__ = ["Classification", "Evaluator", "Forecasting", "Language", "Loss", "Task"]
+__all__ = ["Classification", "Evaluator", "Forecasting", "Language", "Loss", "Segmentation", "Task"]

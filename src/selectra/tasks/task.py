@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 
@@ -14,12 +14,12 @@ class Loss:
 
     Args:
         sum: Sum of the loss over everything that counts; carries the gradient.
-        count: How many targets are in the sum.
+        count: How many targets are in the sum, or the sum of their weights.
         parts: Sums of named terms, for the record alone.
     """
 
     sum: Float[Tensor, ""]
-    count: Int[Tensor, ""]
+    count: Real[Tensor, ""]
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 

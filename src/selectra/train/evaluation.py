@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from selectra.tasks.task import Task
+from selectra.tasks.task import Evaluator, Task
 from selectra.train.batches import Windows, every_window_once
 from selectra.train.depth import training_mode
 from selectra.train.parallel import World
@@ -17,10 +17,15 @@ def evaluate(
     batch_size: int,
     world: World | None = None,
     precision: Precision = "float32",
+    evaluator: Evaluator | None = None,
 ) -> dict[str, float]:
-    """The task's metrics on every window exactly once, whatever the batch size and the number of processes."""
+    """The task's metrics on every window exactly once, whatever the batch size and the number of processes.
+
+    Args:
+        evaluator: Of the task, for whoever asks it for more than the metrics; by default a fresh one.
+    """
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
-    evaluator, was_training = task.evaluator(), model.training
+    evaluator, was_training = evaluator or task.evaluator(), model.training
     model.eval()
     with autocast(world.device, precision):
         for batch in every_window_once(windows, batch_size, world):

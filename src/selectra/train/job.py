@@ -116,7 +116,9 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
         if world.first and isinstance(built.model, LanguageModel):
             # What `selectra generate` reads, with the best weights.
             save_pretrained(built.model, out / PRETRAINED)
-            built.data.tokenizer.save(out / PRETRAINED)
+            # Generated examples are no text.
+            if hasattr(built.data, "tokenizer"):
+                built.data.tokenizer.save(out / PRETRAINED)
     return fitted
 
 
@@ -163,13 +165,15 @@ def evaluate_job(
         if len(windows) == 0:
             raise DataError(f"the split '{split}' has no windows.")
         size = batch_size or run.train.batch_size
-        metrics = evaluate(built.model.to(world.device), built.task, windows, size, world, run.train.precision)
+        model, evaluator = built.model.to(world.device), built.task.evaluator()
+        metrics = evaluate(model, built.task, windows, size, world, run.train.precision, evaluator)
         if world.first:
-            _write_metrics(out, split, len(windows), metrics, world)
+            details = getattr(evaluator, "details", dict)()
+            _write_metrics(out, split, {"windows": len(windows), "metrics": metrics, **details}, world)
     return metrics, len(windows)
 
 
-def _write_metrics(out: Path, split: str, n_windows: int, metrics: dict[str, float], world: World) -> None:
-    content = {"split": split, "windows": n_windows, "metrics": metrics, "processes": world.size, **environment()}
+def _write_metrics(out: Path, split: str, found: dict[str, Any], world: World) -> None:
+    content = {"split": split, **found, "processes": world.size, **environment()}
     with replacing(out / f"{split}.json") as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n")

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Until an evaluation was timed: a forward pass is about a third of a training step.
 FORWARD_SHARE = 1 / 3
+# Metrics in a line; the others are in the record.
+MOST_SHOWN = 5
 
 
 def duration(seconds: float) -> str:
@@ -94,7 +96,9 @@ class Display:
 
     def evaluated(self, step: int, metrics: dict[str, float], best: bool) -> None:
         """An evaluation is done."""
-        self.metrics = "validation " + " ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.metrics = "validation " + " ".join(
+            f"{name} {value:.4f}" for name, value in list(metrics.items())[:MOST_SHOWN]
+        )
         if self.console is None or self._bar is not None:
             return
         shown = "" if self.loss is None else f"loss {self.loss:.4f}, "

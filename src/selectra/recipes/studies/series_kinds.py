@@ -24,7 +24,9 @@ def series_kinds() -> Study:
         name="series_kinds",
         question="Is Mamba better than other kinds of forecasters of the same size?",
         bases=(weather(24), weather(96)),
-        variants=tuple(Variant(name=name, model=Spec(name, **SIZES.get(name, {})), kind=kind) for name, kind in MODELS.items()),
+        variants=tuple(
+            Variant(name=name, model=Spec(name, **SIZES.get(name, {})), kind=kind) for name, kind in MODELS.items()
+        ),
         subject="mamba",
         subject_title="Mamba",
         declared=TUNED,
