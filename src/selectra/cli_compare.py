@@ -88,7 +88,8 @@ def compare(
     names = () if models is None else tuple(name.strip() for name in models.split(","))
     asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size)
     study = find_study(what, asked)
-    from selectra.compare.conduct import Crew, Wish, conduct  # noqa: PLC0415
+    from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
+    from selectra.compare.crew import Crew  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
     counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
@@ -126,7 +127,7 @@ def _usual_workers(device: str) -> int:
     """A process for every core, at most four, where there is no GPU; with torchrun its processes are the workers."""
     import os  # noqa: PLC0415
 
-    from selectra.compare.conduct import Crew  # noqa: PLC0415
+    from selectra.compare.crew import Crew  # noqa: PLC0415
 
     crew = Crew.found()
     return 1 if crew.size > 1 or crew.device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))

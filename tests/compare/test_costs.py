@@ -165,7 +165,7 @@ def test_crossovers(ours: dict[int, float], theirs: dict[int, float], point: flo
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps({"what": "selectra study"}))
-    for read in (costs.read_costs, lambda each: run(each)):
+    for read in (costs.read_costs, run):
         with pytest.raises(DataError, match="holds no cost curves"):
             read(path)
     path.write_text(json.dumps({"what": costs.WHAT, "format": 99}))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selectra.compare.conduct import Crew
+from selectra.compare.crew import Crew
 from selectra.compare.store import LEASE, SILENCE, Store
 from tests.compare.small import make_cells, write_series
 
@@ -77,7 +77,7 @@ def test_a_crew_is_what_torchrun_says(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert Crew.found() == Crew(5, 8, 1)
     assert Crew.found().device("cpu") == torch.device("cpu")
-    monkeypatch.setattr("selectra.compare.conduct.pick_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("selectra.compare.crew.pick_device", lambda *_: torch.device("cuda"))
     assert Crew.found().device("cuda") == torch.device("cuda", 1)
 
 

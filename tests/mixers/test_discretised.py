@@ -1,4 +1,4 @@
-"""Other discretisations of the Mamba block: equal to the equations written out, and to each other where they must be."""
+"""Other discretisations of the Mamba block: equal to their equations, and to each other where they must be."""
 
 from typing import Any, get_args
 

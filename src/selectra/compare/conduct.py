@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
+from selectra.compare.crew import Crew
 from selectra.compare.image_worker import packs_images, work_on_images
 from selectra.compare.match import meet
 from selectra.compare.measure import build_model, measure
@@ -27,7 +28,6 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import models
 from selectra.spec import Run, Spec
 from selectra.train.job import check, typed
-from selectra.train.parallel import pick_device
 from selectra.train.progress import duration
 from selectra.train.stop import StoppedError
 
@@ -58,33 +58,6 @@ class Wish:
     time_limit: float | None = None
     workers: int = 1
     packed: int = 8
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes that torchrun started, on this machine and on others; each is a worker on the same file.
-
-    Args:
-        rank: This one's number; the first one prepares the study and writes its page.
-        size: How many there are.
-        local: This one's number on its machine, which is also that of its GPU.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local: int = 0
-
-    @classmethod
-    def found(cls) -> "Crew":
-        """As torchrun says; one process without it."""
-        return cls(*(int(os.environ.get(name, usual)) for name, usual in
-                     (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))  # fmt: skip
-
-    def device(self, name: str) -> torch.device:
-        """This process's own."""
-        device = pick_device(name, self.local)
-        alone = device.type != "cuda" or device.index is not None
-        return device if alone or self.size == 1 else torch.device("cuda", self.local)
 
 
 def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
