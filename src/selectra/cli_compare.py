@@ -1,7 +1,7 @@
 """`selectra compare` and `selectra report`: heavy imports happen inside, so that help comes at once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -113,7 +113,7 @@ def _costs(
     kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
     if not all(point.isdigit() and int(point) > 0 for point in points):
         raise ConfigError(f"--points takes whole numbers separated by commas, got '{','.join(points)}'.")
-    asked = {
+    asked: dict[str, Any] = {
         "models": names,
         "params": None if params is None else amount_of(params),
         "points": tuple(map(int, points)),

@@ -86,7 +86,7 @@ def test_the_most_even_width_within_the_tolerance() -> None:
     assert abs(got / 300_000 - 1) <= 0.02
     others = [match_even(spec.replace(d_model=d), FACTS, got)[0] for d in (spec.args["d_model"],)]
     assert others == [spec] and spec.args["d_model"] % 4 == 0
-    with pytest.raises(ConfigError, match="no mamba_lm.d_model brings mamba_lm within 2 %"):
+    with pytest.raises(ConfigError, match=r"no mamba_lm\.d_model brings mamba_lm within 2 %"):
         match_even(Spec("mamba_lm", mixer="mamba2", d_model=64, depth=2), {"vocab_size": 16}, 1000)
 
 

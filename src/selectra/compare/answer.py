@@ -13,9 +13,9 @@ from selectra.errors import DataError
 Row = dict[str, Any]
 # What a whole answer needs: the question, and the command that makes its record.
 QUESTIONS = {
-    "forecasting": ("Forecasting: Mamba against attention, linear and recurrent models", "selectra compare forecasting"),
+    "forecasting": ("Forecasting: Mamba against other kinds of models", "selectra compare forecasting"),
     "images": ("Images: Mamba against attention and convolutions at equal parameters", "results/vision_cifar10.py"),
-    "language": ("Language: Mamba against attention in what a model has learned, not in speed", "a study of your own"),
+    "language": ("Language: what Mamba and attention have learned, speed aside", "selectra compare language"),
     "costs": ("Time, memory and energy at equal parameters", "selectra compare costs --device cuda"),
     "selection": ("Token and channel selection (MambaMixer's ablation)", "selectra compare selection"),
     "channel_mixers": ("Channel mixers (SiMBA's ablation)", "selectra compare channel_mixers"),
@@ -129,6 +129,7 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
     for name, record in records.items():
         done = sum("test" in cell for cell in record["cells"])
         found["answered"].add(record["name"])
+        found["answered"].add(record["name"].partition("_")[0])
         if "mamba" in record["kinds"].values():
             _contest(found, name, record)
             continue

@@ -32,8 +32,8 @@ class Curves:
         decoded: Positions at which a token is generated.
         facts: What the data says at a point.
         batch: Samples in a batch at a point, on a GPU.
-        precision: Of the products on a GPU; weights are float32, those that generate of this precision too. On a CPU all
-            is float32.
+        precision: Of the products on a GPU; weights are float32, those that generate of this precision too. On a CPU
+            all is float32.
         matched_at: The point at which parameters are equal; None where they are at each, since they depend on it.
     """
 

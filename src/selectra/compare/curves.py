@@ -345,7 +345,7 @@ def crossings(kind: Row) -> list[Row]:
                     pair = [_curve(rows, name, mode, quantity) for name in (subject, rival)]
                     if all(pair):
                         found.append({"mode": mode, "quantity": quantity, "subject": subject, "rival": rival,
-                                      "point": crossover(*pair, "value")})  # fmt: skip
+                                      "point": crossover(pair[0], pair[1], "value")})  # fmt: skip
     return found
 
 

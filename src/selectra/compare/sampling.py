@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _on_gpu(call: Callable[[], object], seconds: float, power: Power, least: int
         ends[-1].record()
         ends[-2].synchronize()
     ends[-1].synchronize()
-    times = [before.elapsed_time(after) / 1e3 for before, after in zip(ends, ends[1:], strict=False)]
+    times = [before.elapsed_time(after) / 1e3 for before, after in pairwise(ends)]
     return times, statistics.median(host)
 
 

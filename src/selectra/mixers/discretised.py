@@ -2,7 +2,7 @@
 
 A state-space model is a differential equation, h'(t) = A h(t) + B u(t), of which a step of length delta is taken:
 
-  mamba   A by zero-order hold, B by Euler: h = exp(delta A) h + delta B u      Mamba's code (arXiv:2312.00752, Sec. 3.6)
+  mamba   A by zero-order hold, B by Euler: h = exp(delta A) h + delta B u    Mamba's code (arXiv:2312.00752)
   zoh     both by zero-order hold: h = exp(delta A) h + (exp(delta A) - 1) / A B u    its Eq. 4, diagonal A
   euler   both by Euler: h = (1 + delta A) h + delta B u; grows where delta |A| is above 2
   none    no equation: a plain gate g = sigmoid(what delta is made of), h = (1 - g) h + g B u, without A
@@ -127,7 +127,7 @@ def _first_of_each(cu_seqlens: Tensor, length: int, reverse: bool) -> Tensor:
 def recurrence(
     decay: Float[Tensor, "b l *d"],
     entering: Float[Tensor, "b l *d"],
-    start: Float[Tensor, "b *d"],
+    start: Float[Tensor, "b ..."],
     reverse: bool = False,
 ) -> Float[Tensor, "b l *d"]:
     """All states of `h_t = decay_t h_{t-1} + entering_t`, from the first position or, reversed, from the last.
@@ -151,7 +151,7 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dstates: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         decay, states, start = ctx.saved_tensors
         order = _order(decay.shape[1], ctx.reverse)
         dentering, before = torch.empty_like(states), torch.empty_like(states)

@@ -1,8 +1,8 @@
 """ModernTCN: large depthwise convolutions along time, Luo and Wang 2024 (ICLR), "ModernTCN: A Modern Pure Convolution
 Structure for General Time Series Analysis".
 
-A series is cut into patches, each a vector; a depthwise convolution as wide as most windows mixes patches of one feature
-of one series, a small network mixes the features of each series, another the series of each feature.
+A series is cut into patches, each a vector; a wide depthwise convolution mixes patches of one feature of a series, a
+small network mixes the features of each series, another the series of each feature.
 
 Source: github.com/luodhhh/ModernTCN, fd517d6: `ModernTCN-Long-term-forecasting/models/ModernTCN.py`, `scripts/*.sh`.
 Glossary: M n_series, D d_model, P patch_len, S stride, N patches, r ffn_ratio.
