@@ -37,6 +37,7 @@ def read_words() -> argparse.Namespace:
     words.add_argument("--out", type=Path, required=True)
     words.add_argument("--recipes", default=",".join(f"{name}_cifar10" for name in MODELS))
     words.add_argument("--seeds", type=int, default=3)
+    words.add_argument("--first-seed", type=int, default=0, help="go on from this one, below --seeds")
     words.add_argument("--packed", type=int, default=2)
     words.add_argument("--seconds", type=float, default=600.0, help="nothing is begun after these")
     words.add_argument("--steps", type=int, default=None)
@@ -59,7 +60,8 @@ def main() -> None:
     changes += [f"data.path={data}"] if data else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = tuple(words.recipes.split(","))
-    study = Study(names, tuple(range(words.seeds)), tuple(changes), device, words.packed, dict.fromkeys(ONCE, 1))
+    seeds = tuple(range(words.first_seed, words.seeds))
+    study = Study(names, seeds, tuple(changes), device, words.packed, dict.fromkeys(ONCE, 1))
     record: dict[str, Any] = {
         "what": "vision_cifar10", "command": " ".join(sys.argv), "date": datetime.now(UTC).isoformat(),
         **environment(), "changes": changes, "models": [], "trainings": [], "not_begun": [],

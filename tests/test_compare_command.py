@@ -101,8 +101,19 @@ def test_images_are_asked_for_where_there_are_any() -> None:
             vision_study(Asked(quick=True))
 
 
-@pytest.mark.parametrize("name", ["channel_mixers", "directions", "selection", "series_kinds", "language_copying",
-                                  "language_recall", "language_shakespeare"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "channel_mixers",
+        "cifar10",
+        "directions",
+        "language_copying",
+        "language_recall",
+        "language_shakespeare",
+        "selection",
+        "series_kinds",
+    ],
+)
 def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
     assert name in studies.names()
     study = find_study(name, Asked())

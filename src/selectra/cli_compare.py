@@ -54,6 +54,9 @@ def compare(
     packed: Annotated[int, typer.Option(min=1, help="Trainings side by side on the GPU.")] = 8,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or images in a step.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of the sides that a folder's images are brought to.")
+    ] = None,
     tables: Annotated[
         str | None, typer.Option(help="The tables of docs/results/forecasting.md instead: a,b,orders,ablation,costs,c.")
     ] = None,
@@ -68,7 +71,7 @@ def compare(
         return
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
     names = () if models is None else tuple(name.strip() for name in models.split(","))
-    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget)
+    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size)
     study = find_study(what, asked)
     from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from selectra.classifier import from_run, from_weights, predict
-from selectra.classifier.reading import UnreadableError, fitted, read_image, standardised
+from selectra.classifier.reading import UnreadableError, read_image, standardised
+from selectra.data.image_decode import fitted
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models
 from selectra.spec import Spec

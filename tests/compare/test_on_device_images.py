@@ -153,3 +153,15 @@ def test_the_graph_does_what_the_steps_do(name):
         torch.cuda.synchronize()
         losses.append(training.losses)
     assert torch.allclose(losses[0], losses[1], rtol=2e-2), (losses[0], losses[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_model_alone_is_measured_and_several_share_the_gpu():
+    small = ("data.path=shapes", "train.steps=9", "train.batch_size=32")
+    study = Study(("resnet18_cifar10", "vmamba_cifar10"), (0, 1), small, torch.device("cuda"), packed=2)
+    found = study.measure("vmamba_cifar10")
+    assert found["train_images_per_s"] > 0 and found["inference_images_per_s"] > 0 and found["peak_gib"] > 0
+    rows: list[dict] = []
+    assert study.train(time.monotonic() + 200, rows.append) == []
+    assert len(rows) == 4 and all(row["steps"] == 9 for row in rows)

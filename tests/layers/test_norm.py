@@ -1,5 +1,6 @@
 """Norms of the residual stream, and blocks behind them."""
 
+import copy
 import os
 from collections.abc import Callable
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError
-from selectra.layers.norm import AddNorm, PreNorm
+from selectra.layers.norm import AddNorm, LayerNorm, PreNorm
 from selectra.mixers import S6
 
 gpu = pytest.mark.gpu
@@ -132,3 +133,34 @@ def test_residual_blocks_compile_without_graph_breaks(dtype: torch.dtype | None)
     want_grads, got_grads = (torch.autograd.grad(y.float().square().mean(), leaves) for y in (want, got))
     for a, b in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=at_most, atol=at_most * b.abs().max().item())
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_of_many_short_rows(dtype: torch.dtype, autocast: bool) -> None:
+    """PyTorch's types, and its values and gradients, of tensors that lie as they like."""
+    torch.manual_seed(0)
+    own = LayerNorm(96).cuda()
+    nn.init.normal_(own.weight)
+    nn.init.normal_(own.bias)
+    if not autocast:
+        own.to(dtype)
+    plain = nn.LayerNorm(96).cuda().to(own.weight.dtype)
+    plain.load_state_dict(own.state_dict())
+    exact = copy.deepcopy(plain).double()
+    x = torch.randn(3, 96, 1111, device="cuda", dtype=dtype).transpose(1, 2)
+    found = []
+    for norm in (own, plain, exact):
+        rows = (x.double() if norm is exact else x).detach().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast and norm is not exact):
+            y = norm(rows)
+        y.backward(torch.ones_like(y) + y.detach())
+        found.append((y, rows.grad, norm.weight.grad, norm.bias.grad))
+    for mine, theirs, truth in zip(*found, strict=True):
+        assert mine is not None and theirs is not None and truth is not None
+        assert mine.dtype == theirs.dtype
+        scale = truth.abs().max()
+        error, peer = (mine - truth).abs().max() / scale, (theirs - truth).abs().max() / scale
+        assert error <= max(1.5 * peer.item(), 4e-6 if theirs.dtype == torch.float32 else 8e-3)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.mixers import CrossPaths, CrossScan2d
+from selectra.mixers import CrossPaths, CrossScan2d, cross_scan_2d
 
 
 def written_out(m: CrossPaths, u: Tensor) -> Tensor:
@@ -68,3 +68,18 @@ def test_a_grid_that_does_not_fit_is_named():
 def test_sizes_that_cannot_be_are_named():
     with pytest.raises(ConfigError, match="d_conv=4: needs an odd number"):
         CrossScan2d(6, d_conv=4)
+
+
+@pytest.mark.parametrize("batch", [2, 17])
+def test_products_in_pieces(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where rows are many: the same values and gradients."""
+    torch.manual_seed(0)
+    mixer = CrossScan2d(12, d_state=3, dt_rank=2).double()
+    x = torch.randn(batch, 5, 7, 12, dtype=torch.float64, requires_grad=True)
+    found = []
+    for pieces in (1, batch if batch >= cross_scan_2d.ENOUGH_PIECES else batch * 5):
+        monkeypatch.setattr(cross_scan_2d, "_pieces", lambda u, pieces=pieces: pieces)
+        y = mixer(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, *mixer.parameters()))))
+    for whole, cut in zip(*found, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)

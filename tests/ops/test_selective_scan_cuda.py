@@ -342,6 +342,19 @@ def test_the_backward_in_slices(
         assert torch.equal(whole[name], slices[name]), name
 
 
+@pytest.mark.parametrize(("n", "processors"), [(1, 1), (2, 64), (6, 64), (12, 1)])
+def test_sums_over_many_sequences(n: int, processors: int, gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of rows, the last one of them shorter, and with slices of the work or chunks of the length."""
+    gpu.multiprocessors = processors
+    for name, value in (("MOST_ROWS_AT_ONCE", 20), ("FEWEST_STEPS_OF_CHUNK", 32), ("FEWEST_BYTES_OF_SUMS", 1)):
+        monkeypatch.setattr(wide, name, value)
+    monkeypatch.setattr(wide, "SHARE_OF_SUMS", 24)
+    compare(drawn(23, 35, 10, n, groups=2))
+    assert "scan_fold" in {kernel.name for kernel in gpu.kernels}
+    (plan,) = cuda.backward_plans.values()
+    assert plan is not None and plan.words[plans.PLACES["fold"]] >= 4
+
+
 @pytest.mark.parametrize("n", [3, 16])
 def test_results_are_equal_bit_by_bit_in_any_order(n: int, gpu: EmulatedGpu) -> None:
     found = []

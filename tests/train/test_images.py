@@ -24,6 +24,7 @@ from selectra.train.loop import Fitted, fit
 from selectra.train.optim import make_optimizer
 from selectra.train.parallel import recomputed
 from selectra.train.stop import DivergedError, StoppedError
+from tests.train import tiny_images
 
 
 class Block(nn.Module):
@@ -344,3 +345,51 @@ def test_views_change_from_pass_to_pass_and_not_with_the_epoch_they_resume_in():
     assert not torch.equal(windows[[0, 1]].to("cpu").x, one)
     windows.at_pass(0, 0)
     assert torch.equal(windows[[0, 1]].to("cpu").x, one)
+
+
+def compare_compiled(out: Path, within: float, **settings: Any) -> None:
+    """The same losses and means, and weights under the model's own names."""
+    from safetensors.torch import load_file
+
+    for name, compiled in (("plain", False), ("compiled", True)):
+        torch._dynamo.reset()
+        tiny_images.train(out / name, compile=compiled, steps=6, **settings)
+    plain, compiled = (load_file(out / name / "model.safetensors") for name in ("plain", "compiled"))
+    assert steps_of(out / "compiled") == [pytest.approx(row, rel=within) for row in steps_of(out / "plain")]
+    assert plain.keys() == compiled.keys()
+    assert all(torch.allclose(value, compiled[name], atol=within) for name, value in plain.items())
+
+
+@pytest.mark.compile
+def test_a_compiled_training_is_the_plain_one(tmp_path, monkeypatch):
+    """As traced, forward and backward; without the minute that generating code for a CPU takes."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend="aot_eager"))
+    compare_compiled(tmp_path, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.compile
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_compiled_training_on_a_gpu_is_the_plain_one(tmp_path):
+    compare_compiled(tmp_path, 1e-3, device="cuda")
+
+
+@pytest.mark.compile
+def test_train_compile_calls_the_compiled_model_and_measures_the_plain_one(tmp_path, monkeypatch):
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: original(model, backend=backend))
+    train(tmp_path / "compiled", compile=True)
+    assert graphs
+    torch._dynamo.reset()
+    train(tmp_path / "plain")
+    assert steps_of(tmp_path / "compiled") == [pytest.approx(row, rel=1e-5) for row in steps_of(tmp_path / "plain")]
+    graphs.clear()
+    train(tmp_path / "again")
+    assert not graphs

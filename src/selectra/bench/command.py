@@ -169,10 +169,9 @@ def _plot(wish: Wish) -> Path:
     if wish.file is None or wish.out is None:
         raise ConfigError("a picture is made by `selectra bench plot RECORD.json --out FILE.png`; give both files.")
     record = read_record(wish.file)
-    if record["benchmark"] != "lengths":
-        raise ConfigError(
-            f"'{wish.file}' is a record of `bench {record['benchmark']}`; pictures are made from `bench lengths`."
-        )
+    kind = record.get("benchmark", record.get("what"))
+    if kind != "lengths":
+        raise ConfigError(f"'{wish.file}' is a record of `{kind}`; pictures are made from `bench lengths`.")
     writable_folder(wish.out.parent)
     with replacing(wish.out) as partial:
         length_figure(record).savefig(partial, format="png", dpi=130)

@@ -1,7 +1,8 @@
 """Tables inside Markdown files, filled from the records that they name.
 
 A table stands between `<!-- table KIND from PATTERN -->` and `<!-- end -->`. The pattern is a path relative to the
-Markdown file and may hold `*`; of several records the newest counts. Two patterns are divided by a comma.
+Markdown file and may hold `*`; of several records the newest counts, but for kinds that join all of them. Two patterns
+are divided by a comma.
 """
 
 import json
@@ -26,7 +27,18 @@ from selectra.bench.stack_table import (
 )
 from selectra.bench.start import start_table
 from selectra.bench.targets import target_table
+from selectra.bench.vision_results import (
+    accuracy_table,
+    against_table,
+    attention_words,
+    sources,
+    stability_table,
+    trainings_table,
+    transfer_table,
+    verdict,
+)
 from selectra.bench.vision_table import attention_table, einfft_table, growth_table, training_table
+from selectra.bench.vision_targets import vision_target_table
 from selectra.errors import ConfigError, DataError
 
 MARK = re.compile(r"(<!-- table (\w+) from ([^>]+?) -->\n).*?(<!-- end -->)", re.S)
@@ -59,7 +71,20 @@ TABLES: dict[str, Callable[..., str]] = {
     "vision_attention": attention_table,
     "vision_growth": growth_table,
     "vision_einfft": einfft_table,
+    "vision_claim": attention_words,
+    "vision_transfer": transfer_table,
+    "vision_stability": stability_table,
     "source": lambda record: f"`{record['command']}`, {record['date']}, {_versions(record)}.",
+}
+
+# Of all records that fit, not of the newest alone.
+JOINED: dict[str, Callable[..., str]] = {
+    "vision_accuracy": accuracy_table,
+    "vision_against": against_table,
+    "vision_verdict": verdict,
+    "vision_trainings": trainings_table,
+    "vision_targets": vision_target_table,
+    "sources": sources,
 }
 
 
@@ -75,10 +100,15 @@ def filled(text: str, folder: Path) -> str:
 
     def fill(match: re.Match[str]) -> str:
         start, kind, patterns, end = match.groups()
-        if kind not in TABLES:
-            raise ConfigError(f"there is no table '{kind}'; there are {', '.join(TABLES)}.")
-        records = [newest(folder, pattern.strip()) for pattern in patterns.split(",")]
-        body = NO_RECORD if records[0] is None else TABLES[kind](*records)
+        if kind not in TABLES and kind not in JOINED:
+            raise ConfigError(f"there is no table '{kind}'; there are {', '.join([*TABLES, *JOINED])}.")
+        places = [pattern.strip() for pattern in patterns.split(",")]
+        if kind in JOINED:
+            every = [record for pattern in places for record in matching(folder, pattern)]
+            body = JOINED[kind](*every) if every else NO_RECORD
+        else:
+            records = [newest(folder, pattern) for pattern in places]
+            body = NO_RECORD if records[0] is None else TABLES[kind](*records)
         return f"{start}\n{body}\n\n{end}"
 
     return MARK.sub(fill, text)
@@ -86,9 +116,13 @@ def filled(text: str, folder: Path) -> str:
 
 def newest(folder: Path, pattern: str) -> dict[str, Any] | None:
     """The record of the latest date among the files that fit, or None where there is none."""
+    return max(matching(folder, pattern), key=lambda record: record["date"], default=None)
+
+
+def matching(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    """All records that fit, by name."""
     start, name = (folder / pattern).parent, Path(pattern).name
-    found = [read_record(path) for path in sorted(start.glob(name))]
-    return max(found, key=lambda record: record["date"], default=None)
+    return [read_record(path) for path in sorted(start.glob(name))]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -101,7 +135,7 @@ def read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' is no record of `selectra bench`: {error}") from error
-    if not isinstance(record, dict) or "benchmark" not in record:
+    if not isinstance(record, dict) or not ("benchmark" in record or "what" in record):
         raise DataError(f"'{path}' is no record of `selectra bench`; it says no benchmark.")
     return record
 

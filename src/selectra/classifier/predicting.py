@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectra.classifier.reading import UnreadableError, fitted, read_image, standardised
+from selectra.classifier.reading import UnreadableError, read_image, standardised
 from selectra.classifier.trained import Trained
+from selectra.data.image_decode import fitted
 from selectra.errors import DataError
 
 BATCH = 32

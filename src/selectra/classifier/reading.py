@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional as F
 
 from selectra.errors import DataError
 
@@ -58,26 +57,6 @@ def _planes(pixels: Any, channels: int, path: Path) -> UInt8[Tensor, "c h w"]:
             f"'{path}' holds {pixels.dtype} of shape {pixels.shape}; the model takes uint8 of shape (h, w, {channels})."
         )
     return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
-
-
-def fitted(image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop: float = 1.0) -> UInt8[Tensor, "c h2 w2"]:
-    """The middle of an image, in `size`.
-
-    Args:
-        image: Of any size.
-        size: Height and width that the model wants.
-        crop: Share of the sides that is kept when the image just covers what is cut.
-    """
-    height, width = image.shape[1:]
-    if (height, width) == size and crop == 1:
-        return image
-    wanted = [round(side / crop) for side in size]
-    ratio = max(wanted[0] / height, wanted[1] / width)
-    covering = (max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio)))
-    # In whole numbers, as torchvision does it where images are brought to size for training.
-    resized = F.interpolate(image[None], covering, mode="bicubic", antialias=True)[0]
-    top, left = (round((a - b) / 2) for a, b in zip(covering, size, strict=True))
-    return resized[:, top : top + size[0], left : left + size[1]]
 
 
 def standardised(

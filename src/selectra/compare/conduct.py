@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
+from selectra.compare.image_worker import packs_images, work_on_images
 from selectra.compare.match import match
 from selectra.compare.measure import build_model, measure
 from selectra.compare.store import Store
@@ -228,13 +229,16 @@ def _decide_one(
 def _work(
     study: Study, store: Store, wish: Wish, device: torch.device, until: float, progress: "Progress"
 ) -> None:  # fmt: skip
-    on_gpu, packs = device.type == "cuda", _packs(study)
-    helpers = _start_helpers(wish, until, on_gpu and packs)
+    on_gpu, judge = device.type == "cuda", judge_of(store, study)
+    rows, images = on_gpu and _packs_rows(study), on_gpu and packs_images(study)
+    helpers = _start_helpers(wish, until, rows or images)
     try:
-        if on_gpu and packs:
+        if rows:
             work_on_gpu(store, device, wish.packed, until, progress)
+        elif images:
+            work_on_images(store, device, wish.packed, until, progress, judge)
         elif on_gpu or not helpers:
-            work_on_cpu(store, until, progress, device=device, judge=judge_of(store, study))
+            work_on_cpu(store, until, progress, device=device, judge=judge)
         progress.watch(helpers, until)
     finally:
         for helper in helpers:
@@ -242,8 +246,8 @@ def _work(
             helper.join()
 
 
-def _packs(study: Study) -> bool:
-    """Whether many trainings share a GPU: those of series and of language do."""
+def _packs_rows(study: Study) -> bool:
+    """Whether its trainings share a GPU as those of series and of language do."""
     return models.entry(study.variants[0].model.name).kind in ("series", "language")
 
 

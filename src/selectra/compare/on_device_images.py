@@ -35,8 +35,7 @@ def order_of(n_images: int, run: Run) -> tuple[Tensor, Tensor]:
     Every pass is the loop's own: torch's DistributedSampler seeds a permutation with the sum of seed and pass.
     """
     steps, size = run.train.steps, run.train.batch_size
-    if steps is None:
-        raise ConfigError("a training that stays on the device is given train.steps, not train.epochs.")
+    assert steps is not None
     n_passes = -(-steps * size // n_images)
     generator = torch.Generator()
     passes = [torch.randperm(n_images, generator=generator.manual_seed(run.train.seed + i)) for i in range(n_passes)]
@@ -164,6 +163,12 @@ class ImagesOnDevice:
                 self.ended = _mark(self.device)
         return self.done < self.steps
 
+    def stop(self) -> None:
+        """End here; what is queued runs yet."""
+        with self.on_stream():
+            self.ended = _mark(self.device)
+        self.steps = self.done
+
     @property
     def final(self) -> nn.Module:
         """What the training came to."""
@@ -177,15 +182,21 @@ class ImagesOnDevice:
         return _between(self.began, self.ended)
 
 
-def _require_simple(run: Run) -> None:
-    """Refuse what only the loop does."""
+def refusal(run: Run) -> str | None:
+    """What a run asks for that only the loop does; None where there is nothing of that."""
     asked = {
         "train.accumulate": run.train.accumulate != 1,
         "train.patience": run.train.patience is not None,
+        "train.epochs in place of train.steps": run.train.steps is None,
         "train.precision, float16": run.train.precision == "float16",
         "train.compile": run.train.compile,
+        "train.recompute": run.train.recompute,
         "optim.layer_decay": run.optim.layer_decay != 1,
     }
-    refused = [name for name, wrong in asked.items() if wrong]
-    if refused:
-        raise ConfigError(f"a training that stays on the device does not take {refused[0]}; use train.loop.fit.")
+    return next((name for name, wrong in asked.items() if wrong), None)
+
+
+def _require_simple(run: Run) -> None:
+    found = refusal(run)
+    if found is not None:
+        raise ConfigError(f"a training that stays on the device does not take {found}; use train.loop.fit.")

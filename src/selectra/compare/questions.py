@@ -67,6 +67,7 @@ class Asked:
         lookback: Rows that a forecast sees.
         horizon: Rows that are forecast.
         trials: Draws of the learning rate by optuna, in place of three fixed ones.
+        img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
     """
 
     file: str | None = None
@@ -79,6 +80,7 @@ class Asked:
     seeds: int | None = None
     trials: int | None = None
     budget: Budget | None = None
+    img_size: int | None = None
 
 
 def find_study(what: str, asked: Asked) -> Study:
@@ -88,13 +90,15 @@ def find_study(what: str, asked: Asked) -> Study:
         ConfigError: There is none, or it cannot be read.
     """
     if what == "forecasting":
+        if asked.img_size is not None:
+            raise ConfigError("--img-size is for `compare vision`; a forecast has --lookback and --horizon.")
         study = forecasting_study(asked)
     elif what == "vision":
         study = vision_study(asked)
     elif what == "language":
         study = language_study(asked)
     else:
-        given = [name for name in ("file", "quick", "models") if getattr(asked, name)]
+        given = [name for name in ("file", "quick", "models", "img_size") if getattr(asked, name)]
         if given:
             raise ConfigError(
                 f"{given[0]} is for `compare forecasting`, `compare vision` and `compare language`; "
@@ -188,11 +192,11 @@ def vision_study(asked: Asked) -> Study:
                           "a study in a file of Python can name its own data.")  # fmt: skip
     name = Path(asked.file).name if asked.file else "drawn shapes"
     steps = 200 if asked.quick else 2000
-    size = {"crop": 4, "flip": 0.5}
+    views = {"crop": 4, "flip": 0.5, **({"img_size": asked.img_size} if asked.img_size else {})}
     base = Run(
         name=name,
         model=Spec("vit_smoke"),
-        data=Spec("images", **({"path": asked.file} if asked.file else {}), **size),
+        data=Spec("images", **({"path": asked.file} if asked.file else {}), **views),
         task=Spec("classification"),
         optim=Optim(lr=RATES[1], weight_decay=0.05, warmup_steps=steps // 20),
         train=Train(steps=steps, batch_size=64, eval_every=max(1, steps // 8)),

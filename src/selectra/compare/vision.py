@@ -19,44 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from selectra import models as _models  # noqa: F401
 from selectra import recipes as _recipes  # noqa: F401
 from selectra.compare.on_device_images import ImagesOnDevice
-from selectra.data import Images
-from selectra.data.image_views import Held
-from selectra.data.images import HeldImages
-from selectra.errors import ConfigError
+from selectra.compare.packed_images import Job, Library, Parts, Slot, Training, build, work_packed
 from selectra.registry import datasets, models, recipes, tasks
 from selectra.spec import Run, Spec, override
-from selectra.tasks import Classification
-from selectra.train.evaluation import evaluate
-from selectra.train.parallel import World
 from selectra.train.precision import autocast
 
-CHUNK, MEASURED, WARM = 20, 30, 3
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A set's training and test images."""
-
-    images: Images
-    train: Held
-    test: HeldImages
-
-
-class Library:
-    """Every data set that a study needs, read once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.parts: dict[Spec, Parts] = {}
-
-    def __call__(self, spec: Spec) -> Parts:
-        if spec not in self.parts:
-            images = datasets.build(spec)
-            train, test = images.windows("train"), images.windows("test")
-            if not isinstance(train, HeldImages) or not isinstance(test, HeldImages):
-                raise ConfigError("a study trains on images held in memory; set data.keep to 'memory'.")
-            self.parts[spec] = Parts(images, train.held.to(self.device), test)
-        return self.parts[spec]
+MEASURED, WARM = 30, 3
 
 
 def find_run(recipe: str, seed: int, changes: Sequence[str]) -> Run:
@@ -66,13 +34,6 @@ def find_run(recipe: str, seed: int, changes: Sequence[str]) -> Run:
     return run.model_copy(update=typed)
 
 
-def build(run: Run, parts: Parts, device: torch.device) -> tuple[nn.Module, Classification]:
-    """The run's model, drawn from its seed as the loop draws it, and its task."""
-    torch.manual_seed(run.train.seed)
-    model = models.build(run.model, parts.images.facts)
-    return model.to(device), tasks.build(run.task, parts.images.facts).for_data(parts.images)
-
-
 def costs_of(model: nn.Module, parts: Parts) -> dict[str, Any]:
     """Parameters, and floating-point operations of one image's forward pass (two for a product and its sum)."""
     model.eval()
@@ -80,24 +41,6 @@ def costs_of(model: nn.Module, parts: Parts) -> dict[str, Any]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
     return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
-
-
-@dataclass
-class Slot:
-    """A stream and its trainings, one after the other."""
-
-    device: torch.device
-    stream: torch.cuda.Stream | None
-    pool: Any
-    key: tuple[str, int] | None = None
-    training: ImagesOnDevice | None = None
-
-    @classmethod
-    def on(cls, device: torch.device) -> Slot:
-        """A slot; on a CPU it has no stream."""
-        if device.type != "cuda":
-            return cls(device, None, None)
-        return cls(device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
 
 @dataclass
@@ -138,7 +81,7 @@ class Study:
         found = {"recipe": recipe, "model": run.model.to_json(), **costs_of(model, parts)}
         if self.device.type != "cuda":
             return found
-        slot = Slot.on(self.device)
+        slot = Slot(self.device)
         torch.cuda.synchronize(self.device)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -146,7 +89,7 @@ class Study:
         training.prepare()
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        step = _timed(training.step_again, slot)
+        step = timed(training.step_again, slot)
         batch = run.train.batch_size
         infer = _inference(training.model, parts, run, slot)
         return {
@@ -157,73 +100,45 @@ class Study:
 
     def train(self, until: float, on_done: Callable[[dict[str, Any]], None]) -> list[tuple[str, int]]:
         """Train everything, `packed` at a time; returns what was not begun before `until` (of time.monotonic)."""
-        left, slots = list(self.runs()), [Slot.on(self.device) for _ in range(self.packed)]
-        while True:
-            for slot in slots:
-                if slot.training is None and left and time.monotonic() < until:
-                    slot.key = left.pop(0)
-                    self._begin(slot)
-            busy = [slot for slot in slots if slot.training is not None]
-            if not busy:
-                return left
-            for slot in busy:
-                assert slot.training is not None
-                if not slot.training.advance(CHUNK):
-                    on_done(self._finish(slot))
-            _wait(busy)
+        left = list(self.runs())
 
-    def _begin(self, slot: Slot) -> None:
-        assert slot.key is not None
-        run = find_run(*slot.key, self.changes)
-        parts = self.library(run.data)
-        model, task = build(run, parts, self.device)
-        if slot.stream is not None:
-            slot.stream.wait_stream(torch.cuda.current_stream(self.device))
-        slot.training = ImagesOnDevice(
-            model, task, parts.train, parts.images.augment, run, slot.stream, slot.pool
-        )  # fmt: skip
-        slot.training.prepare()
+        def take() -> Job | None:
+            if not left:
+                return None
+            key = left.pop(0)
+            return Job(key, find_run(*key, self.changes))
 
-    def _finish(self, slot: Slot) -> dict[str, Any]:
-        training = slot.training
-        assert training is not None and slot.key is not None
-        seconds, run = training.seconds, training.run
-        world = World(device=self.device)
-        with training.on_stream():
-            parts = self.library(run.data)
-            metrics = {
-                name: evaluate(model, training.task, parts.test, 1000, world, run.train.precision)
-                for name, model in (("test", training.final), ("test_last_weights", training.model))
-            }
-        losses = training.losses.cpu()
-        slot.training = None
+        work_packed(self.library, self.packed, take, lambda training: on_done(self._row(training)), until)
+        return left
+
+    def _row(self, training: Training) -> dict[str, Any]:
+        done, (recipe, seed) = training.on_device, training.job.key
+        losses = done.losses.cpu()
         return {
-            "recipe": slot.key[0], "seed": slot.key[1], **metrics, "steps": training.steps, "seconds": seconds,
-            "packed": self.packed, "losses": losses[:: max(1, len(losses) // 50)].tolist(),
-            "last_loss": float(losses[-50:].mean()), "backends": training.backends,
+            "recipe": recipe, "seed": seed, "test": training.measure(training.parts.test),
+            "test_last_weights": training.measure(training.parts.test, done.model),
+            "steps": done.steps, "seconds": done.seconds, "packed": self.packed,
+            "losses": losses[:: max(1, len(losses) // 50)].tolist(), "last_loss": float(losses[-50:].mean()),
+            "backends": done.backends,
         }  # fmt: skip
 
 
-def _wait(slots: Sequence[Slot]) -> None:
-    """Stay no more than a few pieces ahead of the device, so that a finished training is noticed."""
-    for slot in slots:
-        if slot.stream is not None:
-            slot.stream.synchronize()
-
-
-def _timed(call: Callable[[], None], slot: Slot) -> float:
-    """Seconds of one call, alone on the device."""
-    assert slot.stream is not None
+def timed(call: Callable[[], None], slot: Slot, rounds: int = MEASURED) -> float:
+    """Seconds of one call, alone on the device, the mean of some; on a CPU of one, by the wall clock."""
+    if slot.stream is None:
+        start = time.monotonic()
+        call()
+        return time.monotonic() - start
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     with torch.cuda.stream(slot.stream):
         for _ in range(WARM):
             call()
         began.record()
-        for _ in range(MEASURED):
+        for _ in range(rounds):
             call()
         ended.record()
     ended.synchronize()
-    return began.elapsed_time(ended) / 1e3 / MEASURED
+    return began.elapsed_time(ended) / 1e3 / rounds
 
 
 @torch.no_grad()
@@ -246,4 +161,4 @@ def _inference(model: nn.Module, parts: Parts, run: Run, slot: Slot) -> float:
             forward()
         finally:
             graph.capture_end()
-    return _timed(graph.replay, slot)
+    return timed(graph.replay, slot)

@@ -127,18 +127,25 @@ def _order_digest(count: int, train: str) -> str:
     return hashlib.sha256(repr(list(sampler)).encode()).hexdigest()[:16]
 
 
-def _facts(cell: Cell, built: Built, device: torch.device, packed: int) -> dict[str, Any]:
+def facts_of(
+    cell: Cell, parameters: int, train: Any, n_test: int, device: torch.device, packed: int
+) -> dict[str, Any]:  # fmt: skip
     """What every record says beside the result."""
     return {
         **cell.label,
         "size": cell.run.model.name,
-        "parameters": sum(parameter.numel() for parameter in built.model.parameters()),
-        "test_windows": len(built.parts["test"]),
+        "parameters": parameters,
+        "test_windows": n_test,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "packed": packed,
-        **({"data_order": order_digest(cell, built.parts["train"])} if cell.trial is None and cell.by_gradient else {}),
+        **({"data_order": order_digest(cell, train)} if cell.trial is None and cell.by_gradient else {}),
         **_environment(),
     }
+
+
+def _facts(cell: Cell, built: Built, device: torch.device, packed: int) -> dict[str, Any]:
+    parameters = sum(parameter.numel() for parameter in built.model.parameters())
+    return facts_of(cell, parameters, built.parts["train"], len(built.parts["test"]), device, packed)
 
 
 @lru_cache(maxsize=1)

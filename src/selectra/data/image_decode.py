@@ -10,9 +10,9 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+from torch.nn import functional
 
 from selectra.data.image_files import Listing
-from selectra.data.vision import vision
 from selectra.errors import DataError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -77,13 +77,21 @@ def _planes(pixels: np.ndarray[Any, Any]) -> Tensor:
     return tensor[None] if tensor.dim() == 2 else tensor.permute(2, 0, 1)
 
 
-def fitted(image: UInt8[Tensor, "c h w"], size: tuple[int, int]) -> UInt8[Tensor, "c h2 w2"]:
-    """An image that covers `size` and is cut there around its middle; the same where it has that size."""
+def fitted(image: UInt8[Tensor, "c h w"], size: tuple[int, int], crop: float = 1.0) -> UInt8[Tensor, "c h2 w2"]:
+    """The middle of an image, made to cover what is cut; the same where it has that size.
+
+    Args:
+        image: Of any size.
+        size: Height and width that are wanted.
+        crop: Share of the sides that is kept when the image just covers what is cut.
+    """
     height, width = image.shape[1:]
-    if (height, width) == size:
+    if (height, width) == size and crop == 1:
         return image
-    ratio = max(size[0] / height, size[1] / width)
-    covering = [max(size[0], round(height * ratio)), max(size[1], round(width * ratio))]
-    functional = vision("torchvision.transforms.v2.functional")
-    resized = functional.resize(image, covering, interpolation=functional.InterpolationMode.BICUBIC, antialias=True)
-    return functional.center_crop(resized, list(size))
+    wanted = [round(side / crop) for side in size]
+    ratio = max(wanted[0] / height, wanted[1] / width)
+    covering = (max(wanted[0], round(height * ratio)), max(wanted[1], round(width * ratio)))
+    # In whole numbers, as torchvision does it.
+    resized = functional.interpolate(image[None], covering, mode="bicubic", antialias=True)[0]
+    top, left = (round((a - b) / 2) for a, b in zip(covering, size, strict=True))
+    return resized[:, top : top + size[0], left : left + size[1]]

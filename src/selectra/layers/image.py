@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
+from selectra.layers.norm import LayerNorm
 
 # An image's or a grid's size: one number for both sides, or height and width.
 Size = int | tuple[int, int]
@@ -98,7 +99,7 @@ class NormedPatches(PatchEmbed):
 
     def __init__(self, in_channels: int, d_model: int, patch_size: int) -> None:
         super().__init__(in_channels, d_model, patch_size)
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b h w d"]:
         return self.norm(super().forward(x))
@@ -117,7 +118,7 @@ class ConvNorm(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(d_in, d_out, kernel, stride, padding), nn.LayerNorm(d_out)
+        self.conv, self.norm = nn.Conv2d(d_in, d_out, kernel, stride, padding), LayerNorm(d_out)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 d"]:
         return self.norm(convolve(self.conv, x))
@@ -135,7 +136,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * d_in), nn.Linear(4 * d_in, d_out, bias=False)
+        self.norm, self.reduction = LayerNorm(4 * d_in), nn.Linear(4 * d_in, d_out, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h2 w2 d"]:
         height, width = x.shape[1:3]

@@ -6,10 +6,41 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.ops import add_norm
+
+
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's LayerNorm over the last dimension, by `add_norm`'s kernels on a GPU.
+
+    PyTorch's own kernels give each row a block of threads, which is slow for many short rows, as images have them;
+    compiled programs fuse theirs with what stands around them, and keep it. Types are PyTorch's, under autocast too.
+    """
+
+    def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+        """The normalised rows."""
+        if not (input.is_cuda and self._is_for_kernels(input)):
+            return super().forward(input)
+        wide = input.float() if torch.is_autocast_enabled("cuda") else input
+        return add_norm(wide, None, self.weight, self.bias, self.eps, kind="layer", residual_dtype=wide.dtype)[0]
+
+    def _is_for_kernels(self, x: Tensor) -> bool:
+        """Whether a plain call, and at most a plain backward pass, is asked for, of what kernels take."""
+        return (
+            len(self.normalized_shape) == 1
+            and self.bias is not None
+            and x.shape[-1:] == self.weight.shape
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not torch.compiler.is_compiling()
+            # A recorded program cannot hold a function of Python.
+            and not torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+            and _functorch.maybe_current_level() is None
+            and forward_ad._current_level < 0
+        )
 
 
 class AddNorm(nn.Module):

@@ -41,6 +41,7 @@ from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import ConvNorm, Mlp, convolve, require_image, start_linear
 from selectra.layers.image_model import LAST, Pyramid, leave_out
+from selectra.layers.norm import LayerNorm
 from selectra.mixers import S6, EinFFT, MonarchMLP
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
@@ -66,7 +67,7 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, mamba: S6, channel: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model, eps=EPS)
+        self.norm1, self.norm2 = LayerNorm(d_model), LayerNorm(d_model, eps=EPS)
         self.mamba, self.channel, self.drop_path = mamba, channel, DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
@@ -104,7 +105,7 @@ class Stage(nn.Module):
     def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], d_model: int) -> None:
         super().__init__()
         self.embed, self.blocks = embed, nn.Sequential(*blocks)
-        self.norm: nn.LayerNorm | None = nn.LayerNorm(d_model, eps=EPS)
+        self.norm: nn.LayerNorm | None = LayerNorm(d_model, eps=EPS)
 
 
 SMALL: dict[str, Any] = {}

@@ -49,6 +49,7 @@ from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import Mlp, NormedPatches, PatchMerging, start_linear
 from selectra.layers.image_model import LAST, Pyramid
+from selectra.layers.norm import LayerNorm
 from selectra.mixers import CrossScan2d, SelectiveChannel, SelectivePath, WeightedAverage
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
@@ -86,7 +87,7 @@ class Residual(nn.Module):
 
     def __init__(self, d_model: int, mixer: nn.Module, drop_path: float) -> None:
         super().__init__()
-        self.norm, self.mixer, self.drop_path = nn.LayerNorm(d_model), mixer, DropPath(drop_path)
+        self.norm, self.mixer, self.drop_path = LayerNorm(d_model), mixer, DropPath(drop_path)
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
         return x + self.drop_path(self.mixer(self.norm(x)))
@@ -188,7 +189,7 @@ class ViM2(Pyramid):
                     channels[i] = Residual(d_model, Mlp(d_model, d_channels), own[i])
             way = None if d_next is None else PatchMerging(d_model, d_next)
             self.layers.append(Stage([*tokens], channels, way, averaging))
-        self.norm = nn.LayerNorm(dims[-1])
+        self.norm = LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], n_classes)
         start_linear(self.modules(), (m.dt_proj for m in self.modules() if isinstance(m, SelectivePath)))
         strides = [patch_size * 2**i for i in range(len(dims))]

@@ -35,6 +35,7 @@ from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import ConvNorm, Mlp, NormedPatches, PatchMerging, require_image, start_linear
 from selectra.layers.image_model import LAST, Pyramid
+from selectra.layers.norm import LayerNorm
 from selectra.mixers import CrossPaths, CrossScan2d
 from selectra.mixers.cross_scan_2d import require_grid
 from selectra.mixers.sizes import mixer_sizes, require_sizes
@@ -70,7 +71,7 @@ class UngatedCrossScan2d(CrossPaths):
         super().__init__(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
         self.d_model = d_model
         self.in_proj = nn.Linear(d_model, d_inner, bias=False)
-        self.out_norm = nn.LayerNorm(d_inner)
+        self.out_norm = LayerNorm(d_inner)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w d_model"]) -> Float[Tensor, "b h w d_model"]:
@@ -83,8 +84,8 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, mixer: nn.Module, mlp: nn.Module | None, drop_path: float) -> None:
         super().__init__()
-        self.norm, self.mixer, self.drop_path = nn.LayerNorm(d_model), mixer, DropPath(drop_path)
-        self.norm2 = None if mlp is None else nn.LayerNorm(d_model)
+        self.norm, self.mixer, self.drop_path = LayerNorm(d_model), mixer, DropPath(drop_path)
+        self.norm2 = None if mlp is None else LayerNorm(d_model)
         self.mlp = mlp
 
     def forward(self, x: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w d"]:
@@ -203,7 +204,7 @@ class VMamba(Pyramid):
             Stage([block(d_model) for _ in range(depth)], way)
             for d_model, depth, way in zip(dims, depths, [*ways, None], strict=True)
         )
-        self.norm = nn.LayerNorm(dims[-1])
+        self.norm = LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], n_classes)
         start_linear(self.modules())
         if start == "shipped":

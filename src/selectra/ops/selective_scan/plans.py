@@ -23,7 +23,7 @@ LARGEST_STRIDE, LARGEST_NARROW_STRIDE = 2**31 - 1, 2**25 - 1
 # The members of ScanCall in scan_call.cuh, in its order, and how many words each has.
 _MEMBERS = {
     **dict.fromkeys(("n_seqs", "length", "channels", "groups", "reverse", "interval", "chunk", "n_chunks"), 1),
-    **dict.fromkeys(("first_sequence", "slice_sequences", "first_step", "slice", "span"), 1),
+    **dict.fromkeys(("first_sequence", "slice_sequences", "first_step", "slice", "span", "fold"), 1),
     **dict.fromkeys(("u", "delta", "z"), 4),
     **dict.fromkeys(("B", "C"), 5),
     "A": 3,
@@ -139,6 +139,9 @@ def plan_backward(
         launch = wide.backward(sizes, macros, interval, index)
         passes = launch.passes
     d, n, rows = sizes.channels, sizes.states, sizes.n_seqs * launch.n_chunks
+    fold = wide.rows_of_fold(rows)
+    if fold > 1:
+        passes = (*passes[:-1], wide.fold(sizes, macros, rows, fold, index), passes[-1])
     places = PLACES if grid is None else GRID_PLACES
     room = _Room(places)
     sliced = launch.rows_of_sums > 0
@@ -152,6 +155,7 @@ def plan_backward(
     if launch.n_chunks > 1 or sliced:
         _add_chunks(room, sizes, launch.n_chunks)
     words = _words(call, sizes, interval, launch, grid)
+    words[places["fold"]] = fold
     for name, tensor in (("dy", dy), ("du", du), ("ddelta", ddelta), ("dz", dz)):
         _set_strides(words, places[name], tensor)
     return Plan(words, passes, room.numbers, tuple(room.words), faults.of(index))

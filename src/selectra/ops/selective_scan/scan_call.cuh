@@ -66,6 +66,8 @@ struct ScanCall {
     // With SLICED, of one launch: its first sequence and how many it takes; its first step in every chunk and how many it
     // takes, a multiple of the interval; steps of a chunk, or of the only one.
     int64 first_sequence, slice_sequences, first_step, slice, span;
+    // Rows of the parameters' partial sums that scan_fold adds up into the first of them; 1 where it is not launched.
+    int64 fold;
     Activation<const Number> u, delta, z;
     Projection B, C;
     const float* A;

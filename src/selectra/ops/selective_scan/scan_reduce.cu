@@ -39,6 +39,24 @@ DEVICE float reduce_rows(const float* from, int64 rows, int64 stride) {
     return sum;
 }
 
+// The partial sums of a parameter's gradient, for the columns of A, of D and of the step's bias, and the next row's.
+DEVICE float* find_column(const ScanCall& call, int64 column, int64& stride) {
+    int64 n_states = call.channels * STATES;
+    stride = column < n_states ? n_states : call.channels;
+    if (column < n_states) return call.partial_a + column;
+    column -= n_states;
+    return column < call.channels ? call.partial_d + column : call.partial_bias + column - call.channels;
+}
+
+// One thread for every column would be slow where sequences are many and channels few: pieces of rows come first.
+KERNEL __launch_bounds__(256) scan_fold(const __grid_constant__ ScanCall call) {
+    int64 columns = call.channels * (STATES + 2), rows = call.n_seqs * call.n_chunks, stride;
+    int64 index = int64(block_x()) * 256 + thread_index(), first = index / columns * call.fold;
+    if (first >= rows) return;
+    float* from = find_column(call, index % columns, stride) + first * stride;
+    *from = reduce_rows(from, rows - first < call.fold ? rows - first : call.fold, stride);
+}
+
 // call.chunk here: blocks of channels of a group.
 KERNEL __launch_bounds__(256) scan_reduce(const __grid_constant__ ScanCall call) {
     int64 index = int64(block_x()) * 256 + thread_index();
@@ -52,17 +70,17 @@ KERNEL __launch_bounds__(256) scan_reduce(const __grid_constant__ ScanCall call)
     // The parameters' come after all slices.
     if (SLICED && (call.first_step > 0 || call.first_sequence + call.slice_sequences < call.n_seqs)) return;
     index -= n_projections;
+    if (index >= n_states + 2 * call.channels) return;
+    int64 stride;
+    const float* from = find_column(call, index, stride);
+    float sum = reduce_rows(from, (rows + call.fold - 1) / call.fold, stride * call.fold);
     if (index < n_states) {
-        call.dA[index] = reduce_rows(call.partial_a + index, rows, n_states);
-        return;
+        call.dA[index] = sum;
+    } else if (index < n_states + call.channels) {
+        call.dD[index - n_states] = sum;
+    } else {
+        call.dbias[index - n_states - call.channels] = sum;
     }
-    index -= n_states;
-    if (index < call.channels) {
-        call.dD[index] = reduce_rows(call.partial_d + index, rows, call.channels);
-        return;
-    }
-    index -= call.channels;
-    if (index < call.channels) call.dbias[index] = reduce_rows(call.partial_bias + index, rows, call.channels);
 }
 
 // Hand the state, or the adjoint, through a sequence's chunks: chunk_state holds what each makes of zero, and gets what

@@ -1,5 +1,6 @@
 """How the scan's CUDA kernels for five states and more are laid over a call: scan_forward.cu and scan_backward.cu."""
 
+import math
 from typing import NamedTuple
 
 from selectra.ops import cuda
@@ -33,6 +34,8 @@ FEWEST_STEPS_OF_CHUNK = 256
 # More of these were never faster.
 MOST_CHUNKS = 64
 FLOAT_BYTES = 4
+# A thread adds up so many rows of the parameters' partial sums without help.
+MOST_ROWS_AT_ONCE = 512
 # Partial sums of B's and C's gradients take this part of the bytes of u, delta and z at most, or little.
 SHARE_OF_SUMS, FEWEST_BYTES_OF_SUMS = 1, 1 << 20
 # In fewer steps a launch costs too much, where a multiprocessor takes its blocks in one round.
@@ -133,6 +136,18 @@ def _slices(
 def reduce(sizes: Sizes, macros: Macros, n_blocks: int, device_index: int) -> Pass:
     """The last sums of any backward, over blocks of channels and over chunks."""
     return _reduce(sizes, macros, n_blocks, sizes.batch * sizes.length, True, device_index)
+
+
+def rows_of_fold(rows: int) -> int:
+    """How many of so many rows of the parameters' partial sums are added up first; 1: none."""
+    return 1 if rows <= MOST_ROWS_AT_ONCE else math.isqrt(rows)
+
+
+def fold(sizes: Sizes, macros: Macros, rows: int, rows_of_fold: int, device_index: int) -> Pass:
+    """The launch that adds up pieces of so many rows; it stands before the last sums, which take every piece's."""
+    numbers = -(-rows // rows_of_fold) * sizes.channels * (sizes.states + 2)
+    kernel = cuda.kernel(REDUCE, "scan_fold", _of_sums(macros), device_index)
+    return Pass(kernel, (-(-numbers // REDUCE_THREADS), 1, 1), REDUCE_THREADS, 0)
 
 
 def _reduce(sizes: Sizes, macros: Macros, n_blocks: int, rows: int, last: bool, device_index: int) -> Pass:
