@@ -134,9 +134,7 @@ def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
 
 
-def _load(
-    source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None
-) -> None:
+def _load(source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None) -> None:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise DataError(f"{source}: state '{key}' is {type(value).__name__}; it must be a tensor.")
