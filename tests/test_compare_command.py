@@ -51,7 +51,7 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("words", "found"),
     [
         (["forecasting", "absent.csv"], "there is no 'absent.csv'"),
-        (["nothing"], "there is no study 'nothing'; there are ['forecasting', 'vision'"),
+        (["nothing"], "there is no study 'nothing'; there are ['forecasting', 'vision', 'language'"),
         (["absent.py"], "there is no 'absent.py'; a study is a file of Python"),
         (["forecasting", "--models", "dlinear,linear"], "is a Mamba model; name one, such as tsm2"),
         (["forecasting", "--models", "tsm3"], "there is no model 'tsm3'"),
@@ -59,7 +59,7 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["forecasting", "--budget-params", "5X"], "'5X' is no amount; write 5M, 300k or 1.2e6"),
         (["forecasting", "--budget-params", "5M", "--budget-flops", "1G"], "models are brought to one budget"),
         (["forecasting", "--tables", "a", "--quick"], "they take no file, study or --quick"),
-        (["selection", "--quick"], "quick is for `compare forecasting` and `compare vision`"),
+        (["selection", "--quick"], "quick is for `compare forecasting`, `compare vision` and `compare language`"),
     ],
 )
 def test_bad_input_is_refused_in_words(words: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +101,19 @@ def test_images_are_asked_for_where_there_are_any() -> None:
             vision_study(Asked(quick=True))
 
 
-@pytest.mark.parametrize("name", ["channel_mixers", "cifar10", "directions", "selection", "series_kinds"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "channel_mixers",
+        "cifar10",
+        "directions",
+        "language_copying",
+        "language_recall",
+        "language_shakespeare",
+        "selection",
+        "series_kinds",
+    ],
+)
 def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
     assert name in studies.names()
     study = find_study(name, Asked())
@@ -111,6 +123,21 @@ def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
     for variant in study.variants:
         run = job.typed(study.run(study.bases[0], variant, 0))
         assert set(job.check(run)) == {"model", "data", "task"}
+
+
+def test_a_text_of_ones_own_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tables.txt").write_text("".join(f"{i} plus {j} is {i + j}.\n" for i in range(30) for j in range(30)))
+    words = ["compare", "language", "tables.txt", "--quick", "--models", "gpt_smoke,mamba_lm_smoke", "--steps", "2"]
+    words += ["--trials", "0", "--device", "cpu", "--workers", "1", "--budget-params", "39600", "--batch-size", "2"]
+    code, text = said(capsys, *words)
+    assert code == 0, text
+    assert "Should I use Mamba to model tables?" in text and "6 cells done, 0 failed, 0 left" in text
+    page = (tmp_path / "language_tables.md").read_text()
+    assert "loss" in page and "mamba_lm_smoke" in page
+    code, text = said(capsys, "compare", "language", "absent.txt")
+    assert code == 2 and "there is no 'absent.txt'" in text
+    # Without a file it is the built-in study.
+    assert find_study("language", Asked()).name == "language_shakespeare"
 
 
 def test_studies_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

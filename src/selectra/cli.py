@@ -19,6 +19,7 @@ from selectra.errors import BackendError, ConfigError, DataError
 from selectra.image_commands import explain, predict
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
+from selectra.text_commands import tokenize
 from selectra.train.stop import DivergedError, StoppedError
 from selectra.usage import describe_usage, read_levels, read_lookback, with_options
 
@@ -124,6 +125,7 @@ def evaluate(
 
 app.command()(predict)
 app.command()(explain)
+app.command()(tokenize)
 
 
 @app.command("list")

@@ -17,10 +17,11 @@ BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budge
 
 def compare(
     what: Annotated[
-        str, typer.Argument(help="forecasting, vision, a built-in study, or a file of Python that defines one.")
+        str,
+        typer.Argument(help="forecasting, vision, language, a built-in study, or a file of Python that defines one."),
     ] = "forecasting",
     file: Annotated[
-        str | None, typer.Argument(help="Your table of series or folder of images; default: bundled data.")
+        str | None, typer.Argument(help="Your table of series, folder of images or text; default: bundled data.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
     store: Annotated[
@@ -120,7 +121,13 @@ def _budget(given: dict[str, str | None]) -> "StudyBudget | None":
 
 
 def report(
-    records: Annotated[Path, typer.Argument(help="The store of a comparison, or the JSON records exported from one.")],
+    records: Annotated[
+        Path,
+        typer.Argument(
+            help="The store of a comparison, or the JSON records exported from one; or a folder of records of language "
+            "models."
+        ),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(help="The page; a study's Markdown and CSV lie beside it. Default: beside the records."),
@@ -131,6 +138,13 @@ def report(
 ) -> None:
     """Write the page of a comparison from its records."""
     console = _console()
+    if records.is_dir():
+        from selectra.report.language import write_page  # noqa: PLC0415
+
+        out = out or records / "language.md"
+        write_page(records, out)
+        console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+        return
     if not records.is_file():
         raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
     if records.suffix == ".json":

@@ -5,6 +5,7 @@ is the list of options, its annotations the values taken. It returns an `Officia
 whole models stand at the end of the model's file; those of single mixers stand here, since mixers know no registry.
 """
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -75,7 +76,13 @@ def with_options_of(other: Reader) -> Callable[[Reader], Reader]:
     return extend
 
 
-def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Official:
+def from_official(
+    source: str,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    *,
+    device: str | torch.device | None = None,
+) -> Official:
     """Build the official class `source` from our parts, with its weights.
 
     The module is float64 where the state is, else float32, unless the official options name a type.
@@ -84,6 +91,8 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
         source: "owner/repository:Class", such as "state-spaces/mamba:Mamba".
         config: Keyword arguments of the official constructor.
         state_dict: Its state, under its keys.
+        device: Where its weights are made, in their own type and nowhere else; for models all of whose tensors are in
+            their state. Without one they are made as PyTorch makes modules, on the CPU in its default type at first.
 
     Returns:
         A module in evaluation mode that takes the official inputs in their official order and layout and returns the
@@ -97,11 +106,13 @@ def from_official(source: str, config: Mapping[str, Any], state_dict: Mapping[st
     importlib.import_module("selectra.models")
     if source not in readers:
         raise ConfigError(f"'{source}' is not known; there are {', '.join(sorted(readers))}.{nearest(source, readers)}")
-    official = readers[source](**checked_options(source, config))
+    options = checked_options(source, config)
+    with contextlib.nullcontext() if device is None else torch.device("meta"):
+        official = readers[source](**options)
     if "dtype" not in config or config["dtype"] is None:
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in state_dict.values())
         official.to(torch.float64 if double else torch.float32)
-    _load(source, official, state_dict)
+    _load(source, official, state_dict, device)
     return official.eval()
 
 
@@ -126,7 +137,7 @@ def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
 
 
-def _load(source: str, official: Official, state_dict: Mapping[str, Tensor]) -> None:
+def _load(source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None) -> None:
     for key, value in state_dict.items():
         if not isinstance(value, Tensor):
             raise DataError(f"{source}: state '{key}' is {type(value).__name__}; it must be a tensor.")
@@ -147,6 +158,10 @@ def _load(source: str, official: Official, state_dict: Mapping[str, Tensor]) -> 
     if problems:
         more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
         raise DataError(f"{source}: {'; '.join(problems[:MOST_SHOWN])}{more}.")
+    if device is not None:
+        # Whatever has no place in a state would stay empty.
+        assert dict(official.model.named_buffers()).keys() <= ours.keys()
+        official.to_empty(device=device)
     official.model.load_state_dict(state)
 
 

@@ -118,3 +118,14 @@ def test_kinds_and_facts_that_cannot_be_measured_are_refused() -> None:
 def test_what_learns_nothing_has_no_step() -> None:
     cost = measure(Spec("naive"), FACTS["series"], seconds=0.01)
     assert (cost.parameters, cost.step_ms, cost.activations_mb) == (0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["gpt", "mamba_lm", "rwkv", "retnet", "hyena"])
+def test_widths_of_language_models_are_multiples(name: str) -> None:
+    """Also the inner ones; and the budget is met all the same."""
+    inner = {} if name == "mamba_lm" else {"d_ff": 96}
+    spec = Spec(name, d_model=48, depth=2, **inner, **({"n_heads": 2} if name in ("gpt", "retnet") else {}))
+    facts = {"vocab_size": 20, "seq_len": 32}
+    found = match(spec, facts, params=100_000, align=8, tolerance=0.1)
+    assert all(found.spec.args[each] % 8 == 0 for each in ("d_model", *inner))
+    assert abs(found.cost.parameters / 100_000 - 1) <= 0.1 and found.cost.flops > 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
 
 import selectra.models  # noqa: F401
@@ -54,6 +55,29 @@ def test_the_type_of_the_weights_is_kept(tmp_path):
     del config["torch_dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert from_pretrained(tmp_path).embedding.weight.dtype == torch.bfloat16
+
+
+class Made(TorchDispatchMode):
+    """Notes the types of everything of some size that has memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and not found.is_meta and found.numel() >= 64:
+            self.dtypes.add(found.dtype)
+        return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_made_in_their_own_type_alone(name, tmp_path):
+    save_pretrained(build(name).bfloat16(), tmp_path)
+    with Made() as made:
+        from_pretrained(tmp_path)
+    # The files themselves are read as bytes.
+    assert torch.bfloat16 in made.dtypes and made.dtypes <= {torch.bfloat16, torch.uint8}
 
 
 def test_mamba_ssms_folder_is_read(tmp_path):

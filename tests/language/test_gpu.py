@@ -10,6 +10,7 @@ import selectra.models  # noqa: F401
 from selectra.errors import ConfigError
 from selectra.language.graphed import GraphedStep
 from selectra.layers.moe import grouped_product
+from selectra.mixers.wkv import NOTHING, wkv, wkv_chunked
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -48,9 +49,11 @@ def test_a_gpu_gives_what_a_cpu_gives(name):
 
 @pytest.mark.gpu
 @NEEDS_GPU
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "jamba_smoke"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_steps_as_the_model_does(name, dtype):
+    if name == "jamba_smoke" and dtype == torch.float32:
+        pytest.skip("experts in float32 are padded to the longest group, for which the host waits")
     model, tokens = build(name).to("cuda", dtype), torch.randint(32, (2, 20), device="cuda")
     states = [model.init_state(2, capacity=20) for _ in range(2)]
     for state in states:
@@ -60,6 +63,23 @@ def test_a_graph_steps_as_the_model_does(name, dtype):
         wanted = model.step_(tokens[:, t : t + 1], states[0])
         assert torch.equal(graphed(tokens[:, t : t + 1]), wanted)
     assert states[1].seen.tolist() == [20, 20]
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@torch.no_grad()
+def test_recording_a_step_copies_no_cache_and_changes_no_state():
+    model = models.build(Spec("gpt_smoke", d_model=256, n_heads=4), {"vocab_size": 32}).eval().cuda().bfloat16()
+    state = model.init_state(1, capacity=2**17)
+    model.step_(torch.randint(32, (1, 30), device="cuda"), state)
+    before = {name: tensor.clone() for name, tensor in state.tensors().items()}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    GraphedStep(model, state)
+    # The workspace of matrix products is of some megabytes.
+    assert torch.cuda.max_memory_allocated() - held < state.n_bytes / 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
 
 
 @pytest.mark.gpu
@@ -77,3 +97,21 @@ def test_grouped_products_are_those_of_a_loop():
     found, expected = torch.autograd.grad(y, [x, weight], dy), torch.autograd.grad(wanted, [x, weight], dy)
     for got, want in zip(found, expected, strict=True):
         assert (got.float() - want.float()).abs().max() <= 0.02 * want.abs().max()
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("decay", [1e-2, 8.0])
+def test_rwkvs_sums_by_the_scan_are_those_in_chunks(decay):
+    """Outputs and gradients in float32 against float64, from no state on, with keys that differ by e^60."""
+    shape = (2, 300, 24)
+    k, v = 10 * torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    w, u = torch.full((24,), decay, dtype=torch.float64), torch.randn(24, dtype=torch.float64)
+    weights, found = torch.randn(shape, dtype=torch.float64), []
+    for function, dtype, device in ((wkv_chunked, torch.float64, "cpu"), (wkv, torch.float32, "cuda")):
+        inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (k, v, w, u)]
+        zero = torch.zeros(2, 24, dtype=dtype, device=device)
+        y, _ = function(inputs[0], inputs[1], inputs[2], inputs[3], (zero, zero, torch.full_like(zero, NOTHING)))
+        found.append([y, *torch.autograd.grad((y * weights.to(device, dtype)).sum(), inputs)])
+    for wanted, got in zip(*found, strict=True):
+        assert (got.double().cpu() - wanted).abs().max() <= 2e-4 * wanted.abs().max()

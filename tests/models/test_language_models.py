@@ -10,11 +10,13 @@ from selectra.compat.language import MambaConfig, MambaLMHeadModel
 from selectra.errors import ConfigError, DataError
 from selectra.language.model import LanguageModel
 from selectra.mixers import CausalAttention
+from selectra.mixers.wkv import NOTHING, wkv_chunked, wkv_scanned
 from selectra.models.hyena import HyenaMixer, long_convolution
 from selectra.models.jamba import fuse_experts, split_experts
 from selectra.models.retnet import Retention, retention
-from selectra.models.rwkv import NOTHING, ChannelMix, TimeMix, wkv
+from selectra.models.rwkv import ChannelMix, TimeMix
 from selectra.official import from_official
+from selectra.ops.ssd import ssd
 from selectra.registry import models
 from selectra.spec import Spec
 
@@ -69,8 +71,9 @@ def test_jambas_cache_is_what_the_arithmetic_says():
     assert sizes[0] == 7 * (8192 * 16 * 4 + 8192 * 4 * 2) + 2 * 8
 
 
+@pytest.mark.parametrize("wkv", [wkv_chunked, wkv_scanned])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 100])
-def test_wkv_is_the_loop(length):
+def test_wkv_is_the_loop(wkv, length):
     """Eq. 16 as written, with gradients, from a state that is not empty."""
     shape = (2, length, 5)
     k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -114,12 +117,34 @@ def test_absent_positions_leave_a_mixers_state_as_it_is(mixer):
             assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_wkv_overflows_nowhere():
+@pytest.mark.parametrize("wkv", [wkv_chunked, wkv_scanned])
+def test_wkv_overflows_nowhere(wkv):
     k = torch.tensor([0.0, 500.0, -500.0, 1000.0])[None, :, None].expand(1, 4, 1)
     v = torch.arange(4.0)[None, :, None]
     empty = (torch.zeros(1, 1), torch.zeros(1, 1), torch.full((1, 1), NOTHING))
     y, sums = wkv(k, v, torch.ones(1), torch.zeros(1), empty)
     assert torch.allclose(y.flatten(), torch.tensor([0.0, 1.0, 1.0, 3.0])) and all(s.isfinite().all() for s in sums)
+
+
+@pytest.mark.parametrize("decay", [1e-3, 20.0])
+def test_a_scanned_wkv_is_exact_over_long_rows_and_wild_keys(monkeypatch, decay):
+    """In pieces, from no state on, with a peak that the scale must come down from."""
+    monkeypatch.setattr("selectra.mixers.wkv.LONGEST", 300)
+    k = 3 * torch.randn(1, 1000, 4, dtype=torch.float64)
+    k[:, 100], k[:, 500:] = 80.0, k[:, 500:] - 200
+    v = torch.randn_like(k)
+    w, u = torch.full((4,), decay, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    zero, nothing = (torch.full((1, 4), value, dtype=torch.float64) for value in (0.0, NOTHING))
+    empty = zero, zero, nothing
+    wanted, of_chunks = wkv_chunked(k, v, w, u, empty)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-4)):
+        keys, values, decays, bonus, zero, nothing = (tensor.to(dtype) for tensor in (k, v, w, u, zero, nothing))
+        y, sums = wkv_scanned(keys, values, decays, bonus, (zero, zero, nothing))
+        assert torch.allclose(y.double(), wanted, rtol=tolerance, atol=tolerance)
+        mean, expected = sums[0] / sums[1], of_chunks[0] / of_chunks[1]
+        assert torch.allclose(mean.double(), expected, rtol=tolerance, atol=tolerance)
+        size = of_chunks[2] + of_chunks[1].log() - sums[2] - sums[1].log()
+        assert size.abs().max() < 100 * tolerance
 
 
 @pytest.mark.parametrize("length", [1, 64, 70])
@@ -231,3 +256,23 @@ def test_a_tied_matrix_may_be_in_the_state_once_or_twice_but_not_in_two_versions
 def test_offsets_outside_their_period_are_refused():
     with pytest.raises(ConfigError, match="attn_offset=8"):
         models.build(Spec("jamba_smoke", attn_offset=8), {"vocab_size": 7})
+
+
+@pytest.mark.parametrize("function", ["ssd", "wkv"])
+def test_autocast_rounds_nothing_inside_a_recurrence(function):
+    x, w = torch.randn(2, 70, 3, 4), torch.rand(3)
+
+    def call():
+        if function == "ssd":
+            return ssd(x, x[..., 0].sigmoid(), -w, x[:, :, :1], x[:, :, 1:2])
+        zero = torch.zeros(2, 4)
+        empty = zero, zero, torch.full((2, 4), NOTHING)
+        y, sums = wkv_chunked(x[:, :, 0], x[:, :, 1], torch.rand(4).exp(), torch.zeros(4), empty)
+        return y, sums[0]
+
+    torch.manual_seed(1)
+    wanted = call()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call()
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))

@@ -138,17 +138,19 @@ def prepare(study: Study, device: torch.device, console: Console) -> dict[str, A
 def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
     run = typed(study.run(base, variant, 0))
     check(run)
-    spec, note = run.model, ""
+    spec, note, cost = run.model, "", None
     if study.budget is not None:
         asked = {study.budget.quantity: study.budget.amount}
         if _has_size(spec, study.budget.over):
-            found = match(spec, facts, over=study.budget.over, device=device, **asked)
+            how: dict[str, Any] = {"over": study.budget.over, "align": study.budget.align, **asked}
+            found = match(spec, facts, device=device, precision=run.train.precision, **how)
             spec, note = found.spec, f"{found.over} = {found.value} for {found.got:,.6g} {study.budget.quantity}"
+            cost = found.cost
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
     model = build_model(spec, facts)
     learns = any(each.requires_grad for each in model.parameters()) and not hasattr(model, "solve")
-    cost = measure(spec, facts, device=device).to_json()
+    cost = (cost or measure(spec, facts, device=device, precision=run.train.precision)).to_json()
     return {"spec": spec.to_json(), "by_gradient": learns, "matched": note, "cost": cost, "facts": _plain(facts)}
 
 
@@ -228,10 +230,10 @@ def _work(
     study: Study, store: Store, wish: Wish, device: torch.device, until: float, progress: "Progress"
 ) -> None:  # fmt: skip
     on_gpu, judge = device.type == "cuda", judge_of(store, study)
-    series, images = on_gpu and _is_of_series(study), on_gpu and packs_images(study)
-    helpers = _start_helpers(wish, until, series or images)
+    rows, images = on_gpu and _packs_rows(study), on_gpu and packs_images(study)
+    helpers = _start_helpers(wish, until, rows or images)
     try:
-        if series:
+        if rows:
             work_on_gpu(store, device, wish.packed, until, progress)
         elif images:
             work_on_images(store, device, wish.packed, until, progress, judge)
@@ -244,8 +246,9 @@ def _work(
             helper.join()
 
 
-def _is_of_series(study: Study) -> bool:
-    return models.entry(study.variants[0].model.name).kind == "series"
+def _packs_rows(study: Study) -> bool:
+    """Whether its trainings share a GPU as those of series and of language do."""
+    return models.entry(study.variants[0].model.name).kind in ("series", "language")
 
 
 def judge_of(store: Store, study: Study) -> Callable[[Cell], Callable[[Sequence[float]], bool]]:

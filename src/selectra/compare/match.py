@@ -17,6 +17,7 @@ from selectra.compare.measure import Cost, build_model, count_flops, count_param
 from selectra.errors import ConfigError
 from selectra.registry import models
 from selectra.spec import Spec
+from selectra.train.precision import Precision
 
 TOLERANCE = 0.02
 # What is a width, or a depth: the first one that a model takes is turned, the others follow in proportion.
@@ -53,7 +54,9 @@ def match(
     latency: float | None = None,
     over: Literal["width", "depth"] = "width",
     tolerance: float = TOLERANCE,
+    align: int = 1,
     device: torch.device | str = "cpu",
+    precision: Precision = "float32",
 ) -> Matched:
     """Find the width (or depth) at which a model meets one budget.
 
@@ -63,6 +66,8 @@ def match(
         flops: FLOPs of a forward pass of one sample.
         latency: Milliseconds of a forward pass of a batch of 32, measured here.
         tolerance: How far off the budget is still met, as a part of it.
+        align: Widths are multiples of this; half-precision products of others are slow on a GPU.
+        precision: In which the cost of what was found is measured.
 
     Raises:
         ConfigError: Not exactly one budget is given, the model has no width, or no width meets the budget; then the
@@ -72,7 +77,7 @@ def match(
     asked: list[tuple[Quantity, float]] = [(name, value) for name, value in given.items() if value is not None]
     if len(asked) != 1 or not 0 < asked[0][1] < math.inf:
         raise ConfigError(f"match takes one budget above 0: params=, flops= or latency=; got {given}.")
-    (quantity, wanted), turned = asked[0], _turned(spec, facts, over)
+    (quantity, wanted), turned = asked[0], _turned(spec, facts, over, align)
     cost = partial(_quantity, quantity, facts=dict(facts), device=device)
     tried = [_try(turned, cost, wanted)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
@@ -85,9 +90,8 @@ def match(
             f"{_nearest(tried[0], wanted, unit)}; ask for one of these, or match another quantity."
         )
     found = best.turned(best.value)
-    return Matched(
-        found, quantity, wanted, best.got, best.turned.name, best.value, measure(found, facts, device=device)
-    )
+    measured = measure(found, facts, device=device, precision=precision)
+    return Matched(found, quantity, wanted, best.got, best.turned.name, best.value, measured)
 
 
 @dataclass(frozen=True)
@@ -97,15 +101,19 @@ class _Turned:
     spec: Spec
     name: str
     values: Mapping[str, Any]
+    align: int = 1
 
     def __call__(self, value: int) -> Spec:
+        if value % self.align:
+            raise ConfigError(f"{self.name}={value} is no multiple of {self.align}.")
         ratio = value / _first(self.values[self.name])
-        return self.spec.replace(**{name: _scaled(each, ratio) for name, each in self.values.items()})
+        return self.spec.replace(**{name: _scaled(each, ratio, self.align) for name, each in self.values.items()})
 
     def followers(self, values: Iterable[int]) -> "list[_Turned]":
         """With the width as it is at each of these values, each inner width to be turned alone."""
         fixed = [self(value) for value in values]
-        return [_Turned(spec, name, {name: spec.args[name]}) for name in (*self.values,)[1:] for spec in fixed]
+        names = (*self.values,)[1:]
+        return [_Turned(spec, name, {name: spec.args[name]}, self.align) for name in names for spec in fixed]
 
 
 @dataclass
@@ -122,7 +130,7 @@ class _Tried:
         return math.inf if self.got is None else abs(self.got / wanted - 1)
 
 
-def _turned(spec: Spec, facts: Mapping[str, Any], over: str) -> _Turned:
+def _turned(spec: Spec, facts: Mapping[str, Any], over: str, align: int) -> _Turned:
     names = WIDTHS if over == "width" else DEPTHS
     resolved = models.resolve(spec, facts)
     values = {name: resolved[name].value for name in names if name in resolved and _is_size(resolved[name].value)}
@@ -131,7 +139,7 @@ def _turned(spec: Spec, facts: Mapping[str, Any], over: str) -> _Turned:
         raise ConfigError(
             f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}."
         )
-    return _Turned(spec, next(iter(values)), values)
+    return _Turned(spec, next(iter(values)), values, align if over == "width" else 1)
 
 
 def _is_size(value: Any) -> bool:
@@ -142,10 +150,10 @@ def _first(value: Any) -> int:
     return value[0] if isinstance(value, tuple) else value
 
 
-def _scaled(value: Any, ratio: float) -> Any:
+def _scaled(value: Any, ratio: float, align: int) -> Any:
     if isinstance(value, tuple):
-        return tuple(_scaled(each, ratio) for each in value)
-    return max(1, round(value * ratio))
+        return tuple(_scaled(each, ratio, align) for each in value)
+    return max(1, round(value * ratio / align)) * align
 
 
 def _quantity(quantity: Quantity, spec: Spec, *, facts: Mapping[str, Any], device: torch.device | str) -> float:

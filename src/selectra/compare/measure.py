@@ -19,6 +19,7 @@ from selectra import models as _models
 from selectra.errors import ConfigError
 from selectra.registry import models
 from selectra.spec import Spec
+from selectra.train.precision import Precision, autocast
 
 __all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", "inputs_for", "measure"]
 
@@ -31,7 +32,10 @@ MIB = 2**20
 SHAPES: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "series": lambda facts: (facts["seq_len"], facts["n_series"]),
     "image": lambda facts: (facts.get("in_channels", 3), *_sides(facts["img_size"])),
+    "language": lambda facts: (facts["seq_len"],),
 }
+# What the facts must say.
+NEEDED = {"series": ("seq_len", "n_series"), "image": ("img_size",), "language": ("vocab_size", "seq_len")}
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -86,11 +90,12 @@ def inputs_for(spec: Spec, facts: Mapping[str, Any], batch: int, device: torch.d
     kind = models.entry(spec.name).kind
     if kind not in SHAPES:
         raise ConfigError(f"'{spec.name}' is for {kind}; what can be measured are models for {', '.join(SHAPES)}.")
-    missing = [name for name in ("seq_len", "n_series") if kind == "series" and name not in facts]
-    missing += ["img_size"] if kind == "image" and "img_size" not in facts else []
+    missing = [name for name in NEEDED[kind] if name not in facts]
     if missing:
         raise ConfigError(f"to measure '{spec.name}', the facts must say {', '.join(missing)}.")
     generator = torch.Generator().manual_seed(SEED)
+    if kind == "language":
+        return torch.randint(facts["vocab_size"], (batch, *SHAPES[kind](facts)), generator=generator).to(device)
     return torch.randn(batch, *SHAPES[kind](facts), generator=generator).to(device)
 
 
@@ -125,6 +130,11 @@ def kept_for_backward(model: nn.Module, inputs: Tensor) -> float:
     return sum(found.values()) / MIB
 
 
+def _kept(model: nn.Module, inputs: Tensor, device: torch.device, precision: Precision) -> float:
+    with autocast(device, precision):
+        return kept_for_backward(model, inputs)
+
+
 def _timed(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     # It warms up, synchronises a GPU, and takes medians over blocks of calls.
@@ -134,13 +144,14 @@ def _timed(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
 
 def measure(
     spec: Spec, facts: Mapping[str, Any], *, device: torch.device | str = "cpu", batch: int = BATCH,
-    seconds: float = TIMED,
+    seconds: float = TIMED, precision: Precision = "float32",
 ) -> Cost:  # fmt: skip
     """Everything that a model costs on a device.
 
     Args:
         facts: What the data says, such as seq_len, horizon and n_series, or n_classes and img_size.
         seconds: Time behind each median.
+        precision: What products are rounded to in the timed passes.
     """
     device = torch.device(device)
     model, inputs = build_model(spec, facts).to(device), inputs_for(spec, facts, batch, device)
@@ -149,12 +160,14 @@ def measure(
     flops = count_flops(model, inputs[:1])
 
     def forward() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, precision):
             model(inputs)
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        model(inputs).square().mean().backward()
+        with autocast(device, precision):
+            loss = model(inputs).square().mean()
+        loss.backward()
 
     forward_ms, forward_iqr = _timed(forward, seconds)
     model.train()
@@ -162,7 +175,7 @@ def measure(
     return Cost(
         parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
         flops=flops,
-        activations_mb=kept_for_backward(model, inputs) if learns else 0.0,
+        activations_mb=_kept(model, inputs, device, precision) if learns else 0.0,
         forward_ms=forward_ms,
         forward_iqr_ms=forward_iqr,
         step_ms=step_ms,
@@ -170,5 +183,6 @@ def measure(
         batch=batch,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
+        dtype=precision,
         tf32=device.type == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32),
     )

@@ -100,7 +100,8 @@ def order_of(windows: Windows, run: Run) -> tuple[Tensor, Tensor]:
 class Outcome:
     """What a training came to.
 
-    `seconds` is from the first step to the last evaluation, on the device's clock where that is a GPU.
+    `seconds` is from the first step to the last evaluation, on the device's clock where that is a GPU; `more` is what
+    only some kinds of models have.
     """
 
     val: dict[str, float]
@@ -109,6 +110,7 @@ class Outcome:
     steps: int
     seconds: float
     history: list[dict[str, float]] = field(default_factory=list)
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 class OnDevice:

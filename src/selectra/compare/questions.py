@@ -1,4 +1,4 @@
-"""The studies that a user asks for by name, by a file of Python, or by a table or a folder of their own."""
+"""The studies that a user asks for by name, by a file of Python, or by a table, a folder or a text of their own."""
 
 import runpy
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,20 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, studies
 from selectra.spec import Optim, Run, Spec, Train, nearest, override
 
-__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "vision_study"]
+__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "language_study",
+           "vision_study"]  # fmt: skip
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("tsm2", "timemachine", "s_mamba", "simba_series"), "mamba"),
         **dict.fromkeys(("vim", "vim2", "vmamba", "simba", "rsmamba", "videomamba"), "mamba"),
-        **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin"), "attention"),
-        **dict.fromkeys(("convnext", "resnet"), "convolution"),
+        **dict.fromkeys(("mamba_lm", "jamba"), "mamba"),
+        **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin", "gpt"), "attention"),
+        **dict.fromkeys(("convnext", "resnet", "hyena"), "convolution"),
         **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
         **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
-        "gru": "recurrent", "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
+        **dict.fromkeys(("gru", "rwkv", "retnet"), "recurrent"),
+        "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
     }
 )  # fmt: skip
 FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "gru", "tsmixer", "dlinear", "linear",
@@ -58,7 +61,7 @@ class Asked:
     """What the command line says about a study; None leaves what the study has.
 
     Args:
-        file: A table of series, or a folder of images.
+        file: A table of series, a folder of images, or a text.
         models: Names, for a study of a user's own data.
         quick: For a first look within minutes.
         lookback: Rows that a forecast sees.
@@ -81,7 +84,7 @@ class Asked:
 
 
 def find_study(what: str, asked: Asked) -> Study:
-    """The study that a word stands for: forecasting, vision, a built-in name, or a file of Python.
+    """The study that a word stands for: forecasting, vision, language, a built-in name, or a file of Python.
 
     Raises:
         ConfigError: There is none, or it cannot be read.
@@ -92,10 +95,15 @@ def find_study(what: str, asked: Asked) -> Study:
         study = forecasting_study(asked)
     elif what == "vision":
         study = vision_study(asked)
+    elif what == "language":
+        study = language_study(asked)
     else:
         given = [name for name in ("file", "quick", "models", "img_size") if getattr(asked, name)]
         if given:
-            raise ConfigError(f"{given[0]} is for `compare forecasting` and `compare vision`; a study says it itself.")
+            raise ConfigError(
+                f"{given[0]} is for `compare forecasting`, `compare vision` and `compare language`; "
+                "a study says it itself."
+            )
         study = _from_file(Path(what)) if what.endswith(".py") else _built_in(what)
     return _changed(study, asked)
 
@@ -104,7 +112,7 @@ def _built_in(name: str) -> Study:
     from selectra.recipes import studies as _filled  # noqa: F401, PLC0415
 
     if name not in studies.names():
-        known = ["forecasting", "vision", *studies.names()]
+        known = ["forecasting", "vision", "language", *studies.names()]
         raise ConfigError(f"there is no study '{name}'; there are {known}, and files of Python.{nearest(name, known)}")
     return studies.build(Spec(name))
 
@@ -197,6 +205,32 @@ def vision_study(asked: Asked) -> Study:
     study = _study(f"vision_{_short(name)}", f"Should I use Mamba to classify {name}?", base,
                    _chosen(asked.models, known), asked)  # fmt: skip
     return study.model_copy(update={"metric": "top1", "higher_is_better": True, "lengths": ()})
+
+
+def language_study(asked: Asked) -> Study:
+    """Language models against each other on a user's text, JSONL or parquet file, byte by byte.
+
+    Without a file: the built-in study on Tiny Shakespeare. With `quick`, models of 0.4 million parameters.
+    """
+    from selectra.recipes.studies.language_shared import SMALL, TEN_MILLION  # noqa: PLC0415
+
+    built_in = _built_in("language_shakespeare")
+    if not (asked.file or asked.quick or asked.models):
+        return built_in
+    if asked.file and not Path(asked.file).is_file():
+        raise DataError(f"there is no '{asked.file}'; name a text, JSONL or parquet file.")
+    base, name = built_in.bases[0], Path(asked.file).name.split(".")[0] if asked.file else "Tiny Shakespeare"
+    data = Spec("text_file", path=asked.file, seq_len=256, stride=16) if asked.file else base.data
+    words = [f"name={name}"]
+    if asked.quick:
+        data = data.replace(seq_len=128)
+        words += ["train.steps=200", "train.batch_size=16", "train.eval_every=50", "train.precision=float32",
+                  "optim.warmup_steps=20"]  # fmt: skip
+    base = override(base.model_copy(update={"data": data}), words)
+    study = _study(f"language_{_short(name)}", f"Should I use Mamba to model {name}?", base,
+                   _chosen(asked.models, SMALL if asked.quick else TEN_MILLION), asked)  # fmt: skip
+    budget = Budget(quantity="params", amount=4.2e5 if asked.quick else 1.06e7, align=8)
+    return study.model_copy(update={"metric": "loss", "lengths": (), "budget": budget, "tuning": built_in.tuning})
 
 
 def _study(name: str, question: str, base: Run, chosen: Mapping[str, Spec], asked: Asked) -> Study:

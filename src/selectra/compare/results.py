@@ -26,7 +26,7 @@ Row = dict[str, Any]
 KEPT = (
     "base", "variant", "seed", "trial", "settings", "val", "test", "score", "pruned", "history", "best_step", "steps",
     "seconds", "parameters", "test_windows", "device", "packed", "backends", "data_order", "environment", "reason",
-    "command", "differs", "key",
+    "command", "differs", "key", "last", "held_out", "losses",
 )  # fmt: skip
 
 

@@ -77,6 +77,8 @@ class Budget(Section):
     """How much."""
     over: Literal["width", "depth"] = "width"
     """What is turned."""
+    align: int = Field(default=1, ge=1)
+    """Widths are multiples of this; half-precision products of others are slow on a GPU."""
 
 
 class Study(Section):

@@ -17,15 +17,17 @@ from selectra import data as _data
 from selectra import models as _models
 from selectra.compare.cells import Cell
 from selectra.compare.forecasting import variate_order
-from selectra.compare.on_device import OnDevice, Resident
+from selectra.compare.on_device import OnDevice
+from selectra.compare.on_device_text import TextOnDevice
+from selectra.compare.residents import Residents, kind_of
 from selectra.compare.store import Store
 from selectra.compare.tune import PrunedError
+from selectra.data.held_text import held_split
 from selectra.data.series import SeriesData
 from selectra.data.table import Table, read_table
-from selectra.data.windows import Windows
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, tasks
-from selectra.spec import Spec
+from selectra.spec import Spec, Train
 from selectra.tasks.task import Task
 from selectra.train.batches import TrainingOrder
 from selectra.train.evaluation import evaluate
@@ -81,7 +83,7 @@ def _ordered(path: Path, time: str | None, freq: str | None, stamps: str, variat
     return dataclasses.replace(table, names=names, values=table.values[:, order], observed=table.observed[:, order])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def load(spec: Spec) -> Any:
     """A data set, read once for all cells on it."""
     return datasets.build(spec)
@@ -114,7 +116,13 @@ def _tabled(cell: Cell) -> SeriesData:
 
 def order_digest(cell: Cell, windows: Any) -> str:
     """What tells the order of the first pass over the training windows from any other."""
-    sampler = TrainingOrder(windows, cell.run.train, World()).sampler
+    return _order_digest(len(windows), cell.run.train.model_dump_json())
+
+
+@lru_cache(maxsize=64)
+def _order_digest(count: int, train: str) -> str:
+    # The order depends on how many windows there are, and not on what they hold.
+    sampler = TrainingOrder(cast(Any, range(count)), Train.model_validate_json(train), World()).sampler
     sampler.set_epoch(0)
     return hashlib.sha256(repr(list(sampler)).encode()).hexdigest()[:16]
 
@@ -220,7 +228,8 @@ def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[st
                 "backends": _backends(built, device),
             }  # fmt: skip
             if cell.trial is None:
-                result["test"] = evaluate(built.model, built.task, built.parts["test"], EVALUATED, world)
+                precision = cell.run.train.precision
+                result["test"] = evaluate(built.model, built.task, built.parts["test"], EVALUATED, world, precision)
     except (ConfigError, DataError, DivergedError) as error:
         return "failed", {**cell.label, "reason": str(error)}
     history = {"history": watched.history, "score": min(watched.history, default=None)}
@@ -255,17 +264,23 @@ class _Slot:
         # Where nothing was there to take: when to ask again, if nothing ends before.
         self.ask_at = 0.0
 
-    def start(self, cell: Cell, resident: Callable[[Cell, Windows], Resident], packed: int) -> None:
+    def start(self, cell: Cell, residents: "Residents", packed: int) -> None:
         """Build the model, take the first step, record the graphs."""
         self.cell, self.queued, self.more, self.ended = cell, deque(), True, False
         with torch.cuda.stream(self.stream):
             built = build(cell)
             self.facts = _facts(cell, built, self.device, packed)
-            self.training = OnDevice(
-                built.model.to(self.device), built.task, built.parts, cell.run, resident(cell, built.parts["train"]),
-                self.stream, self.pool,
-            )  # fmt: skip
+            self.training = self._training(cell, built, residents)
             self.training.prepare()
+
+    def _training(self, cell: Cell, built: Built, residents: "Residents") -> OnDevice:
+        model = built.model.to(self.device)
+        if kind_of(cell) == "language":
+            splits = {part: held_split(built.data, part) for part in PARTS}
+            held = residents.text(cell, built.data)
+            return TextOnDevice(model, built.task, held, splits, cell.run, self.stream, self.pool)
+        resident = residents(cell, built.parts["train"])
+        return OnDevice(model, built.task, built.parts, cell.run, resident, self.stream, self.pool)
 
     def move(self) -> bool:
         """Queue what comes next where there is room; whether anything changed."""
@@ -284,34 +299,20 @@ class _Slot:
     def result(self) -> tuple[str, dict[str, Any]]:
         """The record of a training that has ended; the slot is free after it."""
         outcome = self.training.outcome()
-        record = {**self.facts, **dataclasses.asdict(outcome), "backends": self.training.backends}
+        found = dataclasses.asdict(outcome)
+        record = {**self.facts, **found, **found.pop("more"), "backends": self.training.backends}
+        del record["more"]
         if self.cell is not None and self.cell.trial is not None:
             # The graphs hold the test part; a trial's choice does not see it.
-            del record["test"]
-            record["history"] = [each["mse"] for each in outcome.history]
+            for name in ("test", "last", "held_out"):
+                record.pop(name, None)
+            record["history"] = [each["loss" if "loss" in each else "mse"] for each in outcome.history]
             record["score"] = min(record["history"], default=None)
         del self.training
         self.cell = None
         if outcome.best_step == 0:
             return "failed", {**record, "reason": "diverged: no validation error was a number"}
         return "done", record
-
-
-class _Residents:
-    """Rows on the device, one copy for all cells on the same data."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.found: dict[Any, Resident] = {}
-
-    def __call__(self, cell: Cell, windows: Windows) -> Resident:
-        spec = cell.run.data
-        same = tuple(pair for pair in spec.pairs if pair[0] not in ("seq_len", "horizon"))
-        key = (spec.name, same, cell.variates)
-        if key not in self.found:
-            self.found[key] = Resident.of(windows, self.device)
-            torch.cuda.synchronize(self.device)
-        return self.found[key]
 
 
 def _limits(packed: int) -> list[int]:
@@ -338,7 +339,7 @@ class _Gpu:
 
     def __init__(self, store: Store, device: torch.device, packed: int, on_done: OnDone) -> None:
         self.store, self.packed, self.on_done = store, packed, on_done
-        self.residents = _Residents(device)
+        self.residents = Residents(device)
         self.slots = [_Slot(device, most) for most in _limits(packed)]
         self.idle = False
 

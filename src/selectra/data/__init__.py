@@ -4,7 +4,10 @@ from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
 from selectra.data.mask_views import MaskBatch as MaskBatch
 from selectra.data.masks import Masks as Masks
+from selectra.data.recall import Copying as Copying
+from selectra.data.recall import Recall as Recall
 from selectra.data.series import SeriesData as SeriesData
 from selectra.data.series import SeriesFile as SeriesFile
+from selectra.data.shards import TextShards as TextShards
 from selectra.data.text import TextData as TextData
 from selectra.data.text import TextFile as TextFile

@@ -59,9 +59,11 @@ def from_pretrained(
 ) -> LanguageModel:
     """A model from a folder in Hugging Face's layout or mamba_ssm's, ready for evaluation.
 
+    Its weights are made in its type on its device, and nowhere else beside the files' own.
+
     Args:
         folder: Holds config.json and weights.
-        device: Where the model goes.
+        device: Where the model is made; by default the CPU.
         dtype: Its type; by default that of the configuration, else that of the weights.
 
     Raises:
@@ -75,9 +77,9 @@ def from_pretrained(
     stored = config.pop("torch_dtype", None)
     wanted = read_dtype(dtype) or config.get("dtype") or stored or _common_dtype(state)
     _require_vocabulary(config, state)
-    found = from_official(source, {**config, "dtype": wanted}, state).model
+    found = from_official(source, {**config, "dtype": wanted}, state, device="cpu" if device is None else device).model
     assert isinstance(found, LanguageModel)
-    return found if device is None else found.to(device)
+    return found
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from selectra.errors import ConfigError
 from selectra.language.model import LanguageModel
-from selectra.language.stream import Stream, overwrite_
+from selectra.language.stream import Stream
 
 
 class GraphedStep:
@@ -26,23 +26,46 @@ class GraphedStep:
             raise ConfigError(f"the model is on {device}; a CUDA graph needs it on a GPU.")
         self.state = state
         self._tokens = torch.zeros(len(state.seen), 1, dtype=torch.int64, device=device)
-        before = state.replaced({name: tensor.clone() for name, tensor in state.tensors().items()})
+        before = _Before(state)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             # Kernels are compiled and libraries' memory is taken before anything is recorded.
             for _ in range(3):
                 model.step_(self._tokens, state)
-                overwrite_(state, before)
+                before.restore()
         torch.cuda.current_stream(device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = model.step_(self._tokens, state)
         # Recording ran nothing, but what it was recorded on may have been written by the steps before.
-        overwrite_(state, before)
+        before.restore()
 
     def __call__(self, tokens: Int[Tensor, "b 1"]) -> Float[Tensor, "b 1 vocab"]:
         """The logits after the next token; they are overwritten by the next call. The state must have room."""
         self._tokens.copy_(tokens)
         self._graph.replay()
         return self._logits
+
+
+class _Before:
+    """What a step of one token overwrites: no copy of what grows with the context."""
+
+    def __init__(self, state: Stream) -> None:
+        rows = torch.arange(len(state.seen), device=state.seen.device)
+        self._whole, self._slots = [(state.seen, state.seen.clone())], []
+        for layer in state.layers:
+            by_slot = getattr(layer, "by_slot", ())
+            for name, tensor in layer._asdict().items():
+                if name in by_slot:
+                    place = (rows, layer.n.clone())
+                    self._slots.append((tensor, place, tensor[place]))
+                else:
+                    self._whole.append((tensor, tensor.clone()))
+
+    def restore(self) -> None:
+        """Put it back."""
+        for tensor, content in self._whole:
+            tensor.copy_(content)
+        for tensor, place, content in self._slots:
+            tensor[place] = content

@@ -95,6 +95,52 @@ class Characters:
         (folder / OURS).write_text(json.dumps({"kind": "characters", "characters": self.characters}) + "\n")
 
 
+UNKNOWN = "<unk>"
+
+
+class Words:
+    """Every word between spaces is a token, and every line's end; unknown words are one.
+
+    Args:
+        words: All of them; the place of one is its id. Among them `<unk>`.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        if UNKNOWN not in words or len(set(words)) != len(words):
+            raise ConfigError(f"words: needs each only once, {UNKNOWN!r} among them")
+        self.words = list(words)
+        self._ids = {word: i for i, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, text: str) -> "Words":
+        """Those that occur in a text, in alphabetical order."""
+        return cls(sorted({UNKNOWN, *cls.split(text)}))
+
+    @staticmethod
+    def split(text: str) -> list[str]:
+        """The words of a text, line ends too."""
+        return [word for word in text.replace("\n", " \n ").split(" ") if word]
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are."""
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        unknown = self._ids[UNKNOWN]
+        return [self._ids.get(word, unknown) for word in self.split(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, with a space behind every word."""
+        return "".join(f"{self.words[i] if i < len(self.words) else UNKNOWN} " for i in ids)
+
+    def save(self, folder: Path) -> None:
+        """Keep it beside a model."""
+        content = json.dumps({"kind": "words", "words": self.words}, ensure_ascii=False)
+        (folder / OURS).write_text(content + "\n", encoding="utf-8")
+
+
 class Pieces:
     """A vocabulary of the package `tokenizers`.
 
@@ -155,7 +201,9 @@ def _read_ours(path: Path) -> Tokenizer:
         return Bytes()
     if kind == "characters" and isinstance(content.get("characters"), str):
         return Characters(content["characters"])
-    raise DataError(f"'{path}' is of kind {kind!r}; there are 'bytes' and 'characters'.")
+    if kind == "words" and isinstance(content.get("words"), list):
+        return Words(content["words"])
+    raise DataError(f"'{path}' is of kind {kind!r}; there are 'bytes', 'characters' and 'words'.")
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:

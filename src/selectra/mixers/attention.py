@@ -18,6 +18,7 @@ from selectra.mixers.history import count, require_room, room_for, slots_of, wri
 from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import require_input, zero_absent
 from selectra.mixers.sizes import require_sizes
+from selectra.ops import cached_attention
 
 
 class KeyValue(NamedTuple):
@@ -29,6 +30,11 @@ class KeyValue(NamedTuple):
     """As keys."""
     n: Int[Tensor, " b"]
     """Positions of each row; the other slots are free."""
+
+    @property
+    def by_slot(self) -> tuple[str, ...]:
+        """Of which tensors a step writes nothing but slot n."""
+        return ("keys", "values")
 
 
 class CausalAttention(nn.Module):
@@ -125,6 +131,10 @@ class CausalAttention(nn.Module):
         slots = slots_of(state.n, x, mask)
         q, k, v = self._heads(x, slots)
         keys, values = (write(old, new, slots, mask, in_place) for old, new in zip(state, (k, v), strict=False))
+        if in_place and x.shape[1] == 1 and cached_attention.takes(q[:, 0], keys, values, n):
+            return self.o_proj(cached_attention.attend(q[:, 0], keys, values, n).flatten(1)[:, None]), KeyValue(
+                keys, values, n
+            )
         used = self._same_number(n) if x.is_cuda and x.shape[1] > 1 and mask is None else None
         if used is not None:
             # One kernel that needs no mask in memory.

@@ -1,20 +1,22 @@
 """Whether one position of a Mamba block can go through the compiled kernel, and its way there.
 
 Everything that PyTorch would have to see keeps the ordinary path: gradients, hooks, adapters and parametrisations on
-the projections, autocast, compilers and modes, other devices and types, and a backend that was asked for.
+the projections, autocast, compilers and modes, other devices and types, and a backend that was asked for. On a CPU a
+single block is taken too, on a GPU only all blocks of a model together (`stack.py`).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from selectra.ops import add_norm, causal_conv1d, selective_scan
+from selectra.ops.block_step import CudaStepPlan
 from selectra.ops.native.step import BlockWeights, StepPlan, key_of, run
 from selectra.ops.transforms import needs_dispatcher
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 _OPS = (add_norm, causal_conv1d, selective_scan)
 # Beside the module, not in it: a plan is of this process and is neither copied nor saved.
-_plans: weakref.WeakKeyDictionary[nn.Module, StepPlan] = weakref.WeakKeyDictionary()
+_plans: weakref.WeakKeyDictionary[nn.Module, StepPlan | CudaStepPlan] = weakref.WeakKeyDictionary()
+Plan = TypeVar("Plan", StepPlan, CudaStepPlan)
 _MAPS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 
@@ -35,9 +38,9 @@ def quick_step(
 
     The state's tensors are written.
     """
-    if must_be_seen((x, residual, *state)):
+    if not x.is_cpu or must_be_seen((x, residual, *state)):
         return None
-    plan = plan_of(mixer, norm)
+    plan = plan_of(mixer, norm, StepPlan)
     if plan is None or not plan.takes(x, residual) or not plan.takes_state(x.shape[0], *state):
         return None
     stream = None if norm is None else new_stream(norm, x, residual)
@@ -49,14 +52,13 @@ def must_be_seen(tensors: Sequence[Tensor | None]) -> bool:
     x = tensors[0]
     assert x is not None
     return (
-        not x.is_cpu
-        or needs_dispatcher(tensors)
-        or torch.is_autocast_enabled("cpu")
+        needs_dispatcher(tensors)
+        or torch.is_autocast_enabled(x.device.type)
         or any(op.wish() is not None for op in _OPS)
     )
 
 
-def plan_of(mixer: S6, norm: AddNorm | None) -> StepPlan | None:
+def plan_of(mixer: S6, norm: AddNorm | None, kind: type[Plan]) -> Plan | None:
     """The block's weights as the kernel reads them now, or None where its parts are not plain."""
     if not _is_plain(mixer, norm):
         return None
@@ -64,8 +66,8 @@ def plan_of(mixer: S6, norm: AddNorm | None) -> StepPlan | None:
     key = key_of(weights)
     eps = 0.0 if norm is None else norm.eps
     plan = _plans.get(mixer)
-    if plan is None or plan.eps != eps or plan.key != key:
-        plan = _plans[mixer] = StepPlan(weights, key, eps)
+    if not isinstance(plan, kind) or plan.eps != eps or plan.key != key:
+        plan = _plans[mixer] = kind(weights, key, eps)
     return plan
 
 

@@ -44,6 +44,11 @@ class HyenaState(NamedTuple):
     n: Int[Tensor, " b"]
     """Positions of each row."""
 
+    @property
+    def by_slot(self) -> tuple[str, ...]:
+        """Of which tensors a step writes nothing but slot n."""
+        return ("past",)
+
 
 class Sine(nn.Module):
     """A sine with a learned frequency for each channel.

@@ -21,12 +21,9 @@ from selectra.language.model import LanguageModel, start_weights
 from selectra.layers.norm import AddNorm, PreNorm
 from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import at_least_float32, require_input, zero_absent
+from selectra.mixers.wkv import NOTHING, wkv
 from selectra.official import Official, reads
 from selectra.registry import models
-
-CHUNK = 32
-# The largest exponent so far, before the first position: what it multiplies is 0.
-NOTHING = -1e30
 
 
 class ShiftState(NamedTuple):
@@ -43,69 +40,6 @@ class WKVState(NamedTuple):
     num: Float[Tensor, "b d"]
     den: Float[Tensor, "b d"]
     top: Float[Tensor, "b d"]
-
-
-Sums = tuple[Float[Tensor, "b d"], Float[Tensor, "b d"], Float[Tensor, "b d"]]
-
-
-def wkv(
-    k: Float[Tensor, "b l d"],
-    v: Float[Tensor, "b l d"],
-    w: Float[Tensor, " d"],
-    u: Float[Tensor, " d"],
-    sums: Sums,
-    mask: Bool[Tensor, "b l"] | None = None,
-) -> tuple[Float[Tensor, "b l d"], Sums]:
-    """The weighted mean of values, Eq. 16, in chunks: inside one a softmax, between them the sums.
-
-    Args:
-        k: Keys, exponents of weights.
-        v: Values.
-        w: What a weight's exponent loses a position; positive.
-        u: What the current position's exponent is raised by.
-        sums: `num`, `den` and `top` of the state.
-        mask: True where a position is present; others pass the sums on unchanged.
-
-    Returns:
-        The means, and the sums after the last position.
-    """
-    outputs = []
-    for start in range(0, k.shape[1], CHUNK):
-        part = slice(start, start + CHUNK)
-        y, sums = _wkv_chunk(k[:, part], v[:, part], w, u, sums, None if mask is None else mask[:, part])
-        outputs.append(y)
-    return torch.cat(outputs, 1) if outputs else v, sums
-
-
-def _wkv_chunk(k: Tensor, v: Tensor, w: Tensor, u: Tensor, sums: Sums, mask: Tensor | None) -> tuple[Tensor, Sums]:
-    num, den, top = sums
-    t = torch.arange(k.shape[1], device=k.device)
-    # Present positions up to and with each one: what is absent takes no time.
-    age = (t + 1)[None] if mask is None else mask.cumsum(1)
-    absent = None if mask is None else ~mask
-    # Exponent of position j at position i: k_j - (i - 1 - j) w for earlier ones, k_i + u for itself.
-    exponents = k[:, None] - (age[:, :, None] - 1 - age[:, None])[..., None] * w  # b i j d
-    exponents = torch.where((t[:, None] == t)[..., None], (k + u)[:, None], exponents)
-    exponents = exponents.masked_fill((t[:, None] < t)[..., None], -torch.inf)
-    if absent is not None:
-        exponents = exponents.masked_fill(absent[:, None, :, None], NOTHING)
-    carried = top[:, None] - (age - 1).clamp(min=0)[..., None] * w  # b i d
-    # Any number as large as the largest exponent will do: its own gradient is nothing.
-    peak = torch.maximum(exponents.detach().amax(2), carried.detach())
-    weights, old = (exponents - peak[:, :, None]).exp(), (carried - peak).exp()
-    above = torch.einsum("bijd,bjd->bid", weights, v) + old * num[:, None]
-    below = weights.sum(2) + old * den[:, None]
-    # The sums after the last position.
-    last = k - (age[:, -1:] - age)[..., None] * w  # b j d
-    if absent is not None:
-        last = last.masked_fill(absent[..., None], NOTHING)
-    carried = top - age[:, -1:] * w
-    after = torch.maximum(last.detach().amax(1), carried.detach())
-    weights, old = (last - after[:, None]).exp(), (carried - after).exp()
-    if absent is not None:
-        # Where all that a row had so far is padding, both exponents are nothing and the weights one.
-        weights = weights.masked_fill(absent[..., None], 0)
-    return above / below, ((weights * v).sum(1) + old * num, weights.sum(1) + old * den, after)
 
 
 class Shifted(nn.Module):

@@ -60,12 +60,14 @@ def ssd(
     state = state.reshape(batch, groups, each, p, n)
     before = None if sequence is None or not length else sequence[:, 0]
     outputs = []
-    for start in range(0, length, CHUNK):
-        part = slice(start, start + CHUNK)
-        of_part = None if sequence is None else sequence[:, part]
-        y, state = _chunk(x[:, part], decay[:, part], B[:, part], C[:, part], state, of_part, before)
-        before = None if of_part is None else of_part[:, -1]
-        outputs.append(y)
+    # As every operator: autocast rounds what comes in, and nothing inside.
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, length, CHUNK):
+            part = slice(start, start + CHUNK)
+            of_part = None if sequence is None else sequence[:, part]
+            y, state = _chunk(x[:, part], decay[:, part], B[:, part], C[:, part], state, of_part, before)
+            before = None if of_part is None else of_part[:, -1]
+            outputs.append(y)
     y = torch.cat(outputs, 1) if outputs else x
     return y.flatten(2, 3), state.reshape(batch, heads, p, n)
 

@@ -16,6 +16,7 @@ from selectra.recipes.cifar10 import vim_cifar10 as vim_cifar10
 from selectra.recipes.cifar10 import vit_cifar10 as vit_cifar10
 from selectra.recipes.cifar10 import vmamba_cifar10 as vmamba_cifar10
 from selectra.recipes.shakespeare import shakespeare as shakespeare
+from selectra.recipes.shakespeare import shakespeare_small as shakespeare_small
 from selectra.recipes.tsm2_etth1 import tsm2_etth1 as tsm2_etth1
 from selectra.recipes.tsm2_weather import tsm2_weather as tsm2_weather
 from selectra.recipes.ucmerced import resnet18_ucmerced as resnet18_ucmerced

@@ -35,27 +35,41 @@ def nats(logits: Float[Tensor, "b l v"], targets: Int[Tensor, "b l"]) -> Float[T
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
+@torch.no_grad()
+def measured(model: nn.Module, batch: Text) -> Float[Tensor, " 3"]:
+    """Of a batch's targets, in float64: the sum of negative log-likelihoods, how many, and how many are most likely."""
+    logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)
+    hits = (logits.argmax(-1) == batch.targets).sum()
+    return torch.stack(
+        [each.double() for each in (nats(logits, batch.targets), (batch.targets != IGNORED).sum(), hits)]
+    )
+
+
+def metrics_of(sums: Float[Tensor, " 3"]) -> dict[str, float]:
+    """What sums of `measured` come to: nats a token, their perplexity, and the share of most likely tokens."""
+    total, count, hits = sums.tolist()
+    loss = total / count if count else math.nan
+    accuracy = hits / count if count else math.nan
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
+
+
 class LanguageEvaluator:
     """Sums over targets, in float64: the batch size changes nothing."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)
+        self.sums = torch.zeros(3, dtype=torch.float64)
 
-    @torch.no_grad()
     def update(self, model: nn.Module, batch: Text) -> None:
         """Add one batch."""
-        total = nats(model(batch.tokens, cu_seqlens=batch.cu_seqlens), batch.targets)
-        self.sums += torch.stack([total.double(), (batch.targets != IGNORED).sum().double()]).cpu()
+        self.sums += measured(model, batch).cpu()
 
     def reduce(self, gather: Callable[[Any], list[Any]]) -> None:
         """Add the sums of all processes."""
         self.sums = torch.stack(gather(self.sums)).sum(0)
 
     def compute(self) -> dict[str, float]:
-        """The mean negative log-likelihood in nats a token, and the perplexity."""
-        total, count = self.sums.tolist()
-        loss = total / count if count else math.nan
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        """The mean negative log-likelihood in nats a token, the perplexity, and the share of tokens guessed right."""
+        return metrics_of(self.sums)
 
 
 @tasks.register("language", kind="language")

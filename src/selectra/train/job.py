@@ -116,7 +116,9 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
         if world.first and isinstance(built.model, LanguageModel):
             # What `selectra generate` reads, with the best weights.
             save_pretrained(built.model, out / PRETRAINED)
-            built.data.tokenizer.save(out / PRETRAINED)
+            # Generated examples are no text.
+            if hasattr(built.data, "tokenizer"):
+                built.data.tokenizer.save(out / PRETRAINED)
     return fitted
 
 

@@ -30,6 +30,7 @@ class EmulatedGpu:
         defines: Sequence[tuple[str, str | int]],
         device_index: int,
         shared_bytes: int = 0,
+        cooperative: bool = False,
     ) -> EmulatedKernel:
         """As `runtime.kernel`; the index of the device is not looked at, since CPU tensors have none."""
         self.kernels.append(emulated(source, defines, name, shared_bytes, self.seed))
@@ -51,6 +52,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> EmulatedGpu:
         "multiprocessors": lambda device_index: gpu.multiprocessors,
         "capability": lambda device_index: gpu.capability,
         "shared_limit": lambda device_index: gpu.shared_limit,
+        "is_cooperative": lambda device_index: False,
     }
     for module in (cuda, runtime, support):
         for name, stand_in in stand_ins.items():

@@ -15,10 +15,12 @@ from selectra.errors import BackendError
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 SUCCESS = 0
 # Of CUdevice_attribute, CUfunction_attribute and CUstreamCaptureMode.
-SHARED_BYTES_OPT_IN = 97
+SHARED_BYTES_OPT_IN, COOPERATIVE_LAUNCH = 97, 95
 FUNCTION_MAX_THREADS, FUNCTION_STATIC_SHARED, FUNCTION_LOCAL_BYTES, FUNCTION_REGISTERS = 0, 1, 3, 4
 FUNCTION_DYNAMIC_SHARED = 8
 CAPTURE_RELAXED = 2
+# Of CUlaunchAttributeID, and a CUlaunchAttribute's layout: the number, and a value of 64 bytes.
+ATTRIBUTE_COOPERATIVE, ATTRIBUTE = 2, "@i4xi60x"
 
 
 @functools.cache
@@ -139,12 +141,12 @@ def allow_shared_bytes(function: int, number: int) -> None:
     call("cuFuncSetAttribute", ctypes.c_void_p(function), FUNCTION_DYNAMIC_SHARED, number)
 
 
-def shared_limit(device_index: int) -> int:
-    """The most bytes of shared memory that a block can have."""
+def device_attribute(device_index: int, attribute: int) -> int:
+    """A property of a device."""
     device, value = ctypes.c_int(), ctypes.c_int()
     call("cuInit", 0)
     call("cuDeviceGet", ctypes.byref(device), device_index)
-    call("cuDeviceGetAttribute", ctypes.byref(value), SHARED_BYTES_OPT_IN, device)
+    call("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
     return value.value
 
 

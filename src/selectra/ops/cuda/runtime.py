@@ -23,7 +23,7 @@ from selectra.ops.cuda.support import capability
 
 Macros = tuple[tuple[str, str | int], ...]
 Value = TypeVar("Value")
-# CUlaunchConfig: grid, block and bytes of shared memory; stream; no attributes.
+# CUlaunchConfig: grid, block and bytes of shared memory; stream; attributes and their number.
 CONFIG = "@7I4xQQI4x"
 CONFIG_BYTES = struct.calcsize(CONFIG)
 WORD_BYTES = 8
@@ -52,9 +52,12 @@ class Kernel:
         function: The driver's handle.
         context: The device's context.
         shared_bytes: Dynamic shared memory of a block.
+        cooperative: Whether all blocks of a launch are at work at once, so that they can wait for each other.
     """
 
-    def __init__(self, name: str, device_index: int, function: int, context: int, shared_bytes: int) -> None:
+    def __init__(
+        self, name: str, device_index: int, function: int, context: int, shared_bytes: int, cooperative: bool = False
+    ) -> None:
         self.name = name
         self.device_index = device_index
         self.shared_bytes = shared_bytes
@@ -71,6 +74,10 @@ class Kernel:
         self._stream = torch._C._cuda_getCurrentRawStream
         self._device = torch._C._cuda_getDevice
         self._pack: Callable[..., None] = struct.Struct(CONFIG).pack_into
+        attribute = struct.pack(driver.ATTRIBUTE, driver.ATTRIBUTE_COOPERATIVE, 1)
+        self._attribute = ctypes.create_string_buffer(attribute, len(attribute))
+        # What a launch is told beyond its sizes: where that stands, and how much it is.
+        self._told = (ctypes.addressof(self._attribute), 1) if cooperative else (0, 0)
         # Rooms that no call is using. A list gives and takes in one step, so that threads need no lock.
         self._rooms: list[Room] = []
 
@@ -96,7 +103,7 @@ class Kernel:
         except IndexError:
             room = self._new_room(len(words))
         memory, config, arguments = room
-        self._pack(memory, 0, *grid, threads, 1, 1, self.shared_bytes, self._stream(index), 0, 0, *words)
+        self._pack(memory, 0, *grid, threads, 1, 1, self.shared_bytes, self._stream(index), *self._told, *words)
         if self._device() == index:
             outcome = self._launch(config, self._function, arguments, None)
         else:
@@ -124,7 +131,9 @@ class Kernel:
         return Room(memory, config, config + layout.size)
 
 
-def kernel(source: str, name: str, defines: Macros, device_index: int, shared_bytes: int = 0) -> Kernel:
+def kernel(
+    source: str, name: str, defines: Macros, device_index: int, shared_bytes: int = 0, cooperative: bool = False
+) -> Kernel:
     """A kernel, ready to be launched; compiled and loaded at the first call with these arguments.
 
     Args:
@@ -133,11 +142,13 @@ def kernel(source: str, name: str, defines: Macros, device_index: int, shared_by
         defines: Names and values of macros.
         device_index: The device; `refusal` knows nothing against it.
         shared_bytes: Dynamic shared memory of a block.
+        cooperative: Whether all blocks of a launch are at work at once, so that they can wait for each other. A launch
+            of more than the device holds fails.
 
     Raises:
         BackendError: The source does not compile, has no such kernel, or asks for more than the device has.
     """
-    key = (source, name, defines, device_index, shared_bytes)
+    key = (source, name, defines, device_index, shared_bytes, cooperative)
     found = _kernels.made.get(key)
     return _kernels.get(key, lambda: _load(*key)) if found is None else found
 
@@ -151,7 +162,13 @@ def multiprocessors(device_index: int) -> int:
 @functools.cache
 def shared_limit(device_index: int) -> int:
     """The most bytes of shared memory that a block of a device can have."""
-    return driver.shared_limit(device_index)
+    return driver.device_attribute(device_index, driver.SHARED_BYTES_OPT_IN)
+
+
+@functools.cache
+def is_cooperative(device_index: int) -> bool:
+    """Whether a device can have all blocks of a launch at work at once."""
+    return bool(driver.device_attribute(device_index, driver.COOPERATIVE_LAUNCH))
 
 
 class Once(Generic[Value]):
@@ -177,7 +194,7 @@ _modules: Once[int] = Once()
 _cubins: Once[bytes] = Once()
 
 
-def _load(source: str, name: str, defines: Macros, device_index: int, shared_bytes: int) -> Kernel:
+def _load(source: str, name: str, defines: Macros, device_index: int, shared_bytes: int, cooperative: bool) -> Kernel:
     limit = shared_limit(device_index)
     if shared_bytes > limit:
         raise BackendError(
@@ -192,7 +209,7 @@ def _load(source: str, name: str, defines: Macros, device_index: int, shared_byt
         function = driver.find_function(module, name)
         if shared_bytes > SHARED_BYTES_FOR_ALL:
             driver.allow_shared_bytes(function, shared_bytes)
-        return Kernel(name, device_index, function, context, shared_bytes)
+        return Kernel(name, device_index, function, context, shared_bytes, cooperative)
 
 
 def load_or_compile(source: str, defines: Macros, arch: str) -> bytes:

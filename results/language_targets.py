@@ -1,0 +1,73 @@
+"""Mamba and the hybrid beside the Transformer: paired differences of loss over seeds, from a study's records.
+
+    python results/language_targets.py STUDY.json --out TARGETS.json [--sample GENERATED.json]
+
+Losses are nats a character: of the best weights on the half that chose them ("val"), on the half that did not ("test")
+and on both together ("held_out", the last tenth of the text), and of the last weights on both ("last").
+"""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy import stats
+
+from selectra.compare.stats import CONFIDENCE
+from selectra.report.study import read_study
+
+RIVAL, OURS = "gpt", ("mamba", "hybrid")
+
+
+def losses(content: dict[str, Any], variant: str) -> dict[str, dict[int, float]]:
+    """A variant's losses by part and seed."""
+    found: dict[str, dict[int, float]] = {"val": {}, "test": {}, "held_out": {}, "last": {}}
+    for cell in content["cells"]:
+        if cell["variant"] == variant and "test" in cell:
+            found["val"][cell["seed"]] = cell["val"]["loss"]
+            found["test"][cell["seed"]] = cell["test"]["loss"]
+            for part, which in (("held_out", "best"), ("last", "last")):
+                if "held_out" in cell:
+                    found[part][cell["seed"]] = cell["held_out"][which]["loss"]
+    return found
+
+
+def against(ours: dict[int, float], rival: dict[int, float]) -> dict[str, Any]:
+    """The means, their paired difference with Student's interval over seeds, and on which side of zero that lies."""
+    seeds = sorted(ours.keys() & rival.keys())
+    if len(seeds) < 3:
+        return {"seeds": len(seeds), "outcome": "too few seeds"}
+    each = [ours[seed] - rival[seed] for seed in seeds]
+    mean, error = fmean(each), float(stats.sem(each))
+    low, high = map(float, stats.t.interval(CONFIDENCE, len(each) - 1, mean, error)) if error else (mean, mean)
+    outcome = "below" if high < 0 else "above" if low > 0 else "level"
+    return {
+        "mean": fmean(ours[seed] for seed in seeds), "rival_mean": fmean(rival[seed] for seed in seeds),
+        "difference": mean, "low": low, "high": high, "seeds": len(seeds), "outcome": outcome,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Read, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sample", type=Path)
+    words = parser.parse_args()
+    content = read_study(words.study)
+    rival, targets = losses(content, RIVAL), []
+    for model in OURS:
+        ours = losses(content, model)
+        targets += [{"model": model, "rival": RIVAL, "on": part, **against(ours[part], rival[part])} for part in ours]
+    means = {}
+    for row in content["rows"]:
+        found = losses(content, row["variant"])
+        means[row["variant"]] = {part: fmean(values.values()) for part, values in found.items() if values}
+    record = {"what": "targets of language training", "study": words.study.name, "targets": targets, "means": means,
+              "sample": json.loads(words.sample.read_text("utf-8")) if words.sample else None}  # fmt: skip
+    words.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Studies of language models on one GPU within a limit: the speed of every family's step first, and from it the steps.
+
+    python results/language_train_gpu.py language_shakespeare --seconds 240 --packed 4 --out FOLDER
+
+A family's step is measured alone, as the CUDA graph that the study replays. All families get the same number of steps,
+the largest of those below at which all trainings fit; `selectra compare NAME --steps N --packed M` does the same study.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from selectra.compare.cells import Cell
+from selectra.compare.conduct import Wish, conduct
+from selectra.compare.match import match
+from selectra.compare.on_device_text import TextOnDevice
+from selectra.compare.questions import Asked, find_study
+from selectra.compare.results import write_results
+from selectra.compare.study import Study
+from selectra.compare.worker import PARTS, build
+from selectra.data.held_text import held_split, hold
+from selectra.report.study import read_study, write_reports
+from selectra.spec import override
+from selectra.train.job import typed
+from selectra.train.record import environment
+
+STEPS = (100, 200, 300, 400, 500, 600, 800, 1000, 1200, 1500, 1800, 2100, 2500, 3000, 4000, 5000)
+MEASURED = 20
+
+
+def timed(study: Study, base_name: str, variant_name: str, device: torch.device) -> dict[str, Any]:
+    """Milliseconds and memory of a family's training step, alone."""
+    assert study.budget is not None
+    base, variant = study.base(base_name), study.variant(variant_name)
+    run = override(typed(study.run(base, variant, 0)), ["train.steps=100"])
+    facts = build(Cell(override(run, ["model=gpt_smoke"]), 0, {})).data.facts
+    found = match(run.model, facts, params=study.budget.amount, align=study.budget.align, device=device,
+                  precision=run.train.precision)  # fmt: skip
+    run = run.model_copy(update={"model": found.spec})
+    built = build(Cell(run, 0, {}))
+    on_gpu, before = device.type == "cuda", 0
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    stream = torch.cuda.Stream(device) if on_gpu else None
+    pool = torch.cuda.graph_pool_handle() if on_gpu else None
+    splits = {part: held_split(built.data, part) for part in PARTS}
+    began = time.monotonic()
+    training = TextOnDevice(built.model.to(device), built.task, hold(built.data, device), splits, run, stream, pool)
+    training.prepare()
+    if on_gpu:
+        torch.cuda.synchronize()
+    prepared = time.monotonic() - began
+    began = time.monotonic()
+    with training.on_stream():
+        for _ in range(MEASURED if on_gpu else 2):
+            training.step_again()
+    if on_gpu:
+        torch.cuda.synchronize()
+    step = (time.monotonic() - began) / (MEASURED if on_gpu else 2)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if on_gpu else None
+    tokens = run.train.batch_size * facts["seq_len"]
+    found_losses = training.losses[: training.number].tolist()[::5]
+    del training.step_again, training.evaluate_again, training.note_again
+    return {
+        "base": base_name, "variant": variant_name, "model": found.spec.to_json(), "parameters": found.got,
+        "step_ms": 1e3 * step, "tokens_per_s": tokens / step, "peak_gib": peak, "prepare_s": prepared,
+        "loss": found_losses, "backends": training.backends,
+    }  # fmt: skip
+
+
+def fitting(study: Study, speeds: list[dict[str, Any]], seconds: float, gain: float) -> int:
+    """The largest number of steps at which all trainings take no more than `seconds`."""
+    trainings = study.seeds + (study.tuning.count if study.tuning else 0)
+    each = sum(speed["step_ms"] for speed in speeds) * trainings / 1e3 / gain
+    fixed = sum(speed["prepare_s"] for speed in speeds) * trainings / 2
+    return max([steps for steps in STEPS if fixed + each * steps <= seconds], default=STEPS[0])
+
+
+def without(study: Study, names: set[str]) -> Study:
+    """The study without families that cannot be trained here; the record says why."""
+    kept = tuple(each for each in study.variants if each.name not in names)
+    return study.model_copy(update={"variants": kept})
+
+
+def main() -> None:
+    """Measure, choose, train, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study")
+    parser.add_argument("--seconds", type=float, default=200.0)
+    parser.add_argument("--packed", type=int, default=4)
+    parser.add_argument("--gain", type=float, default=1.2, help="How much faster trainings are side by side.")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--device", default="cuda")
+    asked, console, began = parser.parse_args(), Console(width=200), time.monotonic()
+    study, device = find_study(asked.study, Asked()), torch.device(asked.device)
+    speeds, failed = [], []
+    for base in study.bases:
+        for variant in study.variants:
+            try:
+                speeds.append(timed(study, base.name, variant.name, device))
+            except RuntimeError as error:
+                failed.append({"base": base.name, "variant": variant.name, "reason": str(error)[:500]})
+                console.print(failed[-1], highlight=False, markup=False)
+                continue
+            shown = {name: speeds[-1][name] for name in ("base", "variant", "step_ms", "tokens_per_s", "prepare_s")}
+            console.print(shown, f"{time.monotonic() - began:.1f} s", highlight=False, markup=False)
+            record = {"study": study.name, "speeds": speeds, "failed": failed, **environment()}
+            (asked.out / f"{study.name}_speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    limit = began + asked.seconds - time.monotonic()
+    steps = asked.steps or fitting(study, speeds, limit, asked.gain)
+    console.print(f"{limit:.0f} s are left: {steps} steps", highlight=False)
+    study = without(find_study(asked.study, Asked(steps=steps)), {each["variant"] for each in failed})
+    path = asked.out / f"{study.name}.sqlite"
+    left = began + asked.seconds - time.monotonic()
+    conduct(study, Wish(path, str(device), left, 1, asked.packed), console)
+    write_results(path, path.with_suffix(".json"))
+    content = read_study(path.with_suffix(".json"))
+    write_reports(content, path.with_suffix(""))
+    console.print(content["verdict"]["text"], highlight=False, markup=False)
+    for row in content["rows"]:
+        console.print({name: row[name] for name in ("base", "variant", "mean", "interval", "val", "seconds", "missing",
+                                                    "reasons", "differs")}, highlight=False, markup=False)  # fmt: skip
+    console.print(f"{time.monotonic() - began:.1f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Copying by length: six families of equal size."""
+
+from selectra.compare.study import Budget, Study, Tuning
+from selectra.recipes.studies.language_recall import RATES, recalling
+from selectra.recipes.studies.language_shared import SMALL, TITLE, TUNED, families
+from selectra.registry import studies
+from selectra.spec import Spec
+
+LENGTHS = (16, 64, 256)
+
+
+@studies.register("language_copying", kind="language", source="arXiv:2402.01032")
+def language_copying() -> Study:
+    """Can Mamba copy strings of 16 to 256 letters as a Transformer of 0.4 million parameters can?
+
+    90 trainings of 1,500 steps of 64 strings of their own length.
+    """
+    return Study(
+        name="language_copying",
+        question="Does Mamba copy what it has read as well as a Transformer of the same size?",
+        bases=tuple(recalling(f"{length} letters", Spec("copying", length=length)) for length in LENGTHS),
+        variants=families(SMALL),
+        subject="mamba",
+        subject_title=TITLE,
+        declared=TUNED,
+        tuning=Tuning(values={"optim.lr": RATES}),
+        budget=Budget(quantity="params", amount=420_000, align=8),
+        metric="accuracy",
+        higher_is_better=True,
+    )

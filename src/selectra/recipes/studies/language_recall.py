@@ -1,0 +1,43 @@
+"""Associative recall by how much there is to remember: six families of equal size."""
+
+from selectra.compare.study import Budget, Study, Tuning
+from selectra.recipes.studies.language_shared import SMALL, TITLE, TUNED, families
+from selectra.registry import studies
+from selectra.spec import Optim, Run, Spec, Train
+
+RATES = (1e-3, 4e-3)
+PAIRS = (8, 32, 128)
+STEPS, BATCH = 1500, 64
+
+
+@studies.register("language_recall", kind="language", source="arXiv:2312.04927")
+def language_recall() -> Study:
+    """Can Mamba recall what stood beside a key, among 8 to 128 pairs, as a Transformer of 0.4 million parameters can?
+
+    90 trainings of 1,500 steps of 64 examples of their own number of pairs.
+    """
+    return Study(
+        name="language_recall",
+        question="Does Mamba recall what it has read as well as a Transformer of the same size?",
+        bases=tuple(recalling(f"{pairs} pairs", Spec("recall", pairs=pairs, keys=256)) for pairs in PAIRS),
+        variants=families(SMALL),
+        subject="mamba",
+        subject_title=TITLE,
+        declared=TUNED,
+        tuning=Tuning(values={"optim.lr": RATES}),
+        budget=Budget(quantity="params", amount=420_000, align=8),
+        metric="accuracy",
+        higher_is_better=True,
+    )
+
+
+def recalling(name: str, data: Spec) -> Run:
+    """What all bases of both studies of memory share."""
+    return Run(
+        name=name,
+        model=Spec("gpt_smoke"),
+        data=data,
+        task=Spec("language"),
+        optim=Optim(lr=RATES[0], weight_decay=0.1, betas=(0.9, 0.99), warmup_steps=100),
+        train=Train(steps=STEPS, batch_size=BATCH, eval_every=STEPS // 6, precision="bfloat16"),
+    )

@@ -1,0 +1,113 @@
+"""The page of what language models were measured at, in Markdown, from the records in a folder.
+
+Every kind of record has a section; of several records of a kind the one of the latest date counts, and a kind without
+one says so. A record is a JSON object with `command`, `date` and `device`, beside what its section reads. A section
+without a reader of its own prints the record's `verdict` (a sentence), its `tables` (each with `title`, `columns` and
+`rows` of texts or numbers) and its `notes` (sentences).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from selectra.errors import DataError
+from selectra.report.decoding import decoding, jamba
+from selectra.report.markdown import grid
+from selectra.report.read import whole
+
+NO_RECORD = "No record yet: this was not run."
+INTRODUCTION = (
+    "# Language: what was measured\n\n"
+    "Made by `selectra report results --out docs/results/language.md` from the records that it names; nothing is "
+    "written by hand. What a section lacks was not run."
+)
+
+
+class Section(NamedTuple):
+    """What is shown of one kind of record."""
+
+    title: str
+    pattern: str
+    """File names of the records."""
+    lines: Callable[[dict[str, Any]], Iterator[str]]
+    """The paragraphs of a record."""
+
+
+def plain(record: dict[str, Any]) -> Iterator[str]:
+    """The verdict, the tables and the notes of a record that brings its own."""
+    if record.get("verdict"):
+        yield f"**{record['verdict']}**"
+    for table in record.get("tables", []):
+        if table.get("title"):
+            yield f"### {table['title']}"
+        yield grid(table["columns"], [[_cell(value) for value in row] for row in table["rows"]])
+    yield from record.get("notes", [])
+
+
+SECTIONS = (
+    Section("Decoding one token at a time", "decode_*.json", decoding),
+    Section("One block of Jamba at published sizes", "jamba_*.json", jamba),
+    Section("Tiny Shakespeare: six families at one budget", "language_shakespeare_*.json", plain),
+    Section("Copying and recall by length", "language_recall_*.json", plain),
+)
+
+
+def write_page(folder: Path, out: Path) -> None:
+    """Write the page from the records in a folder.
+
+    Raises:
+        DataError: A record is damaged or lacks what its section shows.
+    """
+    text = page(folder)
+    with whole(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def page(folder: Path) -> str:
+    """The whole page."""
+    parts = [INTRODUCTION]
+    for section in SECTIONS:
+        parts.append(f"## {section.title}")
+        path = newest(folder, section.pattern)
+        if path is None:
+            parts.append(NO_RECORD)
+            continue
+        record = read_record(path)
+        try:
+            parts += section.lines(record)
+        except (KeyError, TypeError, IndexError) as error:
+            raise DataError(f"'{path}' lacks what its section shows: {type(error).__name__} {error}.") from error
+        parts.append(_source(record, path))
+    return "\n\n".join(parts) + "\n"
+
+
+def newest(folder: Path, pattern: str) -> Path | None:
+    """The record of the latest date, or None where there is none."""
+    return max(folder.glob(pattern), key=lambda path: (read_record(path)["date"], path.name), default=None)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        DataError: It is damaged, or does not say what made it.
+    """
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"'{path}' cannot be read as a record: {error}.") from error
+    lacking = [name for name in ("command", "date", "device") if not isinstance(record, dict) or name not in record]
+    if lacking:
+        raise DataError(f"'{path}' is no record: it does not say its {', '.join(lacking)}.")
+    return record
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _source(record: dict[str, Any], path: Path) -> str:
+    versions = [f"{name} {record[key]}" for key, name in (("torch", "PyTorch"),) if key in record]
+    where = ", ".join([f"`{record['command']}`", record["date"], record["device"], *versions])
+    return f"From [`results/{path.name}`](../../results/{path.name}): {where}."

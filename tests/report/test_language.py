@@ -1,0 +1,92 @@
+"""The page on language models: made from records alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selectra.errors import DataError
+from selectra.report.decoding import size
+from selectra.report.language import NO_RECORD, SECTIONS, page, write_page
+
+ROOT = Path(__file__).parents[2]
+MADE_BY = {"command": "python results/x.py", "date": "2026-01-02", "device": "a GPU", "torch": "2.0"}
+
+
+def row(context: int, **more: Any) -> dict[str, Any]:
+    return {
+        "context": context, "ms_per_token": 1.0, "over_floor": 1.25, "state_bytes": 2048, "allocated_bytes": 4096,
+        "prefill_seconds": 0.5, "prefill_peak_bytes": 3 * 2**30, **more,
+    }  # fmt: skip
+
+
+def decode(over_floor: float = 1.25, allocated: int = 4096) -> dict[str, Any]:
+    rows = [row(1024), row(4096, over_floor=over_floor, allocated_bytes=allocated)]
+    models = {
+        "mamba_lm_1b4": {"weight_bytes": 2**30, "floor_ms": 0.8, "rows": rows},
+        "gpt_1b3": {"weight_bytes": 2**30, "floor_ms": 0.8, "rows": rows[:1]},
+    }
+    theirs = {"version": "5.0", "ways": {"generate": 40.0}}
+    return {**MADE_BY, "copy_bytes_per_second": 3e12, "models": models, "ways": {"eager": 9.0}, "transformers": theirs}
+
+
+def put(folder: Path, name: str, record: object) -> None:
+    (folder / name).write_text(json.dumps(record))
+
+
+def test_a_page_without_records_says_so(tmp_path: Path) -> None:
+    assert page(tmp_path).count(NO_RECORD) == len(SECTIONS)
+
+
+def test_targets_are_met_or_missed_by_the_record(tmp_path: Path) -> None:
+    put(tmp_path, "decode_a.json", decode())
+    text = page(tmp_path)
+    assert "Target met: a token takes 1.25 times" in text and "constant." in text and "not constant" not in text
+    assert "| Mamba, 1.4 B | 4,096 | 1.000 | 1,000 | 1.25 | 2 KiB | 4 KiB | 8,192 | 3 GiB |" in text
+    assert "| `transformers` 5.0: generate | 40.000 | 25 | 50.00 |" in text
+    put(tmp_path, "decode_b.json", decode(over_floor=1.31, allocated=5000) | {"date": "2026-01-03"})
+    text = page(tmp_path)
+    assert "Target missed: a token takes 1.31 times" in text and "not constant" in text
+
+
+def test_the_cache_is_held_to_its_arithmetic(tmp_path: Path) -> None:
+    rows = [
+        row(n, room=n + 64, attention_bytes=(n + 64) * 4096, other_state_bytes=7, decode_peak_bytes=(n + 64) * 4096 + 9)
+        for n in (4096, 262144)
+    ]
+    model = {"parameters": 12.8e9, "active_parameters": 3e9, "rows": rows}
+    record = {**MADE_BY, "chunk": 2048, "cache_bytes_per_token": 4096, "models": {"jamba": model}}
+    put(tmp_path, "jamba_a.json", record)
+    text = page(tmp_path)
+    assert "cache is 4 KiB for each position" in text and "differs by 0 B" in text and "**not**" not in text
+    rows[0]["attention_bytes"] += 1
+    put(tmp_path, "jamba_a.json", record)
+    assert "cache is **not** 4 KiB" in page(tmp_path)
+
+
+def test_records_that_bring_their_own_tables(tmp_path: Path) -> None:
+    table = {"title": "Loss", "columns": ["model", "loss"], "rows": [["gpt", 1.23456], ["mamba", 1]]}
+    record = {**MADE_BY, "verdict": "It is so.", "tables": [table], "notes": ["Not run: one."]}
+    put(tmp_path, "language_recall_x.json", record)
+    text = page(tmp_path)
+    for words in ("**It is so.**", "### Loss", "| gpt | 1.235 |\n| mamba | 1 |", "Not run: one."):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [("{", "cannot be read"), ('{"date": "2026"}', "command, device"), (json.dumps(MADE_BY), "lacks what its section")],
+)
+def test_bad_records_are_named(tmp_path: Path, record: str, words: str) -> None:
+    (tmp_path / "decode_a.json").write_text(record)
+    with pytest.raises(DataError, match=words):
+        write_page(tmp_path, tmp_path / "out.md")
+
+
+def test_sizes_in_words() -> None:
+    assert [size(n) for n in (0, 1023, 1024, 3 * 2**29, 2**40)] == ["0 B", "1023 B", "1 KiB", "1.5 GiB", "1024 GiB"]
+
+
+def test_the_page_in_the_repository_is_that_of_its_records() -> None:
+    assert (ROOT / "docs" / "results" / "language.md").read_text() == page(ROOT / "results")
