@@ -129,6 +129,6 @@ def test_units_are_the_backbones():
 @pytest.mark.compile
 def test_it_compiles_into_one_graph():
     torch.compiler.reset()
-    model, x = build(backbone="vmamba_smoke").eval(), torch.randn(2, 3, 40, 64)
+    model, x = build("segformer_smoke", "convnext_smoke").eval(), torch.randn(2, 3, 40, 64)
     y: Tensor = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
     assert torch.allclose(y, model(x), rtol=1e-4, atol=1e-5)
