@@ -1,14 +1,15 @@
 """One long sequence through a Mamba on one GPU and split over two: `python results/length_parallel_gpu.py --out DIR`.
 
 The target: 1,048,576 tokens through 24 Mamba blocks of width 768 in bfloat16, every block computed again during
-backward, loss over all tokens, forward and backward; on two GPUs at least 1.8 times as fast, and half of the memory in
-each. Weights are random and float32, under autocast; the embedding and with it the residual stream are bfloat16, tokens are
-bytes (a vocabulary of 256). One GPU keeps 3 GiB a block, some 110 GiB in all by count of tensors: it needs an H200. Every number of GPUs runs in fresh processes: one pass that is not counted, which compiles
-kernels and compares the loss with what one GPU gave, then `--passes` that are timed by the host's clock between two
-synchronised points, the slowest process's time, and each one's highest memory. The record is written after each.
+backward, loss over all tokens, forward and backward; on two GPUs at least 1.8 times as fast, and half of the memory
+in each. Weights are random and float32, under autocast; the embedding and with it the residual stream are bfloat16,
+tokens are bytes (a vocabulary of 256). One GPU keeps 3 GiB a block, some 110 GiB in all by count of tensors: it needs
+an H200. Every number of GPUs runs in fresh processes: one pass that is not counted, which compiles kernels and
+compares the loss with what one GPU gave, then `--passes` that are timed by the host's clock between two synchronised
+points, the slowest process's time, and each one's highest memory. The record is written after each.
 
-A rehearsal on a CPU, with gloo: `python results/length_parallel_gpu.py --device cpu --tokens 4096 --depth 2
---d-model 32 --out DIR`. docs/scaling.md says how programs start on a cluster.
+A rehearsal on a CPU, with gloo: `python results/length_parallel_gpu.py --device cpu --tokens 4096 --depth 2 --d-model
+32 --out DIR`. docs/scaling.md says how programs start on a cluster.
 """
 
 import datetime
