@@ -115,9 +115,11 @@ def _images(found: Row, records: dict[str, Row]) -> None:
         for outcome, models in by_outcome.items():
             said = {"wins": "is beaten by", "loses": "beats", "level": "is not told apart from"}[outcome]
             _claim(found, outcome, f"Images ({IMAGES}): {rival}, {theirs:.1f} %, {said} {', '.join(models)}", records)
-        words.append(f"{rival} is beaten by {len(by_outcome['wins'])} and beats {len(by_outcome['loses'])}")
+        beaten, beats = len(by_outcome["wins"]), len(by_outcome["loses"])
+        parts = [f"beats {beats}" if beats else "", f"is beaten by {beaten}" if beaten else ""]
+        words.append(f"{rival} {' and '.join(filter(None, parts)) or 'is level with all'}")
     count = len({mamba for mamba, _ in pairs})
-    found["fields"]["images"] = f"images, of {count} Mamba models: {', '.join(words)}"
+    found["fields"]["images"] = f"images, of {count} Mamba models at equal parameters: {'; '.join(words)}"
 
 
 def _common(ours: dict[int, float], theirs: dict[int, float]) -> tuple[list[float], list[float]]:
