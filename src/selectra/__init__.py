@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from selectra.mixers import S6, Bidirectional, SelectiveChannel, WeightedAverage
     from selectra.official import from_official
     from selectra.ops import causal_conv1d, cross_scan, selective_scan
+    from selectra.ops.length_parallel import length_parallel
 
 _HOMES = {
     "Bidirectional": "selectra.mixers",
@@ -22,6 +23,7 @@ _HOMES = {
     "causal_conv1d": "selectra.ops",
     "cross_scan": "selectra.ops",
     "from_official": "selectra.official",
+    "length_parallel": "selectra.ops.length_parallel",
     "selective_scan": "selectra.ops",
 }
 
@@ -34,6 +36,7 @@ __all__ = [
     "causal_conv1d",
     "cross_scan",
     "from_official",
+    "length_parallel",
     "selective_scan",
 ]
 

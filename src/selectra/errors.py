@@ -11,3 +11,7 @@ class DataError(ValueError):
 
 class BackendError(RuntimeError):
     """A kernel was asked for that cannot take this call, or none can; the message is the reason."""
+
+
+class RankError(RuntimeError):
+    """Another process of a group ended, failed, or did not answer within the time limit."""

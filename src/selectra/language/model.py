@@ -13,6 +13,7 @@ from selectra.language.stream import Stream, fork, merge, overwrite_
 from selectra.layers.norm import AddNorm, PreNorm
 from selectra.mixers.sizes import require_sizes
 from selectra.ops import checks
+from selectra.ops.whole import require_whole
 
 
 class Routed(NamedTuple):
@@ -104,7 +105,8 @@ class LanguageModel(nn.Module):
         found: list[Tensor] = []
         mixers = self.mixers()
         options: dict[str, Any] = {"mask": mask, "cu_seqlens": cu_seqlens}
-        x = self._through(self._embedded(tokens, mask, cu_seqlens), lambda i, x: mixers[i](x, **options), found)
+        embedded = self._embedded(tokens, mask, cu_seqlens)
+        x = self._through(embedded, lambda i, x: mixers[i](x, **options), found, options)
         logits = self._logits(x)
         return Routed(logits, tuple(found)) if routers else logits
 
@@ -141,6 +143,7 @@ class LanguageModel(nn.Module):
 
         With `mask` each row takes its present tokens alone, wherever padding stands, and goes on from them next time.
         """
+        require_whole("a language model's state")
         if mask is None:
             return self._scan(tokens, state, None)
         self._require(tokens, mask, None)
@@ -174,6 +177,7 @@ class LanguageModel(nn.Module):
         Raises:
             ConfigError: The state has no room for the tokens.
         """
+        require_whole("a language model's state")
         if mask is not None:
             logits, after = self.scan(tokens, state, mask=mask)
             overwrite_(state, after)
@@ -214,10 +218,24 @@ class LanguageModel(nn.Module):
         require_rows(x, state)
         return self._through(x, lambda i, x: mixers[i].step_(x, state.layers[i]), [])
 
-    def _through(self, x: Tensor, mix: Callable[[int, Tensor], Tensor], routers: list[Tensor]) -> Tensor:
-        """Embedded tokens through all blocks and the last norm; `mix(i, x)` runs mixer i."""
+    def _through(
+        self,
+        x: Tensor,
+        mix: Callable[[int, Tensor], Tensor],
+        routers: list[Tensor],
+        options: dict[str, Any] | None = None,
+    ) -> Tensor:
+        """Embedded tokens through all blocks and the last norm; `mix(i, x)` runs mixer i.
+
+        With `options`, which `mix` passes to mixers, blocks of nothing but a mixer are called themselves: only then
+        can they be computed again during backward.
+        """
         residual = None
         for i, block in enumerate(self.layers):
+            if options is not None and type(block) is PreNorm:
+                x, residual = block(x, residual, **options)
+                x = self.drop(x)
+                continue
             x, residual = block.norm(x, residual)  # pyright: ignore[reportCallIssue]
             x = self.drop(mix(i, x))
             if isinstance(block, Block):

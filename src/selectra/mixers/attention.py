@@ -19,6 +19,7 @@ from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import require_input, zero_absent
 from selectra.mixers.sizes import require_sizes
 from selectra.ops import cached_attention
+from selectra.ops.whole import require_whole
 
 
 class KeyValue(NamedTuple):
@@ -84,6 +85,7 @@ class CausalAttention(nn.Module):
         cu_seqlens: Int32[Tensor, " borders"] | None = None,
     ) -> Float[Tensor, "b l d_model"]:
         """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
+        require_whole("attention")
         require_input(x, self.d_model, mask, cu_seqlens)
         if cu_seqlens is not None:
             return by_sequence(lambda rows, present: self(rows, mask=present), x, cu_seqlens)

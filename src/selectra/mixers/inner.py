@@ -52,12 +52,12 @@ def mixed_at_once(
 ) -> Float[Tensor, "b l d"] | None:
     """`selective_scan` of what is selected from the convolution of u, gated by z.
 
-    None where the operations have to be called one by one: where a compiler, a transform or another kind of tensor must
-    see them, where shapes, types or devices do not fit (the operators say so in words), or where a backend was asked
-    for that is written in PyTorch.
+    None where the operations have to be called one by one: where a compiler, a transform, a wrapper of an operator or
+    another kind of tensor must see them, where shapes, types or devices do not fit (the operators say so in words), or
+    where a backend was asked for that is written in PyTorch.
     """
     tensors = (u, z, *weights, mask, cu_seqlens)
-    if not _fit(u, z, weights):
+    if causal_conv1d.wrapped or selective_scan.wrapped or not _fit(u, z, weights):
         return None
     if mask is not None or cu_seqlens is not None:
         checks.count_states(u, mask, cu_seqlens)

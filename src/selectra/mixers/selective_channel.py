@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from selectra.mixers.s6 import SelectivePath, require_input, zero_absent
 from selectra.mixers.sizes import mixer_sizes
+from selectra.ops.whole import require_whole
 
 
 class SelectiveChannel(nn.Module):
@@ -49,6 +50,7 @@ class SelectiveChannel(nn.Module):
         self, x: Float[Tensor, "b s d_model"], *, mask: Bool[Tensor, "b s"] | None = None
     ) -> Float[Tensor, "b s d_model"]:
         """Mix across `s`. Absent channels (`mask` False) influence nothing and give 0."""
+        require_whole("SelectiveChannel")
         require_input(x, self.d_model, mask)
         u_ahead, u_back, z = self.in_proj(zero_absent(x, mask)).chunk(3, dim=-1)
         ahead = self.ahead.mix_whole(u_ahead, z, mask=mask)

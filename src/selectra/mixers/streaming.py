@@ -54,7 +54,7 @@ def must_be_seen(tensors: Sequence[Tensor | None]) -> bool:
     return (
         needs_dispatcher(tensors)
         or torch.is_autocast_enabled(x.device.type)
-        or any(op.wish() is not None for op in _OPS)
+        or any(op.wish() is not None or op.wrapped for op in _OPS)
     )
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from selectra.ops import selective_scan
+from selectra.ops.whole import require_whole
 
 CHUNK = 32
 # The largest exponent so far, before the first position: what it multiplies is 0.
@@ -42,6 +43,7 @@ def wkv(
     Returns:
         The means, and the sums after the last position.
     """
+    require_whole("RWKV's mean")
     if k.is_cuda and mask is None and k.shape[1] > CHUNK:
         return wkv_scanned(k, v, w, u, sums)
     return wkv_chunked(k, v, w, u, sums, mask)

@@ -28,6 +28,7 @@ from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import require_sizes
 from selectra.ops import causal_conv1d
+from selectra.ops.whole import require_whole
 from selectra.registry import models
 
 # Up to how many new positions rows of the convolution are summed directly.
@@ -113,6 +114,7 @@ class ImplicitFilter(nn.Module):
 
 def long_convolution(u: Float[Tensor, "b l d"], h: Float[Tensor, "m d"]) -> Float[Tensor, "b l d"]:
     """`y_t = sum_j h_j u_{t-j}` over all earlier positions, by FFT of twice the length; at least in float32."""
+    require_whole("Hyena's long convolution")
     length = u.shape[1]
     if not length:
         return u

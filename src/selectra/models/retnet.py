@@ -30,6 +30,7 @@ from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import require_sizes
 from selectra.ops.ssd import ssd
+from selectra.ops.whole import require_whole
 from selectra.registry import models
 
 Form = Literal["chunked", "parallel", "recurrent"]
@@ -66,6 +67,7 @@ def retention(
         form: "parallel" (Eq. 5: all scores at once, memory with the square of the length), "recurrent" (Eq. 6: position
             by position) or "chunked" (Eq. 7: chunks of scores).
     """
+    require_whole("retention")
     present = torch.ones(q.shape[:2], device=q.device) if mask is None else mask
     steps = at_least_float32(present.to(v.dtype)[..., None].expand(*v.shape[:3]))
     q, k, v = (at_least_float32(tensor) for tensor in (q, k, v))

@@ -61,6 +61,7 @@ class Op(Generic[P, Call, Result]):
         # The only state, changed by one list operation at a time: threads need no lock, and a compiled function that
         # finds another choice is compiled anew.
         self._entries: list[_Entry] = []
+        self._wrappers: list[Callable[[Call], Result]] = []
         self._prepare = prepare
         self.__doc__ = prepare.__doc__
         self.__name__ = name
@@ -73,7 +74,27 @@ class Op(Generic[P, Call, Result]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result:
         call = self._prepare(*args, **kwargs)
+        if self._wrappers:
+            return self._wrappers[-1](call)
+        return self.run(call)
+
+    def run(self, call: Call) -> Result:
+        """Run a checked call on the backend that takes it, past any wrapper."""
         return self.choose(call).run(call)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether calls go to a wrapper now: then nobody may go past this operator to its kernels."""
+        return bool(self._wrappers)
+
+    @contextlib.contextmanager
+    def wrapping(self, wrapper: Callable[[Call], Result]) -> Iterator[None]:
+        """Hand every checked call inside the block to `wrapper`, in this whole process; the innermost block decides."""
+        self._wrappers.append(wrapper)
+        try:
+            yield
+        finally:
+            self._wrappers.remove(wrapper)
 
     @property
     def asked(self) -> str | None:

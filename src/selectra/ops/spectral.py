@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from selectra.ops.whole import require_whole
+
 
 def to_spectrum(x: Float[Tensor, "b l k d"]) -> Complex[Tensor, "b l k d"]:
     """Fourier transform over positions and blocks, orthonormal.
@@ -11,6 +13,7 @@ def to_spectrum(x: Float[Tensor, "b l k d"]) -> Complex[Tensor, "b l k d"]:
     One dimension after the other: a transform over two dimensions of a tensor that is not contiguous, in the backward
     too, writes over other memory on a CPU (PyTorch 2.14.1 with oneMKL 2024.2, from a few hundred positions on).
     """
+    require_whole("EinFFT")
     return torch.fft.fft(torch.fft.fft(x, dim=1, norm="ortho"), dim=2, norm="ortho")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from selectra.errors import ConfigError
 from selectra.ops import checks
+from selectra.ops.whole import require_whole
 
 CHUNK = 64
 
@@ -48,6 +49,7 @@ def ssd(
     Raises:
         ConfigError: A shape does not fit.
     """
+    require_whole("the scan of Mamba-2")
     batch, length, heads, p = x.shape
     groups, n = _sizes(x, dt, A, B, C)
     dtype = checks.compute_dtype(x.dtype == torch.float64)

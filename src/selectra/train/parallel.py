@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import ConfigError
+from selectra.ops.length_parallel import same_split
 from selectra.spec import Parallel
 
 
@@ -125,7 +126,7 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
             checkpoint,
             block.forward,
             use_reentrant=False,
-            context_fn=lambda again=again: (contextlib.nullcontext(), again()),
+            context_fn=lambda again=again: (contextlib.nullcontext(), _as_before(again())),
         )
     try:
         yield
@@ -133,6 +134,19 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
         for block in blocks:
             # The class's own comes back.
             del block.forward
+
+
+def _as_before(again: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:
+    """`again`, and sequences split as they are at this moment, also where backward comes after the split's block."""
+    return _both(again, same_split())
+
+
+@contextlib.contextmanager
+def _both(*blocks: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block)
+        yield
 
 
 @contextlib.contextmanager

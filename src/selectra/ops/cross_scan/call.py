@@ -12,6 +12,7 @@ from selectra.errors import ConfigError
 from selectra.ops import checks
 from selectra.ops.dispatch import Backend, Op
 from selectra.ops.selective_scan import selective_scan
+from selectra.ops.whole import require_whole
 
 # Bits of a route, as in selective_scan/scan_call.cuh.
 BACK, DOWN = 1, 2
@@ -84,6 +85,7 @@ def prepare(
         BackendError: The backend that was asked for refuses this call; the message is its reason. On a GPU also where
             A was infinite or not-a-number in an earlier call, whose results are not-a-number there.
     """
+    require_whole("cross_scan")
     kinds = tuple(_kind(name) for name in routes)
     if not kinds:
         raise ConfigError(f"routes is empty; it names one or more of {', '.join(ROUTES)}.")

@@ -1,0 +1,94 @@
+"""The processes among which a sequence is split, and what they tell each other, each time within a limit."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from selectra.errors import ConfigError, RankError
+
+
+@dataclass(frozen=True)
+class Link:
+    """One process's place among those that share a sequence; process r holds the r-th part."""
+
+    group: Any
+    rank: int
+    size: int
+    timeout: float
+    """Seconds after which an exchange is given up."""
+
+    def chunk(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This process's part of a whole sequence, a view; parts differ by one position at most.
+
+        Parts may be cut in any other way, too, as long as they follow each other in order of rank.
+        """
+        return x.tensor_split(self.size, dim)[self.rank]
+
+    def sum_(self, tensor: Tensor, what: str = "sum") -> Tensor:
+        """The sum over all processes, written into `tensor`, without gradient.
+
+        Raises:
+            RankError: A process ended or did not answer in time.
+        """
+        self._finish(what, lambda: distributed.all_reduce(tensor, group=self.group, async_op=True))
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add up over all processes the gradients of parameters, of which each process has a share after backward.
+
+        A parameter that got a gradient in some process alone counts as zero in the others.
+
+        Raises:
+            RankError: A process ended or did not answer in time.
+        """
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        if not trained:
+            return
+        found = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        for parameter, n_found in zip(trained, self.sum_(found, "sum_gradients").tolist(), strict=True):
+            if n_found:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                self.sum_(parameter.grad, "sum_gradients")
+
+    def gather(self, tensor: Tensor, what: str) -> Tensor:
+        """Every process's tensor, of one shape, one behind the other along a new first dimension."""
+        found = tensor.new_empty(self.size, *tensor.shape)
+        tensor = tensor.contiguous()
+        into = list(found.unbind(0))
+        self._finish(what, lambda: distributed.all_gather(into, tensor, group=self.group, async_op=True))
+        return found
+
+    def _finish(self, what: str, start: Any) -> None:
+        try:
+            start().wait(timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            raise RankError(
+                f"{what}: process {self.rank} of {self.size} that share a sequence waited for the others, and one "
+                f"ended, failed or did not answer within {self.timeout:g} s ({error}). Look for the first error among "
+                "their outputs; every process must make the same calls in the same order, backward too, with the same "
+                "batch and widths. If one is only slow, raise length_parallel(timeout=...) and the group's own timeout."
+            ) from error
+
+
+def join(group: Any, timeout: float) -> Link:
+    """This process's place in `group`.
+
+    Raises:
+        ConfigError: There is no group, this process is not in it, or the limit is no time.
+    """
+    if not timeout > 0:
+        raise ConfigError(f"timeout={timeout}: needs seconds above 0")
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ConfigError(
+            "length_parallel needs a process group, and there is none; start the program with torchrun and call "
+            "torch.distributed.init_process_group first."
+        )
+    rank = distributed.get_rank(group)
+    if rank < 0:
+        raise ConfigError("this process is not in the group that length_parallel was given.")
+    return Link(group, rank, distributed.get_world_size(group), timeout)

@@ -1,0 +1,238 @@
+"""A sequence split over processes gives what one process gives: outputs and every gradient."""
+
+import functools
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, distributed
+
+from selectra import length_parallel
+from selectra.errors import ConfigError, RankError
+from selectra.mixers import SSD, CausalAttention, CrossScan2d, EinFFT, SelectiveChannel
+from selectra.ops import causal_conv1d, selective_scan
+from selectra.ops.length_parallel.scan import FIRST_END, end_length
+from selectra.ops.selective_scan.call import prepare
+from tests.ops.cases import Case, assert_close, conv_case, run, scan_case
+from tests.ops.split import cuts, parts, together
+
+ALONG = {"scan": ("u", "delta", "B", "C", "z", "mask"), "conv": ("x", "mask")}
+CASES = {"scan": scan_case, "conv": conv_case}
+OPS = {"scan": selective_scan, "conv": causal_conv1d}
+CALLS = [
+    (kind, seed, dtype)
+    for kind, seeds in (("scan", range(24)), ("conv", range(24)))
+    for seed in seeds
+    if "cu_seqlens" not in CASES[kind](seed).integers
+    for dtype in (torch.float64, torch.float32)
+]
+
+
+def part_of(kind: str, case: Case, borders: list[int], rank: int) -> Case:
+    def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Repeated, not by stride: a gradient for every position is what is put together again.
+        return {name: parts(x, borders)[rank].clone() if name in ALONG[kind] else x for name, x in tensors.items()}
+
+    return Case(cut(case.tensors), case.flags, cut(case.integers))
+
+
+def split_calls() -> dict[tuple[str, int, torch.dtype], tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Outputs and gradients of this process, of every case."""
+    rank, n = distributed.get_rank(), distributed.get_world_size()
+    found = {}
+    with length_parallel(timeout=30):
+        for kind, seed, dtype in CALLS:
+            case = CASES[kind](seed)
+            borders = cuts(length_of(case), n, seed)
+            found[kind, seed, dtype] = loss_of_part(kind, part_of(kind, case, borders, rank), case, dtype, borders)
+    return found
+
+
+def length_of(case: Case) -> int:
+    return next(case.tensors[name] for name in ("u", "x") if name in case.tensors).shape[1]
+
+
+def loss_of_part(kind: str, part: Case, whole: Case, dtype: torch.dtype, borders: list[int]):
+    """As `run`, whose loss is the sum of all processes'; the first one's has the final state."""
+    rank = distributed.get_rank()
+    leaves = part.leaves(dtype)
+    y, state = OPS[kind](**part.arguments(leaves), **part.integers, **part.flags, return_final_state=True)
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((y.shape[0], length_of(whole), y.shape[2]), state.shape)
+    of_y, of_state = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    loss = (y * parts(of_y, borders)[rank]).sum() + (state * of_state).sum() * (rank == 0)
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {"y": y.detach(), "final_state": state.detach()}, dict(zip(leaves, grads, strict=True))
+
+
+def put_together(kind: str, found: Sequence[dict[str, Tensor]], shared_is_summed: bool) -> dict[str, Tensor]:
+    whole = {}
+    for name in found[0]:
+        pieces = [one[name] for one in found]
+        if name in (*ALONG[kind], "y"):
+            whole[name] = torch.cat(pieces, 1)
+        elif shared_is_summed:
+            whole[name] = torch.stack(pieces).sum(0)
+        else:
+            for piece in pieces[1:]:
+                assert torch.equal(piece, pieces[0])
+            whole[name] = pieces[0]
+    return whole
+
+
+@functools.cache
+def truth(kind: str, seed: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    case = CASES[kind](seed)
+    repeated = Case({name: x.contiguous() for name, x in case.tensors.items()}, case.flags, case.integers)
+    with OPS[kind].using("reference"):
+        return run(OPS[kind], repeated, torch.float64, dtype)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_parts_give_the_whole(n):
+    found = together(n, split_calls)
+    for kind, seed, dtype in CALLS:
+        outputs, grads = zip(*(one[kind, seed, dtype] for one in found), strict=True)
+        of_outputs, of_grads = truth(kind, seed, dtype)
+        wide, what = dtype is torch.float64, f"{kind} {seed} over {n} in {dtype}"
+        assert_close(put_together(kind, outputs, False), of_outputs, 1e-10 if wide else 1e-6, what)
+        assert_close(put_together(kind, grads, True), of_grads, 1e-10 if wide else 1e-5, what)
+
+
+def far_past(reverse: bool) -> dict[str, Tensor]:
+    """A call in which 5000 positions forget, the slowest channel's last."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mask = torch.rand(1, 5000, generator=generator) < 0.9
+    tensors = {"u": normal(1, 5000, 3), "delta": normal(1, 5000, 3) - 2, "A": -normal(3, 2).abs() - 0.5}
+    tensors |= {"B": normal(1, 5000, 2), "C": normal(1, 5000, 2), "delta_bias": normal(3) * 0.1}
+    # One process sees no positions of either end's.
+    return {**tensors, "mask": mask}
+
+
+def call_of(tensors: dict[str, Tensor], reverse: bool, **more) -> dict:
+    return {**tensors, "delta_softplus": True, "reverse": reverse, **more}
+
+
+def scan_far() -> list:
+    found = []
+    rank = distributed.get_rank()
+    with length_parallel(timeout=30) as length:
+        for reverse in (False, True):
+            tensors = far_past(reverse)
+            leaves = {
+                name: (length.chunk(x).clone() if name in ALONG["scan"] else x).requires_grad_(name != "mask")
+                for name, x in tensors.items()
+            }
+            y, state = selective_scan(**call_of(leaves, reverse, return_final_state=True))
+            loss = (y * y).sum() + state.sum() * (rank == 1)
+            wanted = [name for name in leaves if name != "mask"]
+            grads = torch.autograd.grad(loss, [leaves[name] for name in wanted])
+            found.append(({"y": y.detach(), "final_state": state.detach()}, dict(zip(wanted, grads, strict=True))))
+    return found
+
+
+@pytest.mark.dist
+def test_a_far_past_is_left_out_and_nothing_changes():
+    found = together(2, scan_far)
+    for index, reverse in enumerate((False, True)):
+        tensors = far_past(reverse)
+        half = {name: x.tensor_split(2, 1)[0] if name in ALONG["scan"] else x for name, x in tensors.items()}
+        # The test means something only where a part of the work was left out.
+        assert FIRST_END <= end_length(prepare(**call_of(half, reverse))) < 2500
+        leaves = {name: x.requires_grad_(name != "mask") for name, x in tensors.items()}
+        with selective_scan.using("portable"):
+            y, state = selective_scan(**call_of(leaves, reverse, return_final_state=True))
+        wanted = [name for name in leaves if name != "mask"]
+        grads = torch.autograd.grad((y * y).sum() + state.sum(), [leaves[name] for name in wanted])
+        outputs, of_parts = zip(*(one[index] for one in found), strict=True)
+        truths = {"y": y.detach(), "final_state": state.detach()}
+        assert_close(put_together("scan", outputs, False), truths, 1e-12, f"reverse={reverse}")
+        assert_close(put_together("scan", of_parts, True), dict(zip(wanted, grads, strict=True)), 1e-10, f"{reverse}")
+
+
+def test_what_is_remembered_is_looked_at_whole():
+    tensors = far_past(False)
+    for changed in (
+        {"A": -tensors["A"]},
+        {"A": tensors["A"] * 1e-6},
+        {"delta_bias": torch.full((3,), torch.nan).double()},
+    ):
+        assert end_length(prepare(**call_of({**tensors, **changed}, False))) == 5000
+    assert (
+        end_length(prepare(**{**call_of(tensors, False), "delta": tensors["delta"].abs(), "delta_softplus": False}))
+        == 5000
+    )
+    # A sum of steps over 1024 of 5000 positions that the mask leaves out forgets nothing.
+    absent = torch.zeros(1, 5000, dtype=torch.bool)
+    assert end_length(prepare(**call_of({**tensors, "mask": absent}, False))) == 5000
+
+
+def two_calls(fault: str) -> tuple[str, str, float]:
+    """The error of the process that waits, and how long that took."""
+    rank, x = distributed.get_rank(), torch.ones(1, 4, 2, requires_grad=True)
+    with length_parallel(timeout=3):
+        y = causal_conv1d(x, torch.ones(2, 3))
+        start = time.monotonic()
+        if rank == 1:
+            if fault == "stalls":
+                time.sleep(12)
+            return "", "", 0.0
+        try:
+            y.sum().backward() if fault == "backward" else causal_conv1d(x, torch.ones(2, 3))
+        except RankError as error:
+            return type(error).__name__, str(error), time.monotonic() - start
+    return "", "", 0.0
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("fault", ["stalls", "ends", "backward"])
+def test_a_process_that_stalls_or_ends_is_named_in_time(fault):
+    (name, message, seconds), _ = together(2, two_calls, fault, timeout=30.0)
+    assert name == "RankError"
+    assert "causal_conv1d: process 0 of 2" in message or "the backward of causal_conv1d: process 0 of 2" in message
+    assert ("backward of" in message) == (fault == "backward")
+    assert "3 s" in message and seconds < 8
+
+
+def refused() -> list[str]:
+    messages = []
+    x = torch.ones(1, 4, 8)
+    calls = (
+        lambda: causal_conv1d(x, torch.ones(8, 3), cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)),
+        lambda: selective_scan(
+            x, x, -torch.ones(8, 2), x[..., :2], x[..., :2], cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)
+        ),
+        lambda: SSD(8, 4, d_head=4)(x),
+        lambda: CausalAttention(8, 2)(x),
+        lambda: EinFFT(8, n_blocks=2)(x),
+        lambda: SelectiveChannel(8)(x),
+        lambda: CrossScan2d(8)(x.view(1, 2, 2, 8)),
+    )
+    with length_parallel(timeout=30):
+        for call in calls:
+            with pytest.raises(ConfigError) as caught:
+                call()
+            messages.append(str(caught.value))
+    for call in calls[2:]:
+        call()
+    return messages
+
+
+@pytest.mark.dist
+def test_what_needs_the_whole_sequence_says_so():
+    for messages in together(2, refused):
+        assert all("cu_seqlens" in message for message in messages[:2])
+        assert all("needs the whole sequence" in message for message in messages[2:])
+
+
+def test_a_split_needs_a_group_and_a_limit():
+    with pytest.raises(ConfigError, match="torchrun"), length_parallel():
+        pass
+    with pytest.raises(ConfigError, match="above 0"), length_parallel(timeout=0):
+        pass
