@@ -31,6 +31,8 @@ from selectra.train.record import environment
 
 STEPS = (100, 200, 300, 400, 500, 600, 800, 1000, 1200, 1500, 1800, 2100, 2500, 3000, 4000, 5000)
 MEASURED = 20
+# Seconds to measure a model's costs, and what beginning a training adds.
+COSTS_S, BEGUN_S = 0.7, 0.1
 
 
 def timed(study: Study, base_name: str, variant_name: str, device: torch.device) -> dict[str, Any]:
@@ -79,7 +81,8 @@ def fitting(study: Study, speeds: list[dict[str, Any]], seconds: float, gain: fl
     """The largest number of steps at which all trainings take no more than `seconds`."""
     trainings = study.seeds + (study.tuning.count if study.tuning else 0)
     each = sum(speed["step_ms"] for speed in speeds) * trainings / 1e3 / gain
-    fixed = sum(speed["prepare_s"] for speed in speeds) * trainings / 2
+    # Costs of every model come first; beginning a training takes the host while others keep the GPU busy.
+    fixed = len(speeds) * COSTS_S + len(speeds) * trainings * BEGUN_S
     return max([steps for steps in STEPS if fixed + each * steps <= seconds], default=STEPS[0])
 
 

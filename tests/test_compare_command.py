@@ -115,8 +115,8 @@ def test_images_are_asked_for_where_there_are_any() -> None:
     ],
 )
 def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
-    assert name in studies.names()
     study = find_study(name, Asked())
+    assert name in studies.names()
     study.check()
     assert study.name == name
     assert studies.entry(name).summary

@@ -1,7 +1,13 @@
-"""The committed page of results is the one that its records give."""
+"""The committed pages of results are those that their records give."""
 
+import re
 from pathlib import Path
 
+import pytest
+
+from selectra.compare.answer import QUESTIONS, collect
+from selectra.errors import DataError
+from selectra.report import answer
 from selectra.report.forecasting import page, read_records
 
 ROOT = Path(__file__).parents[1]
@@ -11,3 +17,27 @@ def test_the_forecasting_page_is_made_from_its_records() -> None:
     (records,) = (ROOT / "results").glob("forecasting_*.json")
     shown = (ROOT / "docs" / "results" / "forecasting.md").read_text(encoding="utf-8")
     assert shown == page(read_records(records), records.name)
+
+
+def test_the_answer_is_made_from_the_records() -> None:
+    content = collect(ROOT / "results")
+    shown = (ROOT / "docs" / "answer.md").read_text(encoding="utf-8")
+    assert shown == answer.page(content, "../results"), "run: selectra report results --out docs/answer.md"
+    assert content["verdict"] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_claim_of_the_answer_leads_to_a_record() -> None:
+    shown = (ROOT / "docs" / "answer.md").read_text(encoding="utf-8")
+    claims = [line for line in shown.splitlines() if line.startswith("- ") and "no record yet" not in line]
+    assert claims and all("](../results/" in line for line in claims)
+    for target in re.findall(r"\]\(\.\./(results/[^)]+)\)", shown):
+        assert (ROOT / target).is_file()
+
+
+def test_an_answer_without_records_says_so(tmp_path: Path) -> None:
+    content = collect(tmp_path)
+    assert content["verdict"] == "No record yet."
+    assert answer.page(content, "results").count("no record yet;") == len(content["missing"]) == len(QUESTIONS)
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read as a record"):
+        collect(tmp_path)

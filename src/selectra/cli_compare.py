@@ -1,7 +1,7 @@
 """`selectra compare` and `selectra report`: heavy imports happen inside, so that help comes at once."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,10 +18,16 @@ BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budge
 def compare(
     what: Annotated[
         str,
-        typer.Argument(help="forecasting, vision, language, a built-in study, or a file of Python that defines one."),
+        typer.Argument(
+            help="forecasting, vision, language, costs, a built-in study, or a file of Python that defines one."
+        ),
     ] = "forecasting",
     file: Annotated[
-        str | None, typer.Argument(help="Your table of series, folder of images or text; default: bundled data.")
+        str | None,
+        typer.Argument(
+            help="Your table of series, folder of images or text; default: bundled data. `costs`: language, images, "
+            "series."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
     store: Annotated[
@@ -60,10 +66,19 @@ def compare(
     tables: Annotated[
         str | None, typer.Option(help="The tables of docs/results/forecasting.md instead: a,b,orders,ablation,costs,c.")
     ] = None,
+    points: Annotated[str | None, typer.Option(help="`costs`: only these lengths or sides, such as 500,4096.")] = None,
 ) -> None:
     """Train models against each other, every finished cell stored at once, and write the page that says who wins."""
     from selectra.compare.questions import Asked, find_study  # noqa: PLC0415
 
+    if what == "costs":
+        given = {"--quick": quick, "--seeds": seeds, "--trials": trials, "--budget-flops": budget_flops,
+                 "--budget-latency": budget_latency, "--steps": steps, "--batch-size": batch_size,
+                 "--tables": tables, "--workers": workers}  # fmt: skip
+        _costs((file, models, points), given, budget_params, store, device, time_limit)
+        return
+    if points is not None:
+        raise ConfigError("--points are for `compare costs`; a study has its own lengths.")
     if tables is not None or _holds_tables(store):
         if what != "forecasting" or file is not None or quick:
             raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
@@ -74,20 +89,48 @@ def compare(
     asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size)
     study = find_study(what, asked)
     from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
+    from selectra.compare.crew import Crew  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
     counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
-    if counts["done"]:
+    # Of processes that torchrun started the first one is the last to leave.
+    if counts["done"] and Crew.found().rank == 0:
         _report_study(path, None, console)
 
 
+def _costs(
+    chosen: tuple[str | None, str | None, str | None], given: dict[str, object], params: str | None,
+    store: Path | None, device: str, time_limit: float | None,
+) -> None:  # fmt: skip
+    """Measure cost curves, and write their page."""
+    from selectra.compare.curve_command import compare_costs  # noqa: PLC0415
+    from selectra.compare.curves import Wish  # noqa: PLC0415
+    from selectra.compare.questions import amount_of  # noqa: PLC0415
+
+    refused = [name for name, value in given.items() if value]
+    if refused:
+        raise ConfigError(f"{refused[0]} is for studies; `compare costs` trains nothing to the end.")
+    kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
+    if not all(point.isdigit() and int(point) > 0 for point in points):
+        raise ConfigError(f"--points takes whole numbers separated by commas, got '{','.join(points)}'.")
+    asked: dict[str, Any] = {
+        "models": names,
+        "params": None if params is None else amount_of(params),
+        "points": tuple(map(int, points)),
+    }
+    path, console = store or Path("costs.json"), _console()
+    compare_costs(Wish(**asked, **({"kinds": kinds} if kinds else {})), path, device, time_limit, console)
+    _report_json(path, None, console)
+
+
 def _usual_workers(device: str) -> int:
-    """A process for every core, at most four, where there is no GPU."""
+    """A process for every core, at most four, where there is no GPU; with torchrun its processes are the workers."""
     import os  # noqa: PLC0415
 
-    from selectra.train.parallel import pick_device  # noqa: PLC0415
+    from selectra.compare.crew import Crew  # noqa: PLC0415
 
-    return 1 if pick_device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
+    crew = Crew.found()
+    return 1 if crew.size > 1 or crew.device(device).type == "cuda" else max(1, min(4, os.cpu_count() or 1))
 
 
 def _tables(store: Path | None, tables: str, how: tuple[str, float | None, int, int], budget: tuple[int, int]) -> None:
@@ -124,8 +167,7 @@ def report(
     records: Annotated[
         Path,
         typer.Argument(
-            help="The store of a comparison, or the JSON records exported from one; or a folder of records of language "
-            "models."
+            help="The store of a comparison; JSON records of one or of `compare costs`; or a folder of records."
         ),
     ],
     out: Annotated[
@@ -139,11 +181,13 @@ def report(
     """Write the page of a comparison from its records."""
     console = _console()
     if records.is_dir():
-        from selectra.report.language import write_page  # noqa: PLC0415
+        if out is not None and out.stem == "language":
+            from selectra.report.language import write_page  # noqa: PLC0415
 
-        out = out or records / "language.md"
-        write_page(records, out)
-        console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+            write_page(records, out)
+            console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+            return
+        _report_answer(records, out, console)
         return
     if not records.is_file():
         raise DataError(f"there is no '{records}'; `selectra compare` makes one.")
@@ -160,11 +204,33 @@ def report(
         _report_tables(store, records, out, export, console)
 
 
+def _report_answer(folder: Path, out: Path | None, console: Console) -> None:
+    """Write what all records of a folder say together."""
+    import os  # noqa: PLC0415
+
+    from selectra.compare.answer import collect  # noqa: PLC0415
+    from selectra.report.answer import write_answer  # noqa: PLC0415
+
+    content, out = collect(folder), out or Path("answer.md")
+    write_answer(content, out, Path(os.path.relpath(folder, out.parent)).as_posix())
+    console.print(content["verdict"], highlight=False, markup=False, soft_wrap=True, style="bold")
+    console.print(f"The page is {out}, made from the records in {folder}", highlight=False, soft_wrap=True)
+
+
 def _report_json(records: Path, out: Path | None, console: Console) -> None:
+    from selectra.report import costs  # noqa: PLC0415
     from selectra.report.forecasting import write_page  # noqa: PLC0415
     from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
 
-    if f'"{WHAT}"' in records.read_text("utf-8")[:200]:
+    start = records.read_text("utf-8")[:2000]
+    if f'"{costs.WHAT}"' in start:
+        content = costs.read_costs(records)
+        paths = costs.write_reports(content, (out or records).with_suffix(""))
+        console.print(costs.verdict(content), highlight=False, markup=False, soft_wrap=True, style="bold")
+        console.print(f"The page is {paths[0]}, beside {', '.join(each.name for each in (*paths[1:], records))}",
+                      highlight=False, soft_wrap=True)  # fmt: skip
+        return
+    if f'"{WHAT}"' in start[:200]:
         paths = write_reports(read_study(records), (out or records).with_suffix(""))
         console.print(f"The page is {paths[0]}, made from {records}", highlight=False, soft_wrap=True)
         return

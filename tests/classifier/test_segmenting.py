@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,9 +122,12 @@ def make_overlay(**changes: object) -> Overlay:
     return Overlay(**{**arguments, **changes})  # pyright: ignore[reportArgumentType]
 
 
+def legend_of(overlay: Overlay) -> Any:
+    return next(ax.get_legend() for ax in overlay_figure(overlay).axes if ax.get_legend() is not None)
+
+
 def test_the_legend_names_what_is_there_with_its_share():
-    figure = overlay_figure(make_overlay())
-    (legend,) = [ax.get_legend() for ax in figure.axes if ax.get_legend() is not None]
+    legend = legend_of(make_overlay())
     assert [text.get_text() for text in legend.get_texts()] == ["road  75.0%", "car  25.0%"]
     assert [patch.get_facecolor()[:3] for patch in legend.get_patches()][1] == (1.0, 0.0, 0.0)
 
@@ -136,8 +140,7 @@ def test_the_picture_shows_the_classes_colours():
 def test_many_classes_are_cut_and_counted():
     labels = np.arange(40 * 60).reshape(40, 60) % 30
     classes, colours = tuple(f"class {i}" for i in range(30)), tuple((i, i, i) for i in range(30))
-    figure = overlay_figure(make_overlay(labels=labels.astype(np.uint8), classes=classes, colours=colours))
-    legend = next(ax.get_legend() for ax in figure.axes if ax.get_legend() is not None)
+    legend = legend_of(make_overlay(labels=labels.astype(np.uint8), classes=classes, colours=colours))
     assert len(legend.get_texts()) == 24 and "6 smaller classes not shown" in legend.get_title().get_text()
 
 

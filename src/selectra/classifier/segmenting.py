@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -76,8 +75,8 @@ def segmenter_from_run(folder: Path) -> Segmenter:
     model = models.build(run.model, facts)
     load_weights(folder / WEIGHTS, model)
     colours = tuple((red, green, blue) for red, green, blue in about["colours"])
-    figures: Any = (tuple(about["mean"]), tuple(about["std"]))
-    return Segmenter(run.model.name, model.eval(), tuple(about["classes"]), colours, *figures, about.get("short_side"))
+    mean, std = tuple(about["mean"]), tuple(about["std"])
+    return Segmenter(run.model.name, model.eval(), tuple(about["classes"]), colours, mean, std, about.get("short_side"))
 
 
 def _folder(folder: Path) -> Path:
@@ -103,8 +102,8 @@ def segment(trained: Segmenter, path: Path, device: torch.device | str = "cpu", 
         if window is None:
             scores = model(x.to(device)).float().cpu()
         else:
-            sides, steps = (window, window), (max(1, window // 2),) * 2
-            scores = sliding_scores(lambda crops: model(crops).float(), x, sides, steps, device)
+            step = max(1, window // 2)
+            scores = sliding_scores(lambda crops: model(crops).float(), x, (window, window), (step, step), device)
     if not scores.isfinite().all():
         raise DataError(f"'{trained.name}' gives scores that are not finite; its weights are damaged or diverged.")
     scores = F.interpolate(scores, image.shape[1:], mode="bilinear", align_corners=False)

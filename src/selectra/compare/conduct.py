@@ -16,8 +16,9 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
+from selectra.compare.crew import Crew
 from selectra.compare.image_worker import packs_images, work_on_images
-from selectra.compare.match import match
+from selectra.compare.match import meet
 from selectra.compare.measure import build_model, measure
 from selectra.compare.store import Store
 from selectra.compare.study import Study, Variant
@@ -27,7 +28,6 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import models
 from selectra.spec import Run, Spec
 from selectra.train.job import check, typed
-from selectra.train.parallel import pick_device
 from selectra.train.progress import duration
 from selectra.train.stop import StoppedError
 
@@ -36,6 +36,8 @@ STUDY, PREPARED = "study", "prepared"
 GRACE = 5.0
 # Cells that failed with these words are tried again by the next call.
 WANT_OF_MEMORY = "out of memory"
+# Seconds between two looks at what others do.
+WAITING = 0.5
 LENGTH_BATCH = 8
 
 
@@ -68,17 +70,25 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
     study.check()
     if study.tuning is not None and study.tuning.ranges:
         optuna()
-    device, began = pick_device(wish.device), time.monotonic()
+    crew, began = Crew.found(), time.monotonic()
+    device = crew.device(wish.device)
     until = inf if wish.time_limit is None else began + wish.time_limit
     store = Store(wish.store)
     try:
+        while crew.rank and store.recall(STUDY) is None:
+            time.sleep(WAITING)
         study = open_study(store, study, device, console)
         store.reopen(WANT_OF_MEMORY)
         decide(store, study)
         progress = Progress(store, study, wish, console)
         progress.first_word()
-        if time.monotonic() < until:
+        while time.monotonic() < until:
             _work(study, store, wish, device, until, progress)
+            counts = store.counts()
+            # What others of this crew have in hand may yet come back.
+            if crew.size == 1 or not counts["taken"] + counts["open"]:
+                break
+            time.sleep(WAITING)
         return progress.last_word(time.monotonic() - began)
     finally:
         store.close()
@@ -140,12 +150,11 @@ def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], 
     check(run)
     spec, note, cost = run.model, "", None
     if study.budget is not None:
-        asked = {study.budget.quantity: study.budget.amount}
         if _has_size(spec, study.budget.over):
-            how: dict[str, Any] = {"over": study.budget.over, "align": study.budget.align, **asked}
-            found = match(spec, facts, device=device, precision=run.train.precision, **how)
-            spec, note = found.spec, f"{found.over} = {found.value} for {found.got:,.6g} {study.budget.quantity}"
-            cost = found.cost
+            quantity, over = study.budget.quantity, study.budget.over
+            amount, align = study.budget.amount, study.budget.align
+            found = meet(spec, facts, quantity, amount, over=over, device=device, align=align)
+            spec, note = found.spec, f"{found.turned.name} = {found.value} for {found.got:,.6g} {quantity}"
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
     model = build_model(spec, facts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from selectra.compare.measure import Cost, build_model, count_flops, count_parameters, inputs_for, measure
@@ -28,6 +29,8 @@ LARGEST = 2**14
 NEIGHBOURS = 48
 # Times waver: medians of so many seconds are compared.
 LATENCY_SECONDS = 0.2
+# Powers of two above this one make no product faster.
+EVEN = 64
 Quantity = Literal["params", "flops", "latency"]
 UNITS = {"params": "parameters", "flops": "FLOPs", "latency": "ms"}
 
@@ -77,21 +80,76 @@ def match(
     asked: list[tuple[Quantity, float]] = [(name, value) for name, value in given.items() if value is not None]
     if len(asked) != 1 or not 0 < asked[0][1] < math.inf:
         raise ConfigError(f"match takes one budget above 0: params=, flops= or latency=; got {given}.")
-    (quantity, wanted), turned = asked[0], _turned(spec, facts, over, align)
-    cost = partial(_quantity, quantity, facts=dict(facts), device=device)
+    quantity, wanted = asked[0]
+    best = meet(spec, facts, quantity, wanted, over=over, tolerance=tolerance, device=device, align=align)
+    assert best.got is not None
+    measured = measure(best.spec, facts, device=device, precision=precision)
+    return Matched(best.spec, quantity, wanted, best.got, best.turned.name, best.value, measured)
+
+
+def meet(
+    spec: Spec, facts: Mapping[str, Any], quantity: Quantity, wanted: float, *,
+    over: Literal["width", "depth"] = "width", tolerance: float = TOLERANCE, device: torch.device | str = "cpu",
+    align: int = 1,
+) -> "_Tried":  # fmt: skip
+    """`match` without measuring what the model costs."""
+    turned = _turned(spec, facts, over, align)
+    return _best(turned, partial(_quantity, quantity, facts=dict(facts), device=device), wanted, tolerance, quantity)
+
+
+def match_even(spec: Spec, facts: Mapping[str, Any], params: float, tolerance: float = TOLERANCE) -> tuple[Spec, int]:
+    """The model at a number of parameters, and how many it has: of all widths within the tolerance the most even one.
+
+    For measuring speed: products of odd widths are slow on every GPU, and that would be a model's bad luck. A model
+    that meets the budget as it is stays so.
+
+    Raises:
+        ConfigError: No width meets the budget; the message names the nearest ones.
+    """
+    turned, cost = _turned(spec, facts, "width", 1), partial(_quantity, "params", facts=dict(facts), device="cpu")
+    own = cost(spec)
+    if abs(own / params - 1) <= tolerance:
+        return spec, int(own)
+    best = _best(turned, cost, params, tolerance, "params")
+    assert best.got is not None
+    around = range(max(1, round(best.value * (1 - tolerance))), round(best.value * (1 + tolerance)) + 1)
+    for value in sorted(around, key=lambda each: (-_evenness(best.turned(each)), abs(each - best.value))):
+        try:
+            got = cost(best.turned(value))
+        except ConfigError:
+            continue
+        if abs(got / params - 1) <= tolerance:
+            return best.turned(value), int(got)
+    return best.turned(best.value), int(best.got)
+
+
+def _evenness(spec: Spec) -> int:
+    """The largest power of two that divides all widths."""
+    sizes = [each for name in WIDTHS if name in spec.args for each in np.atleast_1d(spec.args[name]).tolist()]
+    # The lowest bit that is set.
+    return min((min(each & -each, EVEN) for each in sizes), default=1)
+
+
+def _best(
+    turned: "_Turned", cost: Callable[[Spec], float], wanted: float, tolerance: float, quantity: Quantity
+) -> "_Tried":  # fmt: skip
+    """The width, or the inner width, that comes nearest to a budget; refused where that is not near enough."""
+    if quantity == "params":
+        # Most of a search's time is for models that were made for the budget.
+        own, value = cost(turned.spec), _first(turned.values[turned.name])
+        if abs(own / wanted - 1) <= tolerance / 4 and value % turned.align == 0:
+            return _Tried(turned, value, own, {value: own})
     tried = [_try(turned, cost, wanted)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
         tried.append(_try(follower, cost, wanted))
     best = min(tried, key=lambda each: each.off(wanted))
     if best.got is None or best.off(wanted) > tolerance:
-        name, unit = turned.name, UNITS[quantity]
+        name, unit, model = turned.name, UNITS[quantity], turned.spec.name
         raise ConfigError(
-            f"no {spec.name}.{name} brings {spec.name} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
+            f"no {model}.{name} brings {model} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
             f"{_nearest(tried[0], wanted, unit)}; ask for one of these, or match another quantity."
         )
-    found = best.turned(best.value)
-    measured = measure(found, facts, device=device, precision=precision)
-    return Matched(found, quantity, wanted, best.got, best.turned.name, best.value, measured)
+    return best
 
 
 @dataclass(frozen=True)
@@ -124,6 +182,11 @@ class _Tried:
     value: int
     got: float | None
     seen: dict[int, float]
+
+    @property
+    def spec(self) -> Spec:
+        """The model at this value."""
+        return self.turned(self.value)
 
     def off(self, wanted: float) -> float:
         """How far off the budget, as a part of it."""

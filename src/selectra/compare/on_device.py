@@ -225,6 +225,9 @@ class OnDevice:
         """Take the first step, and record the graphs of all others."""
         graphed = self.stream is not None
         with _own_generator(self.device, self.run.train.seed), self.on_stream():
+            if self.stream is not None:
+                # What was made on another stream must be there.
+                self.stream.wait_stream(torch.cuda.default_stream(self.device))
             self.began = _mark(self.device)
             self.model.train()
             watch = BackendWatch()

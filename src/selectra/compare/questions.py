@@ -24,15 +24,15 @@ KINDS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("vim", "vim2", "vmamba", "simba", "rsmamba", "videomamba"), "mamba"),
         **dict.fromkeys(("mamba_lm", "jamba"), "mamba"),
         **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin", "gpt"), "attention"),
-        **dict.fromkeys(("convnext", "resnet", "hyena"), "convolution"),
+        **dict.fromkeys(("convnext", "resnet", "hyena", "modern_tcn"), "convolution"),
         **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
         **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
         **dict.fromkeys(("gru", "rwkv", "retnet"), "recurrent"),
         "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
     }
 )  # fmt: skip
-FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "gru", "tsmixer", "dlinear", "linear",
-               "seasonal_naive")  # fmt: skip
+FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "modern_tcn", "gru", "tsmixer",
+               "dlinear", "linear", "seasonal_naive")  # fmt: skip
 # One of each kind, small enough for minutes on two cores; sizes that are registered, or stated here.
 QUICK_FORECASTERS: Mapping[str, Spec] = MappingProxyType(
     {
@@ -98,14 +98,31 @@ def find_study(what: str, asked: Asked) -> Study:
     elif what == "language":
         study = language_study(asked)
     else:
-        given = [name for name in ("file", "quick", "models", "img_size") if getattr(asked, name)]
+        own = what.endswith(".py")
+        given = [name for name in (*(("file",) if own else ()), "quick", "models", "img_size") if getattr(asked, name)]
         if given:
             raise ConfigError(
                 f"{given[0]} is for `compare forecasting`, `compare vision` and `compare language`; "
                 "a study says it itself."
             )
-        study = _from_file(Path(what)) if what.endswith(".py") else _built_in(what)
+        study = _from_file(Path(what)) if own else _on_data(_built_in(what), asked)
     return _changed(study, asked)
+
+
+def _on_data(study: Study, asked: Asked) -> Study:
+    """A built-in study on a user's tables or folders, each of them a base, in place of the bundled data."""
+    if asked.file is None:
+        return study
+    first, bases = study.bases[0], []
+    for file in asked.file.split(","):
+        name = Path(file).name.split(".")[0]
+        if datasets.entry(first.data.name).kind == "series":
+            shape = {"seq_len": asked.lookback, "horizon": asked.horizon}
+            name, data = f"{name} {asked.horizon}", first.data.replace(path=file, **shape)
+        else:
+            data = first.data.replace(path=file)
+        bases.append(first.model_copy(update={"name": name, "data": data}))
+    return study.model_copy(update={"bases": tuple(bases)})
 
 
 def _built_in(name: str) -> Study:

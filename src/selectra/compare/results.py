@@ -281,7 +281,8 @@ def crossover(ours: Sequence[Row], theirs: Sequence[Row], quantity: str) -> floa
         return None
     before = max((index for index, (_, gap) in enumerate(points) if gap >= 0), default=None)
     if before is None:
-        return float(np.exp(points[0][0]))
+        # As it was given: a logarithm and back is a little more.
+        return float(round(np.exp(points[0][0])))
     (x0, y0), (x1, y1) = points[before], points[before + 1]
     return float(np.exp(x0 + (x1 - x0) * y0 / (y0 - y1)))
 

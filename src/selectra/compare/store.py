@@ -21,8 +21,10 @@ from selectra.compare.cells import Cell
 from selectra.errors import DataError
 
 VERSION = "1"
-# Seconds without a beat after which a worker of another machine counts as dead.
+# Seconds without a beat after which a worker of another machine counts as dead. Clocks of two machines may differ: it
+# must also have been seen not to beat for some time, unless its last beat is that much older.
 LEASE = 60.0
+SILENCE, SURELY = LEASE / 3, 10 * LEASE
 # Seconds that a worker waits for another one's writing.
 PATIENCE = 60.0
 APPLICATION = 0x53454C45
@@ -52,6 +54,8 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.worker = uuid.uuid4().hex
+        # The last beat of every other worker, and when it was first seen by this one's own clock.
+        self._beats: dict[str, tuple[float, float]] = {}
         if path.exists() and not path.is_file():
             raise DataError(f"'{path}' is not a file; name a file for the records.")
         if not path.parent.is_dir():
@@ -180,11 +184,18 @@ class Store:
 
     def _free_the_dead(self) -> None:
         for worker, host, pid, beat in self._file.execute("SELECT id, host, pid, beat FROM workers").fetchall():
-            if worker == self.worker or _alive(host, pid, beat):
+            if worker == self.worker or _alive(host, pid, beat, self._silent_for(worker, beat)):
                 continue
             query = "UPDATE cells SET state = 'open', worker = NULL WHERE worker = ? AND state = 'taken'"
             self._file.execute(query, (worker,))
             self._file.execute("DELETE FROM workers WHERE id = ?", (worker,))
+
+    def _silent_for(self, worker: str, beat: float) -> float:
+        """Seconds in which this worker has seen that other one not beat."""
+        now = time.monotonic()
+        if self._beats.get(worker, (None, 0.0))[0] != beat:
+            self._beats[worker] = (beat, now)
+        return now - self._beats[worker][1]
 
     def finish(self, cell: Cell, record: dict[str, Any], state: str = "done") -> bool:
         """Store a cell's record; False where it was not this worker's any more, and then nothing is stored."""
@@ -221,8 +232,9 @@ class Store:
                 for cell, state, record in rows]  # fmt: skip
 
 
-def _alive(host: str, pid: int, beat: float) -> bool:
-    if time.time() - beat > LEASE:
+def _alive(host: str, pid: int, beat: float, silent: float) -> bool:
+    age = time.time() - beat
+    if age > SURELY or (age > LEASE and silent > SILENCE):
         return False
     # On Windows signal 0 is no question.
     if host != socket.gethostname() or sys.platform == "win32":

@@ -57,7 +57,8 @@ class FourLevels(nn.Module):
         ways = [nn.Sequential(*finest), nn.ConvTranspose2d(half, half, 2, 2), nn.Identity(), nn.MaxPool2d(2, 2)]
         self.ways.extend(ways)
 
-    def forward(self, grids: Sequence[Float[Tensor, "b h w d"]]) -> list[Float[Tensor, "b d h w"]]:
+    def forward(self, grids: Sequence[Float[Tensor, "b _ _ _"]]) -> list[Float[Tensor, "b _ _ _"]]:
+        # From channels last to channels first; heights, widths and channels differ from grid to grid.
         first = [grid.permute(0, 3, 1, 2) for grid in grids]
         if self.plain:
             return [way(first[i]) for way, i in zip(self.ways, self.taken, strict=True)]

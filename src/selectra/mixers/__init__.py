@@ -3,6 +3,7 @@
 from selectra.mixers.attention import CausalAttention, KeyValue
 from selectra.mixers.bidirectional import Bidirectional
 from selectra.mixers.cross_scan_2d import CrossPaths, CrossScan2d
+from selectra.mixers.discretised import Discretisation, DiscretisedS6, make_s6
 from selectra.mixers.einfft import EinFFT
 from selectra.mixers.monarch import Monarch, MonarchMLP
 from selectra.mixers.row_block import RowBlock
@@ -19,6 +20,8 @@ __all__ = [
     "CausalAttention",
     "CrossPaths",
     "CrossScan2d",
+    "Discretisation",
+    "DiscretisedS6",
     "EinFFT",
     "KeyValue",
     "Monarch",
@@ -28,5 +31,6 @@ __all__ = [
     "SelectivePath",
     "State",
     "WeightedAverage",
+    "make_s6",
     "step_blocks_",
 ]

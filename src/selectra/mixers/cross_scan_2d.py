@@ -29,18 +29,29 @@ class CrossPaths(nn.Module):
         d_conv: Side of the depthwise convolution; odd.
         dt_rank: Rank of the steps' projections.
         conv_bias: Whether the convolution has a bias.
+        routes: Of "right", "down", "left" and "up", by default all; fewer show what the others are worth.
     """
 
     no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
 
     def __init__(
-        self, d_inner: int, d_state: int = 16, d_conv: int = 3, dt_rank: int = 1, *, conv_bias: bool = True
+        self,
+        d_inner: int,
+        d_state: int = 16,
+        d_conv: int = 3,
+        dt_rank: int = 1,
+        *,
+        conv_bias: bool = True,
+        routes: tuple[str, ...] = ROUTES,
     ) -> None:
         super().__init__()
         require_sizes(d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank)
         if d_conv % 2 == 0:
             raise ConfigError(f"d_conv={d_conv}: needs an odd number, so that the grid keeps its size")
-        self.d_inner, self.d_state, self.dt_rank, k = d_inner, d_state, dt_rank, len(ROUTES)
+        if not routes or len(set(routes)) < len(routes) or not set(routes) <= set(ROUTES):
+            raise ConfigError(f"routes={routes}: takes one or more of {', '.join(ROUTES)}, each once")
+        self.d_inner, self.d_state, self.dt_rank, self.routes = d_inner, d_state, dt_rank, routes
+        k = len(routes)
         self.conv2d = nn.Conv2d(d_inner, d_inner, d_conv, padding=d_conv // 2, groups=d_inner, bias=conv_bias)
         self.x_proj = nn.Parameter(torch.empty(k, dt_rank + 2 * d_state, d_inner))
         nn.init.uniform_(self.x_proj, -(d_inner**-0.5), d_inner**-0.5)
@@ -56,13 +67,13 @@ class CrossPaths(nn.Module):
         u = F.silu(self.conv2d(u.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         delta, B, C = self.select(u)
         A = -at_least_float32(self.A_log).exp()
-        return cross_scan(u, delta, A, B, C, self.D, None, self.dt_bias, True, routes=ROUTES)
+        return cross_scan(u, delta, A, B, C, self.D, None, self.dt_bias, True, routes=self.routes)
 
     def select(
         self, u: Float[Tensor, "b h w d_inner"]
     ) -> tuple[Float[Tensor, "b h w k d_inner"], Float[Tensor, "b h w k n"], Float[Tensor, "b h w k n"]]:
         """Step before bias and softplus, B and C of every route; they depend on their own position alone."""
-        k, n = len(ROUTES), self.d_state
+        k, n = len(self.routes), self.d_state
         dt, B, C = F.linear(u, self.x_proj.flatten(0, 1)).unflatten(3, (k, -1)).split([self.dt_rank, n, n], dim=4)
         # One product a route; its rows lie together, and the scan reads them there.
         rows, weight = dt.flatten(0, 2).transpose(0, 1), self.dt_proj.transpose(1, 2)
@@ -92,9 +103,10 @@ class CrossScan2d(CrossPaths):
         dt_rank: int | Literal["auto"] = "auto",
         *,
         conv_bias: bool = True,
+        routes: tuple[str, ...] = ROUTES,
     ) -> None:
         d_inner, rank = mixer_sizes(d_model, d_state, d_conv, expand, dt_rank)
-        super().__init__(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
+        super().__init__(d_inner, d_state, d_conv, rank, conv_bias=conv_bias, routes=routes)
         self.d_model = d_model
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         self.out_norm = LayerNorm(d_inner)

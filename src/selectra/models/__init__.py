@@ -11,6 +11,7 @@ from .linear import Linear as Linear
 from .mamba_lm import MambaLM as MambaLM
 from .mambavision import MambaVision as MambaVision
 from .mlp_mixer import MLPMixer as MLPMixer
+from .modern_tcn import ModernTCN as ModernTCN
 from .naive import Naive as Naive
 from .naive import SeasonalNaive as SeasonalNaive
 from .nlinear import NormLinear as NormLinear

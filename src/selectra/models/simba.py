@@ -48,11 +48,11 @@ from selectra.layers.conv_stages import (
 from selectra.layers.drop import rising_rates
 from selectra.layers.image import ConvNorm, Mlp, start_linear
 from selectra.layers.image_model import LAST
-from selectra.mixers import S6, EinFFT, MonarchMLP, RowBlock
+from selectra.mixers import S6, Discretisation, EinFFT, MonarchMLP, RowBlock, make_s6
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
-ChannelMixer = Literal["einfft", "monarch", "mlp"]
+ChannelMixer = Literal["einfft", "monarch", "mlp", "none"]
 # Norms before channel mixers and behind stages; all others have PyTorch's.
 EPS = 1e-6
 
@@ -86,12 +86,13 @@ class Simba(NormedPyramid):
         d_stem: Width inside the stem.
         dims: Width of every stage.
         depths: Blocks of every stage.
-        channel_mixer: What mixes the channels of a token.
+        channel_mixer: What mixes the channels of a token; "none" leaves Mamba alone, to see what the mixer is worth.
         mlp_ratios: Inner width of the MLP or the Monarch maps over the width of each stage.
         n_blocks: Blocks of EinFFT and of Monarch matrices.
         d_state: State size per channel of the Mambas.
         d_conv: Width of their short convolutions.
         expand: Their inner width over the width of their stage.
+        discretisation: How their recurrence is made; others than Mamba's show what that buys.
         patch_size: Pixels of a token's side behind the stem; the official one is 4.
         token_labels: Add half of the tokens' greatest scores, by a head of their own.
         drop_path: Rate at which the last block's branches are left out in training; earlier ones less often.
@@ -112,6 +113,7 @@ class Simba(NormedPyramid):
         d_state: int = 64,
         d_conv: int = 4,
         expand: int | float = 2,
+        discretisation: Discretisation = "mamba",
         patch_size: int = 4,
         token_labels: bool = False,
         drop_path: float = 0.0,
@@ -122,10 +124,11 @@ class Simba(NormedPyramid):
         if not dims or not len(dims) == len(depths) == len(mlp_ratios):
             raise ConfigError(f"dims={dims}, depths={depths}, mlp_ratios={mlp_ratios}: needs one of each for a stage")
 
-        def block(d_model: int, channel: nn.Module, drop_path: float = 0.0) -> RowBlock:
-            return RowBlock(d_model, S6(d_model, d_state, d_conv, expand), channel, drop_path, EPS)
+        def block(d_model: int, channel: nn.Module | None, drop_path: float = 0.0) -> RowBlock:
+            mamba = make_s6(discretisation, d_model, d_state, d_conv, expand)
+            return RowBlock(d_model, mamba, channel, drop_path, EPS)
 
-        def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module:
+        def channel(d_model: int, ratio: int | float, mlp: Callable[[int, int], nn.Module]) -> nn.Module | None:
             return make_channel_mixer(channel_mixer, d_model, int(ratio * d_model), n_blocks, mlp)
 
         embeds = [
@@ -195,9 +198,11 @@ class Simba(NormedPyramid):
 
 def make_channel_mixer(
     kind: ChannelMixer, d_model: int, d_hidden: int, n_blocks: int, mlp: Callable[[int, int], nn.Module]
-) -> nn.Module:
+) -> nn.Module | None:
     if kind not in get_args(ChannelMixer):
         raise ConfigError(f"channel_mixer={kind!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
+    if kind == "none":
+        return None
     if kind == "mlp":
         return mlp(d_model, d_hidden)
     return EinFFT(d_model, n_blocks) if kind == "einfft" else MonarchMLP(d_model, d_hidden, n_blocks)

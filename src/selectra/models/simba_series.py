@@ -32,7 +32,7 @@ from selectra.layers.covariates import refuse_covariates
 from selectra.layers.embed import PatchEmbedSeries
 from selectra.layers.head import ForecastHead, require_rate
 from selectra.layers.revin import RevIN, WindowNorm
-from selectra.mixers import S6, EinFFT, MonarchMLP
+from selectra.mixers import S6, Discretisation, EinFFT, MonarchMLP, make_s6
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
@@ -96,6 +96,7 @@ class SimbaSeries(nn.Module):
         d_state: State size per channel of the Mambas.
         d_conv: Width of their short convolutions.
         expand: Their inner width over `d_model`.
+        discretisation: How their recurrence is made; others than Mamba's show what that buys.
         patch_len: Values in a patch.
         stride: Values from one patch's start to the next.
         window_norm: What is removed from each window and given back to its forecast.
@@ -117,6 +118,7 @@ class SimbaSeries(nn.Module):
         d_state: int = 64,
         d_conv: int = 4,
         expand: int | float = 2,
+        discretisation: Discretisation = "mamba",
         patch_len: int = 16,
         stride: int = 8,
         window_norm: WindowNorm = "instance",
@@ -141,7 +143,10 @@ class SimbaSeries(nn.Module):
             raise ConfigError(f"channel_mixer={channel_mixer!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
 
         self.layers = nn.Sequential(
-            *(Block(d_model, S6(d_model, d_state, d_conv, expand), channel(), dropout) for _ in range(depth))
+            *(
+                Block(d_model, make_s6(discretisation, d_model, d_state, d_conv, expand), channel(), dropout)
+                for _ in range(depth)
+            )
         )
         self.norm_f, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
         self.head = ForecastHead(self.embed.n_patches * d_model, horizon, quantiles)

@@ -37,7 +37,7 @@ from selectra.layers.image import ConvNorm, Mlp, NormedPatches, PatchMerging, re
 from selectra.layers.image_model import LAST, Pyramid
 from selectra.layers.norm import LayerNorm
 from selectra.mixers import CrossPaths, CrossScan2d
-from selectra.mixers.cross_scan_2d import require_grid
+from selectra.mixers.cross_scan_2d import ROUTES, require_grid
 from selectra.mixers.sizes import mixer_sizes, require_sizes
 from selectra.registry import models
 
@@ -55,6 +55,7 @@ class UngatedCrossScan2d(CrossPaths):
         expand: Width between the projections over `d_model`.
         dt_rank: Rank of the steps' projections; "auto" is `ceil(d_model / 16)`.
         conv_bias: Whether the convolution has a bias.
+        routes: Which routes are scanned.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class UngatedCrossScan2d(CrossPaths):
         dt_rank: int | Literal["auto"] = "auto",
         *,
         conv_bias: bool = False,
+        routes: tuple[str, ...] = ROUTES,
     ) -> None:
         d_inner, rank = mixer_sizes(d_model, d_state, d_conv, expand, dt_rank)
-        super().__init__(d_inner, d_state, d_conv, rank, conv_bias=conv_bias)
+        super().__init__(d_inner, d_state, d_conv, rank, conv_bias=conv_bias, routes=routes)
         self.d_model = d_model
         self.in_proj = nn.Linear(d_model, d_inner, bias=False)
         self.out_norm = LayerNorm(d_inner)
@@ -156,6 +158,7 @@ class VMamba(Pyramid):
         gate: Whether mixers have one.
         conv_bias: Whether their convolutions have a bias.
         d_conv: Side of their convolutions.
+        routes: Which routes through the grid they scan; fewer than all four show what the others are worth.
         mlp_ratio: Inner width of the MLP after each mixer over that of its stage; 0 for no MLP.
         stem: Patches by one map, or by two overlapping convolutions.
         downsample: Between stages: patch merging, or a convolution with side 2 or 3.
@@ -177,6 +180,7 @@ class VMamba(Pyramid):
         gate: bool = True,
         conv_bias: bool = True,
         d_conv: int = 3,
+        routes: tuple[str, ...] = ROUTES,
         mlp_ratio: float = 0.0,
         stem: Stem = "patches",
         downsample: Downsample = "merge",
@@ -192,6 +196,7 @@ class VMamba(Pyramid):
         mixer = partial(
             CrossScan2d if gate else UngatedCrossScan2d,
             **{"d_state": d_state, "d_conv": d_conv, "expand": expand, "dt_rank": dt_rank, "conv_bias": conv_bias},
+            routes=routes,
         )
         rates = iter(rising_rates(drop_path, sum(depths)))
 

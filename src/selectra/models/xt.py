@@ -126,7 +126,7 @@ class Context(nn.Module):
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, d_model))
         nn.init.normal_(self.cls_token, std=1e-6)
 
-    no_decay = ("cls_token",)
+    no_decay: tuple[str, ...] = ("cls_token",)
 
     def forward(self, grid: Float[Tensor, "b h w c"]) -> tuple[Float[Tensor, "b h w d"], Float[Tensor, "b d"] | None]:
         """The grid and the class token behind the last layer."""

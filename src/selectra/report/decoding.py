@@ -21,7 +21,8 @@ def decoding(record: Row) -> Iterator[str]:
     gigabytes = record["copy_bytes_per_second"] / 1e9
     yield (
         f"**Target {'met' if met else 'missed'}: a token takes {worst:.2f} times as long as reading the weights once "
-        f"(at most {MOST_OVER_FLOOR} asked).** Batch 1, bfloat16, random weights, one CUDA graph a token; the weights' "
+        f"(at most {MOST_OVER_FLOOR} asked, on an H100; here {record['device']}).** Batch 1, bfloat16, random weights, "
+        "one CUDA graph a token; the weights' "
         f"{size(mamba['weight_bytes'])} at the {gigabytes:,.0f} GB/s that a copy reads and writes here take "
         f"{mamba['floor_ms']:.3f} ms. Medians of CUDA events."
     )
@@ -42,6 +43,7 @@ def decoding(record: Row) -> Iterator[str]:
          "prefill, tokens a second", "prefill's peak"), table,
     )  # fmt: skip
     yield from _ways(record)
+    yield from record.get("notes", [])
 
 
 def _memory(rows: Sequence[Row]) -> str:

@@ -71,7 +71,7 @@ def overlay_figure(found: Overlay) -> Figure:
     shown = [i for i in sorted(range(len(shares)), key=lambda i: -shares[i]) if shares[i] > 0]
     handles = [
         Patch(
-            facecolor=np.array(found.colours[i]) / 255,
+            facecolor=_shares_of(found.colours[i]),
             edgecolor="#444444",
             label=f"{found.classes[i]}  {shares[i]:.1%}",
         )
@@ -82,6 +82,10 @@ def overlay_figure(found: Overlay) -> Figure:
     axes[2].legend(handles=handles, loc="upper left", frameon=False, fontsize=10, title=note, alignment="left",
                    borderaxespad=0.0)  # fmt: skip
     return figure
+
+
+def _shares_of(colour: tuple[int, int, int]) -> tuple[float, float, float]:
+    return colour[0] / 255, colour[1] / 255, colour[2] / 255
 
 
 def blended(image: Pixels, found: Overlay) -> Pixels:

@@ -184,8 +184,8 @@ def fairness(content: Row) -> list[str]:
     lines = [
         f"Every model is trained for {length} of {train['batch_size']} samples, with seeds 0 to {study['seeds'] - 1}; "
         "the same seed gives every model the same order of the data, which is checked by a digest in every record.",
-        "The weights that are best on the validation part are kept; the test part is read once for each training, "
-        "after it. What no seed changes is run once and stands for every seed.",
+        f"{_kept(content)}; the test part is read once for each training, after it. What no seed changes is run once "
+        "and stands for every seed.",
     ]
     if tuning:
         fixed = [f"{name} among {', '.join(map(str, values))}" for name, values in tuning["values"].items()]
@@ -206,6 +206,14 @@ def fairness(content: Row) -> list[str]:
         )
     lines += [f"Differs beside the model: {name}, since {reason}." for name, reason in study["declared"].items()]
     return lines
+
+
+def _kept(content: Row) -> str:
+    """Which weights of a training are tested."""
+    scored = [cell for cell in content["cells"] if "test" in cell and cell.get("packed", 1) > 1]
+    if scored and all(cell["best_step"] == cell["steps"] for cell in scored):
+        return "The weights that a training ends with are kept"
+    return "The weights that are best on the validation part are kept"
 
 
 def reading(content: Row) -> list[str]:

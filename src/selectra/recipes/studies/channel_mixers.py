@@ -10,7 +10,7 @@ from selectra.spec import Spec
 def channel_mixers() -> Study:
     """Does EinFFT beat Monarch matrices, an MLP and no channel mixer beside Mamba?
 
-    24 trainings of 500 steps; the time of all of them has not been measured.
+    24 trainings of 500 steps; its cost is not measured yet.
     Sizes differ by the mixer, and stand in the report.
     """
     return Study(

@@ -10,7 +10,7 @@ from selectra.spec import Spec
 def directions() -> Study:
     """Does scanning the series both ways beat one way with as many parameters?
 
-    12 trainings of 500 steps; the time of all of them has not been measured.
+    12 trainings of 500 steps; its cost is not measured yet.
     """
     return Study(
         name="directions",

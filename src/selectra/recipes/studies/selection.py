@@ -12,7 +12,7 @@ PARTS = {"without tokens": "time", "without channels": "channels", "without aver
 def selection() -> Study:
     """Does TSM2 need both selections, of tokens and of channels, and the averaging?
 
-    24 trainings of 500 steps; the time of all of them has not been measured.
+    24 trainings of 500 steps; its cost is not measured yet.
     A variant without a part has fewer parameters; the report tells how many. Two blocks give averages a choice.
     """
     whole = Spec("tsm2", depth=2)

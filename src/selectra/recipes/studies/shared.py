@@ -1,4 +1,4 @@
-"""What the studies on the bundled weather share."""
+"""What the built-in studies share."""
 
 from selectra.spec import Optim, Run, Spec, Train
 
@@ -17,4 +17,16 @@ def weather(horizon: int) -> Run:
         task=Spec("forecasting", loss="mse"),
         optim=Optim(lr=RATES[1], weight_decay=0.01, warmup_steps=STEPS // 20),
         train=Train(steps=STEPS, batch_size=32, eval_every=STEPS // 5),
+    )
+
+
+def shapes() -> Run:
+    """Drawn shapes, which need no file; name your own folder or `cifar10_jpeg`. Variants bring the model."""
+    return Run(
+        name="drawn shapes",
+        model=Spec("vmamba_smoke"),
+        data=Spec("images", val=0.1, crop=4, flip=0.5),
+        task=Spec("classification", label_smoothing=0.1),
+        optim=Optim(lr=RATES[1], weight_decay=0.05, warmup_steps=STEPS // 10, clip=1.0),
+        train=Train(steps=2 * STEPS, batch_size=256, eval_every=2 * STEPS, precision="bfloat16"),
     )

@@ -1,0 +1,199 @@
+"""Whether Mamba is useful, from all records of a folder: what each says, and what has none yet."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from selectra.compare.stats import FEWEST, contrast, judged
+from selectra.errors import DataError
+
+Row = dict[str, Any]
+# What a whole answer needs: the question, and the command that makes its record.
+QUESTIONS = {
+    "forecasting": ("Forecasting: Mamba against other kinds of models", "selectra compare forecasting"),
+    "images": ("Images: Mamba against attention and convolutions at equal parameters", "results/vision_cifar10.py"),
+    "language": ("Language: what Mamba and attention have learned, speed aside", "selectra compare language"),
+    "costs": ("Time, memory and energy at equal parameters", "selectra compare costs --device cuda"),
+    "selection": ("Token and channel selection (MambaMixer's ablation)", "selectra compare selection"),
+    "channel_mixers": ("Channel mixers (SiMBA's ablation)", "selectra compare channel_mixers"),
+    "channel_mixers_images": ("Channel mixers on images", "selectra compare channel_mixers_images"),
+    "channel_mixers_deep": ("Channel mixers in deep stacks", "selectra compare channel_mixers_deep"),
+    "scan_orders": ("Scan orders in 2D", "selectra compare scan_orders"),
+    "directions": ("Both directions or one", "selectra compare directions"),
+    "discretisation": ("What discretisation buys", "selectra compare discretisation"),
+}  # fmt: skip
+MAMBA_IMAGES = ("vim2", "vmamba", "vim", "simba")
+IMAGES = "CIFAR-10-JPEG, top-1, equal parameters and steps, three seeds, after Holm's correction"
+OUTCOMES = {"better": "wins", "worse": "loses", "level": "level"}
+
+
+def collect(folder: Path) -> Row:
+    """What the records of a folder say.
+
+    Raises:
+        DataError: There is no such folder, or a record in it is damaged.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder '{folder}'; name one with records, such as results.")
+    records = {path.name: _read(path) for path in sorted(folder.glob("*.json"))}
+    found: Row = {"claims": [], "speed": [], "parts": [], "fields": {}, "answered": set()}
+    _forecasting(found, _of(records, "selectra compare forecasting"))
+    _images(found, _of(records, "vision_cifar10"))
+    _studies(found, _of(records, "selectra study"))
+    _costs(found, _of(records, "selectra costs"))
+    _lengths(found, {name: each for name, each in records.items() if each.get("benchmark") == "lengths"})
+    answered = found.pop("answered") | found["fields"].keys()
+    missing = [{"question": question, "command": command} for name, (question, command) in QUESTIONS.items()
+               if name not in answered]  # fmt: skip
+    return {**found, "missing": missing, "verdict": _verdict(found)}
+
+
+def _read(path: Path) -> Row:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"'{path}' cannot be read as a record: {error}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _of(records: dict[str, Row], what: str) -> dict[str, Row]:
+    return {name: each for name, each in records.items() if each.get("what") == what}
+
+
+def _claim(found: Row, outcome: str, text: str, names: Iterable[str]) -> None:
+    found["claims"].append({"outcome": outcome, "text": text, "records": sorted(set(names))})
+
+
+def _forecasting(found: Row, records: dict[str, Row]) -> None:
+    for name, record in records.items():
+        verdict = record["verdict"]
+        if verdict["mamba"] is None:
+            continue
+        by_outcome = defaultdict(list)
+        for rival, each in verdict["pairs"]["one"].items():
+            outcome = "wins" if each["high"] < 0 else "loses" if each["low"] > 0 else "level"
+            by_outcome[outcome].append(rival)
+            _claim(found, outcome, (
+                f"Forecasting: {verdict['mamba']} against {rival}, mean MSE over {verdict['cells']} cells "
+                f"{each['mean']:.4f} and {each['rival']:.4f} (difference {each['difference']:+.4f}, 95 % interval "
+                f"{each['low']:+.4f} to {each['high']:+.4f}; lower on {each['wins']} of {each['pairs']} cells)"
+            ), [name])  # fmt: skip
+        parts = [f"{_words(by_outcome[key])} {said}" for key, said in (
+            ("wins", "worse"), ("level", "level with it"), ("loses", "better")) if by_outcome[key]]  # fmt: skip
+        found["fields"]["forecasting"] = f"forecasting, {verdict['mamba']}: {'; '.join(parts)}"
+
+
+def _words(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:-1])
+    return f"{shown} and {names[-1]} are" if shown else f"{names[0]} is"
+
+
+def _images(found: Row, records: dict[str, Row]) -> None:
+    top1: dict[str, dict[int, float]] = defaultdict(dict)
+    steps = {training["steps"] for record in records.values() for training in record["trainings"]}
+    # Trainings of other lengths are another comparison; the longest is the one that counts.
+    for record in records.values():
+        for training in record["trainings"]:
+            if training["steps"] == max(steps):
+                top1[training["recipe"].removesuffix("_cifar10")][training["seed"]] = training["test"]["top1"]
+    pairs = [(mamba, rival) for mamba in top1 if mamba in MAMBA_IMAGES for rival in top1 if rival not in MAMBA_IMAGES]
+    pairs = [(mamba, rival) for mamba, rival in pairs if len(top1[mamba].keys() & top1[rival].keys()) >= FEWEST]
+    if not pairs:
+        return
+    contrasts = [contrast(*_common(top1[mamba], top1[rival])) for mamba, rival in pairs]
+    results = dict(zip(pairs, judged(contrasts, higher_is_better=True), strict=True))
+    words = []
+    for rival in dict.fromkeys(rival for _, rival in pairs):
+        by_outcome: dict[str, list[str]] = defaultdict(list)
+        for (mamba, other), each in results.items():
+            if other == rival:
+                by_outcome[OUTCOMES[each["outcome"]]].append(f"{mamba} {100 * each['mean']:.1f} %")
+        theirs = 100 * fmean(top1[rival].values())
+        for outcome, models in by_outcome.items():
+            said = {"wins": "is beaten by", "loses": "beats", "level": "is not told apart from"}[outcome]
+            _claim(found, outcome, f"Images ({IMAGES}): {rival}, {theirs:.1f} %, {said} {', '.join(models)}", records)
+        beaten, beats = len(by_outcome["wins"]), len(by_outcome["loses"])
+        parts = [f"beats {beats}" if beats else "", f"is beaten by {beaten}" if beaten else ""]
+        words.append(f"{rival} {' and '.join(filter(None, parts)) or 'is level with all'}")
+    count = len({mamba for mamba, _ in pairs})
+    found["fields"]["images"] = f"images, of {count} Mamba models at equal parameters: {'; '.join(words)}"
+
+
+def _common(ours: dict[int, float], theirs: dict[int, float]) -> tuple[list[float], list[float]]:
+    seeds = sorted(ours.keys() & theirs.keys())
+    return [ours[seed] for seed in seeds], [theirs[seed] for seed in seeds]
+
+
+def _studies(found: Row, records: dict[str, Row]) -> None:
+    for name, record in records.items():
+        done = sum("test" in cell for cell in record["cells"])
+        found["answered"].add(record["name"])
+        found["answered"].add(record["name"].partition("_")[0])
+        if "mamba" in record["kinds"].values():
+            _contest(found, name, record)
+            continue
+        found["parts"].append({
+            "question": record["question"], "text": record["verdict"]["text"], "trainings": done, "records": [name],
+            "rows": [{key: row[key] for key in ("base", "variant", "mean", "spread")} | {
+                "parameters": row["cost"]["parameters"], "seeds": len(row["values"])} for row in record["rows"]],
+            "metric": record["metric"],
+        })  # fmt: skip
+
+
+def _contest(found: Row, name: str, record: Row) -> None:
+    """A study of Mamba against other kinds: its comparisons are claims like others."""
+    bases = ", ".join(dict.fromkeys(row["base"] for row in record["rows"]))
+    for each in record["overall"]:
+        outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
+        low, high = signed.format(each["low"]), signed.format(each["high"])
+        _claim(found, outcome, f"{bases}: {record['subject']} against {each['rival']}, {record['metric']} "
+               f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval "
+               f"{low} to {high}; {each['pairs']} seeds)", [name])  # fmt: skip
+    found["fields"][record["name"]] = record["verdict"]["text"].rstrip(".")
+
+
+def _costs(found: Row, records: dict[str, Row]) -> None:
+    for name, record in records.items():
+        for kind in record["kinds"].values():
+            for each in kind["crossings"]:
+                if each["subject"] == kind["subjects"][0] and each["quantity"] in ("unit_us", "unit_mj", "memory_mb"):
+                    measured = [row["point"] for row in kind["rows"] if row["mode"] == each["mode"]
+                                and row["model"] == each["rival"] and "reason" not in row]  # fmt: skip
+                    found["speed"].append({**each, "question": kind["question"], "axis": kind["axis"],
+                                           "least": min(measured), "most": max(measured), "records": [name],
+                                           "device": record["device"], "params": kind["params"]})  # fmt: skip
+    time = [each for each in found["speed"] if each["quantity"] == "unit_us"]
+    firsts = {each["question"]: each["rival"] for each in reversed(time)}
+    said = [f"{each['subject']} against {each['rival']}, {MODES[each['mode']]}: {where(each)}"
+            for each in time if each["rival"] == firsts[each["question"]]]  # fmt: skip
+    if said:
+        found["fields"]["costs"] = f"speed: {'; '.join(said)}"
+
+
+MODES = {"forward": "forward", "step": "training", "decode": "generating"}
+
+
+def where(each: Row) -> str:
+    """From which point on Mamba costs less."""
+    if each["point"] is None:
+        return f"never the cheaper one up to {each['most']:,}"
+    if each["point"] <= each["least"]:
+        return f"cheaper from the smallest measured, {each['least']:,}, on"
+    return f"cheaper from about {each['point']:,.0f} on"
+
+
+def _lengths(found: Row, records: dict[str, Row]) -> None:
+    found["kernels"] = [{"text": words, "records": [name]} for name, record in records.items()
+                        for words in record["findings"]["words"] if "against" in words]  # fmt: skip
+
+
+def _verdict(found: Row) -> str:
+    """One sentence for each field, with what they add up to before them."""
+    outcomes = {claim["outcome"] for claim in found["claims"]}
+    first = "No record yet" if not outcomes else "It depends" if {"wins", "loses"} <= outcomes else (
+        "Yes, so far" if "wins" in outcomes else "No gain that can be shown")  # fmt: skip
+    fields = [text[0].upper() + text[1:] for text in found["fields"].values()]
+    return ". ".join([first, *fields]) + "."
