@@ -1,15 +1,15 @@
 """One long sequence through a Mamba on one GPU and split over two: `python results/length_parallel_gpu.py --out DIR`.
 
 The target: 1,048,576 tokens through 24 Mamba blocks of width 768 in bfloat16, every block computed again during
-backward, loss over all tokens, forward and backward; on two GPUs at least 1.8 times as fast, and half of the memory
-in each. Weights are random and float32, under autocast; the embedding and with it the residual stream are bfloat16,
-tokens are bytes (a vocabulary of 256). One GPU keeps 3 GiB a block, some 110 GiB in all by count of tensors: it needs
-an H200. Every number of GPUs runs in fresh processes: one pass that is not counted, which compiles kernels and
-compares the loss with what one GPU gave, then `--passes` that are timed by the host's clock between two synchronised
-points, the slowest process's time, and each one's highest memory. The record is written after each.
+backward, loss over all tokens, forward and backward; on two GPUs at least 1.8 times as fast, and half of the memory in
+each. Weights are random and float32, under autocast; the embedding and with it the residual stream are bfloat16, tokens
+are bytes (a vocabulary of 256). One GPU keeps 3 GiB a block, some 110 GiB in all by a count of tensors: an H200. Every
+number of GPUs runs in fresh processes: one pass that is not counted, which compiles kernels, then `--passes` that are
+timed by the host's clock between two synchronised points, the slowest process's time, and each one's highest memory;
+loss and gradients are set beside those of one GPU. The record is written after each.
 
-A rehearsal on a CPU, with gloo: `python results/length_parallel_gpu.py --device cpu --tokens 4096 --depth 2 --d-model
-32 --out DIR`. docs/scaling.md says how programs start on a cluster.
+A rehearsal on a CPU, with gloo: `python results/length_parallel_gpu.py --device cpu --tokens 4096 --depth 2
+--d-model 32 --out DIR`. docs/scaling.md says how programs start on a cluster.
 """
 
 import datetime
@@ -24,7 +24,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torch.nn import functional as F
 
 from selectra import length_parallel
@@ -101,8 +102,8 @@ def measured(n: int, sizes: dict[str, Any], device: str) -> dict[str, Any]:
     """One row of the record."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            multiprocessing.start_processes(worker, (n, folder, sizes, device), n, start_method="spawn")
-        except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+            start_processes(worker, (n, folder, sizes, device), n, start_method="spawn")
+        except (ProcessRaisedException, ProcessExitedException) as error:
             return {"processes": n, "problem": str(error).strip().splitlines()[-1]}
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
     slowest = [max(times) for times in zip(*(one["seconds"] for one in found), strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 # Processes are copies of one that has loaded all this, not new ones that load it each.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
@@ -19,7 +20,7 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 def together(n: int, work: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
     """What `work(*args)` returns in each of n processes of one gloo group, in order of rank."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.start_processes(_start, (n, folder, timeout, work, args), n, start_method="forkserver")
+        start_processes(_start, (n, folder, timeout, work, args), n, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(n)]
 
 

@@ -60,8 +60,8 @@ def length_parallel(group: Any = None, *, timeout: float = 300.0) -> Iterator[Li
 
 @contextlib.contextmanager
 def _split_by(link: Link) -> Iterator[None]:
-    scan = torch.compiler.disable(partial(split_scan, link=link))
-    conv = torch.compiler.disable(partial(split_conv, link=link))
+    scan: Any = torch.compiler.disable(partial(split_scan, link=link))
+    conv: Any = torch.compiler.disable(partial(split_conv, link=link))
     splits.append(link)
     try:
         with selective_scan.wrapping(scan), causal_conv1d.wrapping(conv):
