@@ -119,7 +119,9 @@ def _costs(
         "points": tuple(map(int, points)),
     }
     path, console = store or Path("costs.json"), _console()
-    compare_costs(Wish(**asked, **({"kinds": kinds} if kinds else {})), path, device, time_limit, console)
+    if kinds:
+        asked["kinds"] = kinds
+    compare_costs(Wish(**asked), path, device, time_limit, console)
     _report_json(path, None, console)
 
 

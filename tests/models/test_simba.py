@@ -86,6 +86,7 @@ def test_a_convolution_sees_the_grid():
     """Across the end of a row Mamba goes on, the convolution does not."""
     block = RowBlock(4, S6(4, d_state=2), ConvMlp(4, 8))
     x = torch.randn(1, 3, 5, 4, requires_grad=True)
+    assert block.channel is not None
     (gradient,) = torch.autograd.grad(block.channel(x)[0, 1, 4].sum(), x)
     seen = (gradient[0] != 0).any(-1)
     assert seen[:, 3:].all() and not seen[:, :3].any()

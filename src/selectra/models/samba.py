@@ -175,7 +175,7 @@ def read_samba(
     )
     eps = norm_eps(norm_layer)
     for module in model.modules():
-        if isinstance(module, RowBlock):
+        if isinstance(module, RowBlock) and module.norm2 is not None:
             module.norm2.eps = eps
         if isinstance(module, NormedStage):
             assert module.norm is not None

@@ -79,7 +79,7 @@ def _set_eps(model: nn.Module, norm_layer: NormLayer) -> None:
     """Give the norms that the official class takes as an argument its eps."""
     eps = norm_eps(norm_layer)
     for module in model.modules():
-        if isinstance(module, RowBlock):
+        if isinstance(module, RowBlock) and module.norm2 is not None:
             module.norm2.eps = eps
         if isinstance(module, NormedStage):
             assert module.norm is not None
