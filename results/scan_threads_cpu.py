@@ -84,7 +84,8 @@ def main(
         **environment(),
         "rows": rows,
     }
-    path = out / f"scan-threads-two-core-xeon-{now:%Y-%m-%d}.json"
+    many = "threads" if threads == 2 else f"{threads}-threads"
+    path = out / f"scan-{many}-two-core-xeon-{now:%Y-%m-%d}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
