@@ -127,11 +127,9 @@ def test_what_it_does_not_take() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("bulk", [True, False])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize(("depth", "batch", "sizes"), [(3, 1, (256, 16)), (40, 2, (96, 16)), (2, 4, (2048, 16))])
-def test_blocks_meet_on_a_gpu(dtype, depth, batch, sizes, bulk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "OLDEST_FOR_BULK", (9, 0) if bulk else (99, 0))
+def test_blocks_meet_on_a_gpu(dtype, depth, batch, sizes) -> None:
     blocks = blocks_of(depth, dtype, *sizes)
     states, x = drawn_states(blocks, batch), torch.randn(batch, 1, sizes[0]).to(dtype)
     truth = wanted(blocks, x, None, [State(*(t.clone() for t in state)) for state in states])

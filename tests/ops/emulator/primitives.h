@@ -120,16 +120,10 @@ DEVICE void prefetch(const void*) {}
 DEVICE float4 load_fresh(const float* x) { return *reinterpret_cast<const float4*>(x); }
 DEVICE float load_one_fresh(const float* x) { return *x; }
 // Blocks run one after the other here; a host that knows so launches what lies between two meetings by itself.
-DEVICE void meet_blocks(int*, int) { emulator::fail("thread blocks cannot meet on this machine"); }
+DEVICE void meet_blocks(int*, int, int) { emulator::fail("thread blocks cannot meet on this machine"); }
 
 DEVICE void synchronize_block(EMULATOR_SITE) {
   emulator::meet(emulator::Meeting{"synchronize_block", site, true, nullptr, nullptr});
-}
-
-// Of all threads: none runs apart here.
-template <int COUNT>
-DEVICE void synchronize_some(EMULATOR_SITE) {
-  emulator::meet(emulator::Meeting{"synchronize_some", site, true, nullptr, nullptr});
 }
 
 DEVICE void synchronize_warp(EMULATOR_SITE) {

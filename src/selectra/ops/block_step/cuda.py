@@ -25,13 +25,9 @@ NONE = -1
 PARTS = 4
 # Rows of a batch: with more of them products are no longer bound by the reading of the weights.
 MOST_ROWS = 4
-# Of devices that copy in large pieces: none. From (9, 0) on they could; it ran in the emulator, on no device yet.
-OLDEST_FOR_BULK = (99, 0)
 # A launch takes its arguments by value, in 32,764 bytes at most.
 MOST_BLOCKS = 256
-WARPS, PIECES, MOST_PIECES, MOST_TILES, LEAST_BATCH = 8, 4, 8, 15, 64
-# Of the barriers in shared memory.
-BARRIER_BYTES = 256
+WARPS, PIECES, MOST_TILES, BATCH = 8, 8, 12, 64
 # Channels whose recurrence a warp steps at once.
 MOST_TOGETHER = 4
 WARP, PIECE_BYTES, FLOAT_BYTES = 32, 16, 4
@@ -99,7 +95,7 @@ class CudaStepPlan:
             and model % vector == 0
             and d_inner % vector == 0
             # A thread's pieces of a row make a tile at most.
-            and max(model, d_inner) <= MOST_PIECES * vector * WARPS * WARP
+            and max(model, d_inner) <= PIECES * vector * WARPS * WARP
             and all(w is None or _fits(w, device) for w in weights)
             and all(w is None or w.dtype == dtype for w in weights._replace(A_log=None, D=None))  # pyright: ignore
         )
@@ -185,13 +181,9 @@ def step_launch(shape: Shape) -> Launch:
     """The kernel, with one thread block on every multiprocessor."""
     sizes, cooperative = shape.sizes, cuda.is_cooperative(shape.device_index)
     blocks = cuda.multiprocessors(shape.device_index)
-    wide = max(sizes.model, sizes.inner) * sizes.dtype.itemsize > PIECES * PIECE_BYTES * WARPS * WARP
-    pieces = MOST_PIECES if wide else PIECES
     # The sums of warps; the rest of the shared memory holds weights on their way.
-    room = shape.rows * WARPS * max(LEAST_BATCH, WARPS * pieces) * FLOAT_BYTES + BARRIER_BYTES
-    # Without thread blocks that stay there is no time to be gained by a warp for copies alone.
-    bulk = cooperative and cuda.capability(shape.device_index) >= OLDEST_FOR_BULK
-    tile = WARP * pieces * PIECE_BYTES
+    room = shape.rows * WARPS * BATCH * FLOAT_BYTES
+    tile = WARP * PIECES * PIECE_BYTES
     tiles = min(MOST_TILES, (cuda.shared_limit(shape.device_index) - room) // (WARPS * tile))
     defines = (
         ("TYPE", TYPES[sizes.dtype]),
@@ -207,11 +199,10 @@ def step_launch(shape: Shape) -> Launch:
         ("RANK", sizes.rank),
         ("DEPTH", shape.depth),
         ("WARPS", WARPS),
-        ("PIECES", pieces),
+        ("PIECES", PIECES),
         ("TILES", max(tiles, 1)),
-        ("BULK", int(bulk)),
         ("TOGETHER", min(MOST_TOGETHER, -(-sizes.inner // (blocks * WARPS)))),
     )
     shared_bytes = room + WARPS * max(tiles, 1) * tile
     kernel = cuda.kernel(SOURCE, "step_blocks", defines, shape.device_index, shared_bytes, cooperative)
-    return Launch(kernel, blocks, (WARPS + 1 + bulk) * WARP, cooperative)
+    return Launch(kernel, blocks, (WARPS + 1) * WARP, cooperative)

@@ -22,16 +22,14 @@
 //   DEPTH     blocks
 //   WARPS     of a thread block that read weights, a power of two; one more sees to the meetings
 //   PIECES    of 16 bytes that a lane reads for a tile of weights, at most
-//   TILES     of a warp that are on their way at once
+//   TILES     that a warp has on their way at once
 //   TOGETHER  channels whose recurrence a warp steps at once
-//   BULK      whether one thread asks for weights in large pieces, which needs sm_90, or every thread for its own
 
-// A last warp may bring weights for the others.
-constexpr int LANES = 32, WORKERS = (WARPS + 1) * LANES, THREADS = WORKERS + BULK * LANES, SELECTED = RANK + 2 * STATES;
+constexpr int LANES = 32, THREADS = (WARPS + 1) * LANES, SELECTED = RANK + 2 * STATES;
 // Numbers in 16 bytes.
 constexpr int VECTOR = TYPE == FLOAT32 ? 4 : 8, PIECE_BYTES = 16, TILE_BYTES = LANES * PIECES * PIECE_BYTES;
 // Rows of weights after which a thread block adds up its warps' sums, and the room of these.
-constexpr int BATCH = WARPS * PIECES > 64 ? WARPS * PIECES : 64, SUM_BYTES = ROWS * WARPS * BATCH * 4;
+constexpr int BATCH = 64, SUM_BYTES = ROWS * WARPS * BATCH * 4;
 constexpr float LOG2_E = 1.4426950408889634f;
 
 // The parts of a block; between two of them all thread blocks have to meet.
@@ -133,14 +131,4 @@ DEVICE float warp_sum(float x) {
 #pragma unroll
     for (int lanes = LANES / 2; lanes > 0; lanes /= 2) x += shuffle_xor(x, lanes);
     return x;
-}
-
-// Of several numbers side by side: the shuffles of one do not wait for those of another.
-template <int N>
-DEVICE void warp_sums(float (&x)[N]) {
-#pragma unroll
-    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) {
-#pragma unroll
-        for (int i = 0; i < N; ++i) x[i] += shuffle_xor(x[i], lanes);
-    }
 }

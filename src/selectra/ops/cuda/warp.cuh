@@ -139,57 +139,21 @@ DEVICE float load_one_fresh(const float* x) {
     return y;
 }
 
-// A barrier of the first COUNT threads of a thread block.
-template <int COUNT>
-DEVICE void synchronize_some() {
-    asm volatile("bar.sync 1, %0;" ::"n"(COUNT) : "memory");
-}
-
 // Waits until every thread block of a launch that has them all at work at once (a cooperative one) has come to meeting
-// number `meeting`, from 1 on: `met` says of each to which one it came. One warp speaks for its thread block, between two
-// barriers; what was written before is seen after. It does best to have no loads on their way.
-DEVICE void meet_blocks(int* met, int meeting) {
-    int lane = thread_index() % 32;
-    if (lane == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(met + block_x()), "r"(meeting) : "memory");
-    for (int other = lane; other < grid_x(); other += 32) {
-        int seen;
-        do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(met + other) : "memory");
-        while (seen < meeting);
+// number `meeting`, from 1 on: `met` says of each to which one it came. What was written before is seen after. One warp
+// speaks for its thread block; it does best to have no loads on their way.
+DEVICE void meet_blocks(int* met, int meeting, int warp) {
+    __syncthreads();
+    if (thread_index() / 32 == warp) {
+        int lane = thread_index() % 32;
+        if (lane == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(met + block_x()), "r"(meeting) : "memory");
+        for (int other = lane; other < grid_x(); other += 32) {
+            int seen;
+            do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(met + other) : "memory");
+            while (seen < meeting);
+        }
     }
-    __syncwarp();
-}
-
-// From here on sm_90 alone: barriers in shared memory, 8 bytes each, that threads and copies come to.
-DEVICE uint32 shared_address(const void* x) { return uint32(__cvta_generic_to_shared(x)); }
-
-DEVICE void make_barrier(uint64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-// Behind the making of barriers: copies see them too.
-DEVICE void show_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-DEVICE void arrive_at_barrier(uint64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Waits until a barrier's turn 0, 1, 0, ... is over; of a new one turn 1 is.
-DEVICE void wait_at_barrier(uint64* barrier, uint32 turn) {
-    uint32 done;
-    do asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-           : "=r"(done) : "r"(shared_address(barrier)), "r"(turn) : "memory");
-    while (!done);
-}
-
-// Copies so many bytes (a multiple of 16, as are both places) into shared memory, behind the thread's back; the barrier's
-// turn is over when they are there.
-DEVICE void copy_bulk(void* shared, const void* global, int bytes, uint64* barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-        ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(shared_address(shared)), "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+    __syncthreads();
 }
 
 #else
