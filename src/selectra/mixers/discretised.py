@@ -25,7 +25,7 @@ from selectra.mixers.s6 import S6, State, at_least_float32
 Discretisation = Literal["mamba", "zoh", "euler", "none"]
 
 
-def make_s6(discretisation: Discretisation, d_model: int, *sizes: Any, **options: Any) -> S6:
+def make_s6(discretisation: str, d_model: int, *sizes: Any, **options: Any) -> S6:
     """The Mamba block under a discretisation.
 
     Raises:
@@ -43,7 +43,7 @@ class DiscretisedS6(S6):
         discretisation: "zoh", "euler", "none", or "mamba", which is `S6` in plain PyTorch.
     """
 
-    def __init__(self, discretisation: Discretisation, d_model: int, *sizes: Any, **options: Any) -> None:
+    def __init__(self, discretisation: str, d_model: int, *sizes: Any, **options: Any) -> None:
         if discretisation not in get_args(Discretisation):
             known = ", ".join(map(repr, get_args(Discretisation)))
             raise ConfigError(f"discretisation={discretisation!r}: takes {known}")
