@@ -1,9 +1,11 @@
 """Sources to batches and facts; importing this room registers every data set."""
 
+from selectra.data.clip_batches import ClipBatch as ClipBatch
 from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
 from selectra.data.mask_views import MaskBatch as MaskBatch
 from selectra.data.masks import Masks as Masks
+from selectra.data.moving_shapes import MovingShapes as MovingShapes
 from selectra.data.recall import Copying as Copying
 from selectra.data.recall import Recall as Recall
 from selectra.data.series import SeriesData as SeriesData

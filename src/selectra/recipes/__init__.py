@@ -15,6 +15,8 @@ from selectra.recipes.cifar10 import vim2_cifar10 as vim2_cifar10
 from selectra.recipes.cifar10 import vim_cifar10 as vim_cifar10
 from selectra.recipes.cifar10 import vit_cifar10 as vit_cifar10
 from selectra.recipes.cifar10 import vmamba_cifar10 as vmamba_cifar10
+from selectra.recipes.moving_shapes import videomamba_shapes as videomamba_shapes
+from selectra.recipes.moving_shapes import videomamba_shapes_still as videomamba_shapes_still
 from selectra.recipes.shakespeare import shakespeare as shakespeare
 from selectra.recipes.shakespeare import shakespeare_small as shakespeare_small
 from selectra.recipes.tsm2_etth1 import tsm2_etth1 as tsm2_etth1
