@@ -6,6 +6,10 @@ from selectra.recipes.camvid import vim2_camvid as vim2_camvid
 from selectra.recipes.camvid import vim_camvid as vim_camvid
 from selectra.recipes.camvid import vit_camvid as vit_camvid
 from selectra.recipes.camvid import vmamba_camvid as vmamba_camvid
+from selectra.recipes.camvid_regions import xt_hyper_camvid120 as xt_hyper_camvid120
+from selectra.recipes.camvid_regions import xt_mamba_camvid120 as xt_mamba_camvid120
+from selectra.recipes.camvid_regions import xt_none_camvid120 as xt_none_camvid120
+from selectra.recipes.camvid_regions import xt_xl_camvid120 as xt_xl_camvid120
 from selectra.recipes.cifar10 import convnext_cifar10 as convnext_cifar10
 from selectra.recipes.cifar10 import mlp_mixer_cifar10 as mlp_mixer_cifar10
 from selectra.recipes.cifar10 import resnet18_cifar10 as resnet18_cifar10
