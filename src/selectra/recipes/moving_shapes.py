@@ -6,10 +6,10 @@ from selectra.spec import Optim, Run, Spec, Train
 
 @recipes.register("videomamba_shapes", kind="video", source="arXiv:2403.06977")
 def videomamba_shapes() -> Run:
-    """VideoMamba-Ti on drawn clips of moving shapes, in patches of 8 pixels."""
+    """VideoMamba-Ti on drawn clips of moving shapes, in patches of 8 pixels over two frames."""
     return Run(
         name="videomamba_shapes",
-        model=Spec("videomamba_clip_tiny", patch_size=8),
+        model=Spec("videomamba_clip_tiny", patch_size=8, tubelet=2),
         data=Spec("moving_shapes"),
         task=Spec("clip_classification"),
         optim=Optim(lr=1e-3, weight_decay=0.05, warmup_steps=100, clip=1.0),
