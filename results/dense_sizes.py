@@ -5,9 +5,9 @@
 Models of equal parameters below the same UPerNet: xT with Mamba over regions of 256 pixels, VMamba, and ViT. The device
 is held to 80 GB. The training step (cross-entropy of every pixel, backward, AdamW) has its batch norms frozen, as one
 image has no statistics, and bfloat16 in autocast. What does not fit is noted. After the given sizes, the largest side
-that fits is looked for: estimated from the measured memory and run, then smaller or larger by steps of 6 %. Called again
-with the same record it goes on with what is missing; what ended the process is noted and not tried again. A rehearsal
-that runs on any machine: `--sizes 64,96 --no-largest`.
+that fits is looked for: estimated from the measured memory and run, then smaller or larger by 6 %. Called again with
+the same record it goes on with what is missing; what ended the process is noted and not tried again. A rehearsal that
+runs on any machine: `--sizes 64,96 --no-largest`.
 """
 
 import argparse
@@ -38,9 +38,7 @@ from selectra.train.record import environment
 
 CARD, N_CLASSES, BATCH_SECONDS, FROM = 80e9, 11, 0.4, 2048
 ENCODER = {"dims": (64, 128, 256, 512), "depths": (2, 2, 9, 2)}
-XT = Spec(
-    "xt_base", backbone=Spec("vmamba_tiny_s1l8", **ENCODER), region=256, at_once=16, d_model=768, context="mamba"
-)
+XT = Spec("xt_base", backbone=Spec("vmamba_tiny_s1l8", **ENCODER), region=256, at_once=16, d_model=768, context="mamba")
 BACKBONES = {
     "xt_mamba": XT,
     "vmamba": Spec("vmamba_tiny_s1l8"),
@@ -95,7 +93,8 @@ class Bench:
         peak, reserved = self._peaks()
         rounds = min(5, int(BATCH_SECONDS / first)) if first < 3 else 0
         each = [self._seconds(call) for _ in range(max(1, rounds))] if first < 3 else [first]
-        return {"seconds": float(np.median(each)), "calls": len(each), "first": first, "peak": peak, "reserved": reserved}  # fmt: skip
+        middle = float(np.median(each))
+        return {"seconds": middle, "calls": len(each), "first": first, "peak": peak, "reserved": reserved}
 
     def _seconds(self, call: Callable[[], None]) -> float:
         self._wait()

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     import torch
 
 Images = Annotated[
-    list[Path], typer.Argument(help="Image files; arrays (h, w, c) of uint8 as .npy.", metavar="IMAGE...")
+    list[Path],
+    typer.Argument(help="Image files; arrays (h, w, c) of uint8 as .npy. Of clips: videos.", metavar="IMAGE..."),
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Folder of a training of images.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Instead of --run: a model, such as vim_tiny ...")]
@@ -40,7 +41,8 @@ def predict(
         int | None, typer.Option(min=1, help="Segmentation: look through windows of so many pixels a side.")
     ] = None,
 ) -> None:
-    """Say what is on images: the likeliest classes, or, of a training of segmentation, every pixel's class."""
+    """Say what is on images or videos: the likeliest classes, or, of a training of segmentation, pixels' classes."""
+    from selectra.classifier.clips import is_video  # noqa: PLC0415
     from selectra.classifier.command import predictions_table, trained_from  # noqa: PLC0415
     from selectra.classifier.predicting import predict as predict_images  # noqa: PLC0415
     from selectra.classifier.segmenting import is_segmentation  # noqa: PLC0415
@@ -50,6 +52,9 @@ def predict(
     if run is not None and alone and is_segmentation(run):
         _segment(images, run, pick_device(device), skip_corrupt, out or Path("predictions"), window)
         return
+    if run is not None and alone and (out, window) == (None, None) and is_video(run):
+        _tell_clips(images, run, top, pick_device(device), skip_corrupt)
+        return
     given = [option for option, value in {"--out": out, "--window": window}.items() if value is not None]
     if given:
         raise ConfigError(f"{' and '.join(given)} is for trainings of segmentation alone; leave it out.")
@@ -58,6 +63,18 @@ def predict(
     found = predict_images(trained, images, top, pick_device(device), skipped)
     console = Console()
     console.print(predictions_table(trained, found))
+    _name_skipped(console, skipped, bool(found))
+
+
+def _tell_clips(clips: list[Path], run: Path, top: int, device: "torch.device", skip_corrupt: bool) -> None:
+    from selectra.classifier.clips import clip_model_from_run, predict_clips  # noqa: PLC0415
+    from selectra.classifier.command import predictions_table  # noqa: PLC0415
+
+    skipped: list[str] | None = [] if skip_corrupt else None
+    trained = clip_model_from_run(run)
+    found = predict_clips(trained, clips, top, device, skipped)
+    console = Console()
+    console.print(predictions_table(trained, found, "video"))
     _name_skipped(console, skipped, bool(found))
 
 

@@ -1,6 +1,7 @@
 """Sources to batches and facts; importing this room registers every data set."""
 
 from selectra.data.clip_batches import ClipBatch as ClipBatch
+from selectra.data.clips import Clips as Clips
 from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
 from selectra.data.mask_views import MaskBatch as MaskBatch

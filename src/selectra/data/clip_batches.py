@@ -42,8 +42,8 @@ class Sampling:
     """Which frames of a video a clip is made of.
 
     Uniform clips see the whole video: it is cut into as many parts as the clip has frames, and each part gives one
-    (Wang et al. 2016, arXiv:1608.00859). Dense clips see frames at a fixed distance, from somewhere in it (Feichtenhofer
-    et al. 2019, arXiv:1812.03982).
+    (Wang et al. 2016, arXiv:1608.00859). Dense clips see frames at a fixed distance, from somewhere in it
+    (Feichtenhofer et al. 2019, arXiv:1812.03982).
 
     Args:
         kind: "uniform" or "dense".
@@ -68,7 +68,7 @@ class Sampling:
         return self.n_frames if self.kind == "uniform" else (self.n_frames - 1) * self.stride + 1
 
     def training(self, length: int, u: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[int]:
-        """Frames of a training clip, rising.
+        """Frames of a training clip, in their order.
 
         Args:
             length: Frames of the video, `least` or more.

@@ -123,7 +123,9 @@ def draw_clips(
     return canvas
 
 
-def offsets(motion: Float[Tensor, "b 6"], labels: Int64[Tensor, " b"], n_frames: int, side: int) -> Int64[Tensor, "b t 2"]:  # fmt: skip
+def offsets(
+    motion: Float[Tensor, "b 6"], labels: Int64[Tensor, " b"], n_frames: int, side: int
+) -> Int64[Tensor, "b t 2"]:
     """How far a shape has moved in each frame, across and down, in 1/256 pixel.
 
     Args:
@@ -214,7 +216,8 @@ class MovingShapes:
         seed: int = 0,
     ) -> None:
         least = {"n_frames": 1 if still else 2, "img_size": 16, "n_still": 0, "train": 1, "val": 0, "test": 1}
-        given = {"n_frames": n_frames, "img_size": img_size, "n_still": n_still, "train": train, "val": val, "test": test}  # fmt: skip
+        given = {"n_frames": n_frames, "img_size": img_size, "n_still": n_still}
+        given |= {"train": train, "val": val, "test": test}
         low = [f"{name}={given[name]} (from {bound})" for name, bound in least.items() if given[name] < bound]
         if low:
             raise ConfigError(f"too low: {', '.join(low)}; two frames are the least that show a motion.")

@@ -1,8 +1,8 @@
 """CamVid in regions of 120 pixels: xT with and without a context encoder above one region encoder.
 
-Only the context differs. The decoder is SegFormer's, whose maps see one position at a time (UPerNet's pooled grids would
-let regions see each other without any context encoder). Patches have 6 pixels, so that a region gives grids of 20, 10
-and 5 positions a side, and training sees whole regions, too (2 x 3 of them; test images have 3 x 4).
+Only the context differs. The decoder is SegFormer's, whose maps see one position at a time (UPerNet's pooled grids
+would let regions see each other without any context encoder). Patches have 6 pixels, so that a region gives grids of
+20, 10 and 5 positions a side, and training sees whole regions, too (2 x 3 of them; test images have 3 x 4).
 """
 
 from selectra.recipes.camvid import on_camvid

@@ -7,4 +7,13 @@ from selectra.tasks.language import Language
 from selectra.tasks.segmentation import Segmentation
 from selectra.tasks.task import Evaluator, Loss, Task
 
-__all__ = ["Classification", "ClipClassification", "Evaluator", "Forecasting", "Language", "Loss", "Segmentation", "Task"]
+__all__ = [
+    "Classification",
+    "ClipClassification",
+    "Evaluator",
+    "Forecasting",
+    "Language",
+    "Loss",
+    "Segmentation",
+    "Task",
+]

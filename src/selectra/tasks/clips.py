@@ -10,7 +10,7 @@ from selectra.tasks.classification import AccuracyEvaluator, Classification, Lab
 
 
 def clip_scores(model: nn.Module, batch: LabelledImages, n_classes: int | None) -> Float[Tensor, "b k"]:
-    """The scores of every video in float32 at least: those of its clip, or the logarithm of its clips' mean probability.
+    """The scores of every video: those of its clip, or the logarithm of its clips' mean probability.
 
     Raises:
         ConfigError: They are not one for each class of each clip, or the clips do not divide among the videos.
