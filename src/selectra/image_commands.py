@@ -1,5 +1,6 @@
 """`selectra predict` and `selectra explain`. Heavy imports happen inside, so that help comes at once."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,6 +102,25 @@ def _name_skipped(console: Console, skipped: list[str] | None, any_found: bool) 
         console.print(f"left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if not any_found:
         raise DataError("none of the files could be read.")
+
+
+def refuse_page(run: Path) -> None:
+    """Say before a long evaluation that there will be no page of its cases."""
+    from selectra.classifier.cases import require_segmentation  # noqa: PLC0415
+
+    require_segmentation(run)
+
+
+def write_cases(run: Path, part: str, metrics: dict[str, float], console: Console) -> None:
+    """Write PART_cases.html into the folder of a training of segmentation; by the first process alone."""
+    from selectra.classifier.cases import cases_of  # noqa: PLC0415
+    from selectra.report.cases import write_page  # noqa: PLC0415
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    path = run / f"{part}_cases.html"
+    write_page(cases_of(run, part, metrics), path)
+    console.print(f"The best and worst cases of each class: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def explain(
