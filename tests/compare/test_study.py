@@ -328,7 +328,9 @@ def test_override_is_what_a_variant_changes(series: Path) -> None:
 def test_a_model_of_language_trains_on_the_data_that_the_command_names() -> None:
     from selectra.runs import find_run
 
-    run = find_run("gpt", ["data=recall", "data.keys=32", "task=language"])
+    from selectra.train.job import typed
+
+    run = typed(find_run("gpt", ["data=recall", "data.keys=32", "task=language"]))
     assert (run.data, run.task.name, run.model.name) == (Spec("recall", keys=32), "language", "gpt")
     with pytest.raises(ConfigError, match="data=NAME"):
         find_run("gpt", ["task=language"])
