@@ -92,7 +92,9 @@ def _entries(
     for annotation in content["annotations"]:
         number, of = annotation.get("id"), annotation.get("image_id")
         if of not in images:
-            problems.meet("faulty", f"annotation {number} in '{name}' is of image id {of}, which the file does not list.")
+            problems.meet(
+                "faulty", f"annotation {number} in '{name}' is of image id {of}, which the file does not list."
+            )
         elif annotation.get("category_id") not in categories:
             problems.meet(
                 "unknown",

@@ -176,7 +176,9 @@ class ObjectViews:
         found = [self.sample(int(self.rows[i]), device) for i in indices]
         mean, std = self.mean.to(device), self.std.to(device)
         if self.transform is None:
-            return ObjectBatch(tuple(image for image, _, _ in found), (), tuple(truth for *_, truth in found), mean, std)
+            return ObjectBatch(
+                tuple(image for image, _, _ in found), (), tuple(truth for *_, truth in found), mean, std
+            )
         views = [self.view(i, epoch, image, target) for i, (image, target, _) in zip(indices, found, strict=True)]
         return ObjectBatch(tuple(image for image, _ in views), tuple(target for _, target in views), (), mean, std)
 

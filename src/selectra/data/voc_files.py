@@ -53,7 +53,9 @@ def read_voc(
     entries = []
     for stem, tree in trees.items():
         if stem not in pictures:
-            problems.meet("faulty", f"'{notes[stem]}' is of an image that is not there: no '{prefix}{IMAGES}/{stem}.*'.")
+            problems.meet(
+                "faulty", f"'{notes[stem]}' is of an image that is not there: no '{prefix}{IMAGES}/{stem}.*'."
+            )
             continue
         size = _size(tree)
         marks = [_mark(thing, named, notes[stem], size, difficult, problems) for thing in tree.iter("object")]

@@ -28,7 +28,7 @@ from selectra.spec import Spec
 
 Norm = Literal["group", "none"]
 Found = dict[str, Tensor]
-# Group norms have so many groups, or the greatest divisor of the width that divides this.
+# Group norms have so many groups, or fewer, so that each has two channels or more: coarse grids have one position.
 GROUPS = 32
 # Height over width of anchors.
 RATIOS = (0.5, 1.0, 2.0)
@@ -65,7 +65,7 @@ def widened(module: nn.Module) -> nn.Module:
 
 def norm_layer(norm: Norm) -> Any:
     """What makes a norm of so many channels; None for no norms."""
-    return None if norm == "none" else lambda width: nn.GroupNorm(gcd(GROUPS, width), width)
+    return None if norm == "none" else lambda width: nn.GroupNorm(gcd(GROUPS, width // 2), width)
 
 
 class Grids(nn.Module):
@@ -250,14 +250,14 @@ class RetinaNet(Detector):
         super().__init__(grids, network, short_side, long_side, first_label=0)
 
 
-@models.register("fcos", kind="detection", source="arXiv:1904.01355", smoke=SMOKE | {"d_pyramid": 32}, base=BASE)
+@models.register("fcos", kind="detection", source="arXiv:1904.01355", smoke=SMOKE | {"d_pyramid": 64}, base=BASE)
 class FCOS(Detector):
     """FCOS: one stage, distances to the four sides at every position of grids of stride 8 to 128.
 
     Args:
         backbone: An image model; its classifier is dropped.
         n_classes: Classes.
-        d_pyramid: Width of the pyramid and the heads, a multiple of 32.
+        d_pyramid: Width of the pyramid and the heads, a multiple of 64.
         norm: Group norms in the pyramid, or none; the heads always have them.
         short_side: Evaluation: pixels of the shorter side that images are brought to; None leaves them.
         long_side: Evaluation: most pixels of the longer side then.
@@ -270,8 +270,8 @@ class FCOS(Detector):
         short_side: int | None = None, long_side: int | None = None, threshold: float = 0.05, most: int = 100,
     ) -> None:  # fmt: skip
         require_sizes(n_classes=n_classes, most=most)
-        if d_pyramid < 1 or d_pyramid % GROUPS:
-            raise ConfigError(f"d_pyramid={d_pyramid}: FCOS' group norms need a multiple of {GROUPS}")
+        if d_pyramid < 1 or d_pyramid % (2 * GROUPS):
+            raise ConfigError(f"d_pyramid={d_pyramid}: FCOS' group norms need a multiple of {2 * GROUPS}")
         grids = Grids(backbone, d_pyramid, 1, _coarser, norm)
         boxes, module = anchors(_five(grids), (1.0,), (1.0,)), tv("models.detection.fcos")
         head = widened(module.FCOSHead(d_pyramid, 1, n_classes))
