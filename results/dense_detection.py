@@ -160,6 +160,18 @@ def main() -> None:
         write(words.out, record)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    train_all(words, names, record, began)
+    kept = {row["recipe"] for row in record["trainings"]}
+    for name in names:
+        if name not in kept and part_file(words.out, name).is_file():
+            record["trainings"].append(json.loads(part_file(words.out, name).read_text()))
+            print(name, json.dumps(record["trainings"][-1]["metrics"]), flush=True)  # noqa: T201
+    record["calls"][-1]["seconds"] = time.monotonic() - began
+    write(words.out, record)
+
+
+def train_all(words: argparse.Namespace, names: list[str], record: dict[str, Any], began: float) -> None:
+    """What has no metrics yet, each in its process, until all end or the time does."""
     processes = {name: start(words, name, record) for name in names if not part_file(words.out, name).is_file()}
     while processes and time.monotonic() - began < words.seconds:
         time.sleep(0.5)
@@ -170,13 +182,6 @@ def main() -> None:
         process.terminate()
         process.wait()
         print(name, "is stopped by the time; the same command goes on with its checkpoint", flush=True)  # noqa: T201
-    kept = {row["recipe"] for row in record["trainings"]}
-    for name in names:
-        if name not in kept and part_file(words.out, name).is_file():
-            record["trainings"].append(json.loads(part_file(words.out, name).read_text()))
-            print(name, json.dumps(record["trainings"][-1]["metrics"]), flush=True)  # noqa: T201
-    record["calls"][-1]["seconds"] = time.monotonic() - began
-    write(words.out, record)
 
 
 def start(words: argparse.Namespace, name: str, record: dict[str, Any]) -> "subprocess.Popen[bytes]":

@@ -112,13 +112,12 @@ def _entries(
             continue
         size = (images[of].get("height"), images[of].get("width"))
         known = (int(size[0]), int(size[1])) if None not in size else None
+        said = f"image id {of} in '{name}' ('{file}')"
         marks = [
-            Mark(
-                (box[0], box[1], box[2], box[3]), numbers[categories[each["category_id"]]],
-                float(each.get("area", box[2] * box[3])), bool(each.get("iscrowd", 0)), each.get("segmentation") or None,
-            )
+            Mark(box, numbers[categories[each["category_id"]]], float(each.get("area", box[2] * box[3])),
+                 bool(each.get("iscrowd", 0)), each.get("segmentation") or None)
             for each in by_image[of]
-            if (box := _box(each, known, f"image id {of} in '{name}' ('{file}')", problems)) is not None
+            if (box := _box(each, known, said, problems)) is not None
         ]  # fmt: skip
         entries.append(Entry(file, f"'{file}' (image id {of} in '{name}')", known, part, tuple(marks)))
     return entries
@@ -126,11 +125,12 @@ def _entries(
 
 def _box(
     annotation: dict[str, Any], size: tuple[int, int] | None, of: str, problems: Problems
-) -> Sequence[float] | None:
+) -> tuple[float, float, float, float] | None:
     box = annotation.get("bbox")
     wrong = "is not there" if not isinstance(box, list) else wrong_box(box, size)
     if wrong is None:
-        return box
+        left, top, width, height = box  # pyright: ignore[reportGeneralTypeIssues]
+        return left, top, width, height
     problems.meet("degenerate", f"the box of annotation {annotation.get('id')} of {of} {wrong}.")
     return None
 

@@ -25,8 +25,8 @@ from selectra.spec import nearest
 class Objects:
     """Images and objects of BCCD, COCO, Pascal VOC, or of your own in these forms.
 
-    Layouts: `selectra.data.object_files.HOW`. Where a set has no test part, its validation part is the test, and a share
-    of the training images validates.
+    Layouts: `selectra.data.object_files.HOW`. Where a set has no test part, its validation part is the test, and a
+    share of the training images validates.
 
     Args:
         path: "bccd" or "coco_mini" in SELECTRA_DATA, "shapes" (drawn, needs no file), a folder, or a zip file.
@@ -94,8 +94,8 @@ class Objects:
             raise ConfigError(f"classes={classes}: the drawn set has its own, {self.listing.classes}; leave it out.")
         self.masks, self.faulty = masks, faulty
         taken = self._taken(only)
-        self.rows = {part: taken for part in ("train", "val", "test")} if overfit else self._split(taken, val, test,
-                                                                                                   split_seed)  # fmt: skip
+        same = dict.fromkeys(("train", "val", "test"), taken)
+        self.rows = same if overfit else self._split(taken, val, test, split_seed)
         if join:
             self.rows["train"] = np.sort(np.concatenate([self.rows["train"], self.rows["val"]]))
             self.rows["val"] = self.rows["val"][:0]

@@ -8,7 +8,6 @@ from xml.etree import ElementTree
 
 from selectra.data.image_files import SUFFIXES
 from selectra.data.object_truth import Entry, Mark, Problems, wrong_box
-from selectra.errors import DataError
 
 VOC = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

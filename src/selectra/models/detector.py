@@ -4,10 +4,10 @@ RetinaNet (Lin et al. 2017, arXiv:1708.02002), FCOS (Tian et al. 2019, arXiv:190
 arXiv:1506.01497) and Mask R-CNN (He et al. 2017, arXiv:1703.06870) are torchvision's own, as is the feature pyramid
 (arXiv:1612.03144) between.
 
-Departures from torchvision: `norm="group"`, the default, has group norms in the pyramid, RetinaNet's head and the masks'
-head, which trainings from scratch need (He et al. 2018, "Rethinking ImageNet Pre-training", arXiv:1811.08883; FCOS' head
-always has them); anchors follow the grids' strides; images come standardised by the data, and training sees them in the
-size that the data gives them.
+Departures from torchvision: `norm="group"`, the default, has group norms in the pyramid, RetinaNet's head and Mask
+R-CNN's masks, which trainings from scratch need (He et al. 2018, "Rethinking ImageNet Pre-training", arXiv:1811.08883;
+FCOS' head always has them); anchors follow the grids' strides; images come standardised by the data, and training sees
+them in the size that the data gives them.
 """
 
 import importlib
@@ -65,7 +65,12 @@ def widened(module: nn.Module) -> nn.Module:
 
 def norm_layer(norm: Norm) -> Any:
     """What makes a norm of so many channels; None for no norms."""
-    return None if norm == "none" else lambda width: nn.GroupNorm(gcd(GROUPS, width // 2), width)
+
+    def group(width: int) -> nn.GroupNorm:
+        count = gcd(GROUPS, width)
+        return nn.GroupNorm(count if count < width else max(1, count // 2), width)
+
+    return None if norm == "none" else group
 
 
 class Grids(nn.Module):
