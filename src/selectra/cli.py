@@ -36,6 +36,7 @@ EXAMPLE_FACTS: dict[str, dict[str, Any]] = {
     "series": {"seq_len": 96, "horizon": 96, "n_series": 7, "season": 24},
     "language": {"vocab_size": 50304},
     "segmentation": {"n_classes": 150},
+    "detection": {"n_classes": 80},
 }
 
 CITATION = """@software{{selectra,
