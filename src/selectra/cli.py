@@ -16,7 +16,7 @@ from rich.table import Table
 from selectra import cli_compare
 from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError
-from selectra.image_commands import explain, predict
+from selectra.image_commands import explain, predict, refuse_page, write_cases
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.text_commands import tokenize
@@ -112,16 +112,23 @@ def evaluate(
     changed_data: Annotated[
         bool, typer.Option("--changed-data", help="Also on data that has changed since the training.")
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Segmentation: also a page of the best and worst cases of each class.")
+    ] = False,
 ) -> None:
     """Evaluate trained weights; the only command that opens the test split."""
     from selectra.train.job import evaluate_job  # noqa: PLC0415
 
+    if page:
+        refuse_page(out)
     metrics, count = evaluate_job(out, split.value, batch_size, changed_data)
     _console().print(f"{out}: all {count:,} examples (windows, images, sequences) of this part", highlight=False)
     table = Table("metric", split.value)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
     _console().print(table)
+    if page:
+        write_cases(out, split.value, metrics, _console())
 
 
 app.command()(predict)

@@ -11,7 +11,7 @@ from selectra.spec import Run, Spec, nearest, override
 if TYPE_CHECKING:
     from selectra.registry import Registry
 
-USUAL_DATA = {"series": "series_file", "image": "images"}
+USUAL_DATA = {"series": "series_file", "image": "images", "video": "moving_shapes"}
 
 
 def registries() -> "dict[Sort, Registry]":
