@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 
 from selectra.spec import Optim
 from selectra.train.depth import depths
+from selectra.train.sharding import local, whole
 from selectra.train.stop import DivergedError
 
 
@@ -74,7 +75,7 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
 def clip(model: nn.Module, largest: float | None) -> float:
     """Shrink gradients to the norm `largest` where they exceed it; returns the norm before."""
     with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None]))
     if largest is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, largest, norm)
     return float(norm)
@@ -94,7 +95,7 @@ def require_finite(loss: float, norm: float, model: nn.Module, step: int, find: 
     broken = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all()
     ]
     where = f"the gradient of '{broken[0]}' ({len(broken)} in all) is not finite" if broken else "gradients are finite"
     found = find()
