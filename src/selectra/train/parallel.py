@@ -157,21 +157,26 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
     """
     if wanted and not hasattr(model, "blocks"):
         raise ConfigError(f"{type(model).__name__} does not say what its blocks are; leave train.recompute off.")
-    blocks = list(model.blocks()) if wanted else []
-    for block in blocks:
+    # Blocks of which the model calls other methods say so.
+    calls = [(b, name) for b in (model.blocks() if wanted else ()) for name in getattr(b, "calls", ("forward",))]
+    kept = [block.__dict__.get(name) for block, name in calls]
+    for block, name in calls:
         again = partial(_without_statistics, block)
-        block.forward = partial(
+        call = partial(
             checkpoint,
-            block.forward,
+            getattr(block, name),
             use_reentrant=False,
             context_fn=lambda again=again: (contextlib.nullcontext(), _as_before(again())),
         )
+        setattr(block, name, call)
     try:
         yield
     finally:
-        for block in blocks:
-            # The class's own comes back.
-            del block.forward
+        for (block, name), before in zip(calls, kept, strict=True):
+            # Otherwise the class's own comes back.
+            delattr(block, name)
+            if before is not None:
+                setattr(block, name, before)
 
 
 def _as_before(again: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:

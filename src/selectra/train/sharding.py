@@ -40,11 +40,13 @@ def shard(model: Any, world: World) -> None:
 
     While a block runs, forward or backward, its weights are gathered; those outside of blocks are gathered throughout.
     """
-    from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
 
     mesh = mesh_of(world, world.device.type)
     for block in model.blocks() if hasattr(model, "blocks") else ():
         fully_shard(block, mesh=mesh)
+        for name in getattr(block, "calls", ()):
+            register_fsdp_forward_method(block, name)
     fully_shard(model, mesh=mesh)
 
 
