@@ -99,7 +99,7 @@ def fit(
             early = run.train.patience is not None
             with Display(shown, clock, run.name, early) as display, recomputed(model, run.train.recompute):
                 try:
-                    _Loop(state, task, order, val_windows, record, display, flag).go()
+                    Steps(state, task, order, val_windows, record, display, flag).go()
                 finally:
                     state.close()
     state.take_best()
@@ -119,7 +119,7 @@ def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> Non
     state.at.stopped_by = "nothing to train" if solve is None else "solved"
 
 
-class _Loop:
+class Steps:
     """Steps, evaluations and checkpoints of one training by gradient."""
 
     def __init__(

@@ -36,8 +36,12 @@ def decayed(name: str, parameter: nn.Parameter, left_out: Collection[int] = ()) 
     return parameter.ndim > 1 and not asks_not_to and not name.endswith("bias")
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
-    """AdamW in two groups, with and without weight decay; with `layer_decay` two for every depth."""
+def make_optimizer(model: nn.Module, optim: Optim, fused: bool = False) -> AdamW:
+    """AdamW in two groups, with and without weight decay; with `layer_decay` two for every depth.
+
+    Args:
+        fused: Whether one kernel does all of it, on CUDA devices: without temporary copies of what it updates.
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     without = without_decay(model)
     depth_of, n_units = depths(model) if optim.layer_decay < 1 else ({}, 0)
@@ -49,7 +53,7 @@ def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
             groups[depth, acts] = {"params": [], "weight_decay": optim.weight_decay if acts else 0.0, "lr": rate}
     for name, parameter in trained:
         groups[depth_of.get(name, n_units + 1), decayed(name, parameter, without)]["params"].append(parameter)
-    return AdamW([group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas)
+    return AdamW([group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas, fused=fused or None)
 
 
 def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,8 @@ def shard(model: Any, world: World) -> None:
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
 
+    # Outputs that are views are not written to by our models.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = mesh_of(world, world.device.type)
     for block in model.blocks() if hasattr(model, "blocks") else ():
         fully_shard(block, mesh=mesh)

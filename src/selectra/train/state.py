@@ -83,7 +83,8 @@ class State:
             self.mean = None if run.train.ema is None else RunningMean(model, run.train.ema)
             if world.sharded:
                 self._cut()
-            self.optimizer = make_optimizer(model, run.optim)
+            # Where memory is what counts.
+            self.optimizer = make_optimizer(model, run.optim, fused=world.sharded and world.device.type == "cuda")
             self.schedule = make_schedule(self.optimizer, run.optim, self.steps)
             self.scaler = make_scaler(world.device, run.train.precision)
 
@@ -256,7 +257,8 @@ class State:
             for key in snapshot.keys_behind(f"optimizer.{name}."):
                 stored = snapshot.empty(f"optimizer.{name}.{key}")
                 like = stored.shape == parameter.shape
-                self.optimizer.state[parameter][key] = torch.zeros_like(parameter.detach()) if like else stored
+                place = parameter.device if self.optimizer.defaults["fused"] else stored.device
+                self.optimizer.state[parameter][key] = torch.zeros_like(parameter.detach()) if like else stored.to(place)
         tensors = self._tensors()
         if snapshot.keys_behind("best.", deep=True):
             self.best = {name: on_cpu(value, self.world) for name, value in self.measured.state_dict().items()}
