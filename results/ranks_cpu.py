@@ -23,7 +23,8 @@ from selectra.train.record import environment
 
 RUNS = {
     "forecasting": (
-        Spec("tsm2_smoke", dropout=0.0), Spec("series_file", seq_len=48, horizon=12), Spec("forecasting"), {"accumulate": 2},
+        Spec("tsm2_smoke", dropout=0.0), Spec("series_file", seq_len=48, horizon=12), Spec("forecasting"),
+        {"accumulate": 2},
     ),
     "classification": (
         Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=2, d_state=2),

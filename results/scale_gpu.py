@@ -4,8 +4,8 @@ Weak scaling: the library's own training step (loss, DistributedDataParallel, cl
 of it but evaluations and files) on one GPU and on two, with as many examples for each; the time of one over the time of
 two is to be at least 0.95, for Vim-S at 224 px and for TSM2. Examples are random and lie on the device.
 
-FSDP2: a Mamba language model of at least 10 billion parameters, 20 steps of AdamW with weights and moments in float32 on
-bytes of this repository's texts; the loss has to fall. Weights are made in parts, blocks computed again in backward,
+FSDP2: a Mamba language model of at least 10 billion parameters, 20 steps of AdamW with weights and moments in float32
+on bytes of this repository's texts; the loss has to fall. Weights are made in parts, blocks computed again in backward,
 products in bfloat16. On two GPUs alone: weights, gradients and moments are 16 bytes a parameter.
 
 A process group is made once for each number of GPUs, and the record is written after every part. A rehearsal on a CPU:
@@ -165,11 +165,8 @@ def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, part
         if sharded and n == 1:
             continue
         with joined(Parallel(kind="fsdp2" if sharded else "ddp", timeout=100), kind) as world:
-            if sharded:
-                # First a tiny one: what would fail fails at once.
-                row = large(world, tiny or part == "large tiny")
-            else:
-                row = weak(part, world, tiny)
+            # Before the large one comes a tiny one: what would fail fails at once.
+            row = large(world, tiny or part == "large tiny") if sharded else weak(part, world, tiny)
         if kind == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -193,7 +190,13 @@ def main(
     path = out / f"scale_{device}{'_tiny' if tiny else ''}_{date}.json"
     parts = part or ["vim_small", "tsm2_base", "large tiny", "large"]
     command = f"python results/scale_gpu.py --device {device}{' --tiny' if tiny else ''} --out {out.name}"
-    record: dict[str, Any] = {"command": command, "date": date, **environment(), "target weak scaling": 0.95, "parts": {}}
+    record: dict[str, Any] = {
+        "command": command,
+        "date": date,
+        **environment(),
+        "target weak scaling": 0.95,
+        "parts": {},
+    }
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     for n in (1, 2):

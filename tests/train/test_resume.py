@@ -135,7 +135,9 @@ def test_damaged_checkpoint_is_said_in_words(tmp_path, damage, file, whole):
     if damage == "flip":
         middle = len(content) // 3
         content[middle] ^= 0xFF
-    path.write_bytes({"cut": content[: -len(content) // 3], "flip": content, "empty": b"", "text": b"hello", "gone": b""}[damage])
+    path.write_bytes(
+        {"cut": content[: -len(content) // 3], "flip": content, "empty": b"", "text": b"hello", "gone": b""}[damage]
+    )
     if damage == "gone":
         path.unlink()
     with pytest.raises(DataError, match=r"checkpoint.*damaged.*Delete it"):

@@ -11,9 +11,8 @@ from torch import Tensor, distributed, nn
 import selectra.models  # noqa: F401
 from selectra.registry import models
 from selectra.spec import Spec
-from selectra.train.optim import clip
 from selectra.train.parallel import World, recomputed
-from selectra.train.sharding import gathered, is_part, local, shard, start_in_parts, whole
+from selectra.train.sharding import is_part, shard, whole
 
 FACTS: dict[str, dict[str, Any]] = {
     "series": {"seq_len": 24, "horizon": 8, "n_series": 3, "season": 4},
@@ -27,7 +26,9 @@ NAMES = [name for name in models.names() if name.endswith("_smoke")]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20))
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20)
+    )
     yield World(sharded=True, files=distributed.group.WORLD)
     distributed.destroy_process_group()
 

@@ -47,7 +47,9 @@ class Block(PreNorm):
         super().__init__(norm, mixer)
         self.norm2, self.mlp = norm2, mlp
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, *, drop: nn.Module | None = None, **options: Any) -> Any:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, drop: nn.Module | None = None, **options: Any
+    ) -> Any:
         """What the feed-forward layer makes of the stream, not yet added, and the stream.
 
         Args:

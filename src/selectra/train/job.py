@@ -138,9 +138,7 @@ def in_parts(run: Run) -> bool:
     return run.parallel.in_parts
 
 
-def _in_one_piece(
-    model: LanguageModel, run: Run, facts: Mapping[str, Any], out: Path, world: World
-) -> LanguageModel:
+def _in_one_piece(model: LanguageModel, run: Run, facts: Mapping[str, Any], out: Path, world: World) -> LanguageModel:
     """The model with its best weights: itself, or a copy where it is spread over processes."""
     if not world.sharded:
         return model

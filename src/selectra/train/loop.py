@@ -160,7 +160,9 @@ class Steps:
                     state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
-        said = [torch.tensor(float(each), device=world.device).double() for each in (self.flag.asked, state.save_failed)]
+        said = [
+            torch.tensor(float(each), device=world.device).double() for each in (self.flag.asked, state.save_failed)
+        ]
         *totals, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
         if failed:
             state.saved()

@@ -53,7 +53,9 @@ def make_optimizer(model: nn.Module, optim: Optim, fused: bool = False) -> AdamW
             groups[depth, acts] = {"params": [], "weight_decay": optim.weight_decay if acts else 0.0, "lr": rate}
     for name, parameter in trained:
         groups[depth_of.get(name, n_units + 1), decayed(name, parameter, without)]["params"].append(parameter)
-    return AdamW([group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas, fused=fused or None)
+    return AdamW(
+        [group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas, fused=fused or None
+    )
 
 
 def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:

@@ -20,7 +20,6 @@ from selectra.errors import ConfigError, RankError
 from selectra.ops.length_parallel import same_split
 from selectra.spec import Parallel
 
-
 # How gloo, NCCL and the store name the end or the silence of another process.
 OTHERS_FAILED = re.compile(r"gloo|nccl|ProcessGroup|connection (closed|reset|refused)|timed? ?out|broken pipe", re.I)
 

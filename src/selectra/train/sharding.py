@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+
 def mesh_of(world: World, kind: str) -> DeviceMesh:
     """All processes in one row, for tensors on devices of this kind."""
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415

@@ -20,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from selectra.errors import DataError
 from selectra.train.checkpoint import CHECKPOINTS, damaged, folder, steps
@@ -31,8 +34,8 @@ FORMAT = 2
 STATE, SUMS, METADATA = "state.pt", "sums", ".metadata"
 # What a description of tensors is made of; reading one calls nothing else.
 PARTS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
-         ("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath")}  # fmt: skip
+PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")}
+PLAIN = {("torch", "Size"), ("torch.serialization", "_get_layout"), *PATHS}
 # It says what `no_dist` asked for.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
@@ -63,7 +66,7 @@ class Snapshots:
         self.finish()
         writer = _Writer(folder(self.out, step), state, self.keep)
         options = {"storage_writer": writer, "process_group": self.world.files, "no_dist": self.world.files is None}
-        self._going_on = step, self._writer.submit(dcp.save, dict(tensors), **options)
+        self._going_on = step, self._writer.submit(save, dict(tensors), **options)
 
     @property
     def failed(self) -> bool:
@@ -82,7 +85,7 @@ class Snapshots:
         (step, future), self._going_on = self._going_on, None
         try:
             future.result()
-        except dcp.CheckpointException as error:
+        except CheckpointException as error:
             if self.world.first:
                 shutil.rmtree(_partial(folder(self.out, step)), ignore_errors=True)
             raise self._not_written(step, error) from error
@@ -91,7 +94,7 @@ class Snapshots:
         """Wait for what is being written, without a word about how it went; for the way out after another error."""
         self._writer.shutdown(wait=self.world.size == 1, cancel_futures=True)
 
-    def _not_written(self, step: int, error: dcp.CheckpointException) -> DataError:
+    def _not_written(self, step: int, error: CheckpointException) -> DataError:
         rank, (cause, _) = min(error.failures.items())
         reason = getattr(cause, "strerror", None) or " ".join(str(cause).split())[:300] or type(cause).__name__
         who = f" by process {rank}" if self.world.size > 1 else ""
@@ -125,7 +128,7 @@ def _sum(path: Path) -> int:
     return found
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     """Writes into a folder with a dot before its name, notes every file's checksum, and gives the folder its name."""
 
     def __init__(self, path: Path, state: Mapping[str, Any], keep: int) -> None:
@@ -177,7 +180,7 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / METADATA).open("rb") as file:
             return _Unpickler(file).load()
@@ -254,4 +257,4 @@ class Snapshot:
             name = (missing or sorted(other))[0]
             raise damaged(self.path, f"'{name}' is {'missing' if missing else f'{tuple(self.shape(name))}'}")
         alone = self.world.files is None
-        dcp.load(tensors, storage_reader=self.reader, process_group=self.world.files, no_dist=alone)
+        load(tensors, storage_reader=self.reader, process_group=self.world.files, no_dist=alone)

@@ -258,7 +258,9 @@ class State:
                 stored = snapshot.empty(f"optimizer.{name}.{key}")
                 like = stored.shape == parameter.shape
                 place = parameter.device if self.optimizer.defaults["fused"] else stored.device
-                self.optimizer.state[parameter][key] = torch.zeros_like(parameter.detach()) if like else stored.to(place)
+                self.optimizer.state[parameter][key] = (
+                    torch.zeros_like(parameter.detach()) if like else stored.to(place)
+                )
         tensors = self._tensors()
         if snapshot.keys_behind("best.", deep=True):
             self.best = {name: on_cpu(value, self.world) for name, value in self.measured.state_dict().items()}
