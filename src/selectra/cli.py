@@ -15,10 +15,8 @@ from rich.table import Table
 
 from selectra import cli_compare
 from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
-from selectra.errors import BackendError, ConfigError, DataError
-from selectra.image_commands import explain, predict, refuse_page, write_cases
 from selectra.errors import BackendError, ConfigError, DataError, RankError
-from selectra.image_commands import explain, predict
+from selectra.image_commands import explain, predict, refuse_page, write_cases
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.text_commands import tokenize

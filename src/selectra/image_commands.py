@@ -45,8 +45,7 @@ def predict(
         float | None, typer.Option(min=0, max=1, help="Detection: least score of what is shown; default: 0.5.")
     ] = None,
 ) -> None:
-    """Say what is on images: the likeliest classes, every pixel's class, or objects, as the training was of."""
-    """Say what is on images or videos: the likeliest classes, or, of a training of segmentation, pixels' classes."""
+    """Say what is on images or videos: the likeliest classes, every pixel's class, or objects, as was trained for."""
     from selectra.classifier.clips import is_video  # noqa: PLC0415
     from selectra.classifier.command import predictions_table, trained_from  # noqa: PLC0415
     from selectra.classifier.predicting import predict as predict_images  # noqa: PLC0415
@@ -67,12 +66,9 @@ def predict(
     if run is not None and kind == "detection":
         _detect(images, run, pick_device(device), skip_corrupt, out or Path("predictions"), threshold)
         return
-    if run is not None and alone and (out, window) == (None, None) and is_video(run):
+    if run is not None and alone and is_video(run):
         _tell_clips(images, run, top, pick_device(device), skip_corrupt)
         return
-    given = [option for option, value in {"--out": out, "--window": window}.items() if value is not None]
-    if given:
-        raise ConfigError(f"{' and '.join(given)} is for trainings of segmentation alone; leave it out.")
     trained = trained_from(run, model, weights, classes, img_size)
     skipped: list[str] | None = [] if skip_corrupt else None
     found = predict_images(trained, images, top, pick_device(device), skipped)
