@@ -36,29 +36,39 @@ def predict(
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
     skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Name damaged files and go on.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Segmentation: folder for pictures and masks; default: predictions.")
+        Path | None, typer.Option(help="Segmentation, detection: folder for pictures; default: predictions.")
     ] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="Segmentation: look through windows of so many pixels a side.")
     ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Detection: least score of what is shown; default: 0.5.")
+    ] = None,
 ) -> None:
-    """Say what is on images or videos: the likeliest classes, or, of a training of segmentation, pixels' classes."""
+    """Say what is on images or videos: the likeliest classes, every pixel's class, or objects, as was trained for."""
     from selectra.classifier.clips import is_video  # noqa: PLC0415
     from selectra.classifier.command import predictions_table, trained_from  # noqa: PLC0415
     from selectra.classifier.predicting import predict as predict_images  # noqa: PLC0415
-    from selectra.classifier.segmenting import is_segmentation  # noqa: PLC0415
+    from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
     from selectra.train.parallel import pick_device  # noqa: PLC0415
 
     alone = (model, weights, classes, img_size) == (None,) * 4
-    if run is not None and alone and is_segmentation(run):
+    kind = kind_of(run) if run is not None and alone else "image"
+    taken = {"segmentation": ("--out", "--window"), "detection": ("--out", "--threshold")}.get(kind, ())
+    given = {"--out": out, "--window": window, "--threshold": threshold}
+    extra = [option for option, value in given.items() if value is not None and option not in taken]
+    if extra:
+        what = {"--out": "segmentation and detection", "--window": "segmentation", "--threshold": "detection"}
+        raise ConfigError(f"{extra[0]} is for trainings of {what[extra[0]]} alone; leave it out.")
+    if run is not None and kind == "segmentation":
         _segment(images, run, pick_device(device), skip_corrupt, out or Path("predictions"), window)
         return
-    if run is not None and alone and (out, window) == (None, None) and is_video(run):
+    if run is not None and kind == "detection":
+        _detect(images, run, pick_device(device), skip_corrupt, out or Path("predictions"), threshold)
+        return
+    if run is not None and alone and is_video(run):
         _tell_clips(images, run, top, pick_device(device), skip_corrupt)
         return
-    given = [option for option, value in {"--out": out, "--window": window}.items() if value is not None]
-    if given:
-        raise ConfigError(f"{' and '.join(given)} is for trainings of segmentation alone; leave it out.")
     trained = trained_from(run, model, weights, classes, img_size)
     skipped: list[str] | None = [] if skip_corrupt else None
     found = predict_images(trained, images, top, pick_device(device), skipped)
@@ -93,6 +103,25 @@ def _segment(
     console.print(segmented_table(found))
     if found:
         line = f"Pictures (NAME_overlay.png) and masks (NAME_mask.png) are in {out}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _name_skipped(console, skipped, bool(found))
+
+
+def _detect(
+    images: list[Path], run: Path, device: "torch.device", skip_corrupt: bool, out: Path, threshold: float | None
+) -> None:
+    from selectra.classifier.detecting import THRESHOLD, detect_all, detected_table, detector_from_run  # noqa: PLC0415
+    from selectra.report.detected import save_detected  # noqa: PLC0415
+
+    skipped: list[str] | None = [] if skip_corrupt else None
+    least = THRESHOLD if threshold is None else threshold
+    found = detect_all(detector_from_run(run), images, device, least, skipped)
+    console = Console()
+    for each in found:
+        save_detected(each, out)
+    console.print(detected_table(found))
+    if found:
+        line = f"Pictures (NAME_overlay.png) and objects (NAME_objects.json) are in {out}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     _name_skipped(console, skipped, bool(found))
 

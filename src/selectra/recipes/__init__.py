@@ -1,5 +1,7 @@
 """Complete runs by name: one function a run, one line here; `selectra train NAME` starts one."""
 
+from selectra.recipes.bccd import resnet_bccd as resnet_bccd
+from selectra.recipes.bccd import vmamba_bccd as vmamba_bccd
 from selectra.recipes.camvid import convnext_camvid as convnext_camvid
 from selectra.recipes.camvid import samba_camvid as samba_camvid
 from selectra.recipes.camvid import vim2_camvid as vim2_camvid
@@ -19,6 +21,8 @@ from selectra.recipes.cifar10 import vim2_cifar10 as vim2_cifar10
 from selectra.recipes.cifar10 import vim_cifar10 as vim_cifar10
 from selectra.recipes.cifar10 import vit_cifar10 as vit_cifar10
 from selectra.recipes.cifar10 import vmamba_cifar10 as vmamba_cifar10
+from selectra.recipes.coco_mini import simba_coco_mini as simba_coco_mini
+from selectra.recipes.coco_mini import vim2_coco_mini as vim2_coco_mini
 from selectra.recipes.moving_shapes import videomamba_shapes as videomamba_shapes
 from selectra.recipes.moving_shapes import videomamba_shapes_still as videomamba_shapes_still
 from selectra.recipes.shakespeare import shakespeare as shakespeare

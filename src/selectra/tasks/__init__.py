@@ -2,6 +2,7 @@
 
 from selectra.tasks.classification import Classification
 from selectra.tasks.clips import ClipClassification
+from selectra.tasks.detection import Detection
 from selectra.tasks.forecasting import Forecasting
 from selectra.tasks.language import Language
 from selectra.tasks.segmentation import Segmentation
@@ -10,6 +11,7 @@ from selectra.tasks.task import Evaluator, Loss, Task
 __all__ = [
     "Classification",
     "ClipClassification",
+    "Detection",
     "Evaluator",
     "Forecasting",
     "Language",
