@@ -20,7 +20,9 @@ import torch
 import typer
 from torch import Tensor
 
+from selectra.mixers import S6, SSD
 from selectra.ops import selective_scan
+from selectra.ops.gated_norm import gated_norm
 from selectra.ops.ssd import cuda, ssd
 
 NAMES = ("y", "x", "dt", "A", "B", "C")
@@ -128,6 +130,33 @@ def profile(call: Call, given: list[Tensor], dy: Tensor) -> list[dict[str, Any]]
     return [{"kernel": row.key[:110], "calls": row.count, "us": round(row.device_time_total)} for row in rows[:24]]
 
 
+def blocks(batch: int, length: int, d_model: int, device: str, seconds: float) -> Iterator[dict[str, Any]]:
+    """Whole blocks of Mamba-2 by the operators' backends, and Mamba's, in autocast."""
+    kinds = [("portable", "portable"), ("cuda", "portable"), ("cuda", "cuda")]
+    if "loop" in ssd.backends:
+        kinds.insert(0, ("loop", "portable"))
+    x = torch.randn(batch, length, d_model, device=device, requires_grad=True)
+    torch.manual_seed(1)
+    dy = torch.randn(batch, length, d_model, device=device)
+    made = S6(d_model).to(device), SSD(d_model, 128, d_head=min(64, 2 * d_model)).to(device)
+    for name, block in zip(("S6, 16 states", "SSD, 128 states"), made, strict=True):
+        for of_ssd, of_norm in kinds if isinstance(block, SSD) else [("cuda", "cuda")]:
+
+            def forward(block: Any = block) -> Tensor:
+                with torch.autocast(x.device.type, torch.bfloat16):
+                    return block(x)
+
+            def train(forward: Any = forward) -> None:
+                forward().backward(dy.to(torch.bfloat16))
+
+            row: dict[str, Any] = {"block": name, "ssd": of_ssd, "gated_norm": of_norm, "l": length, "b": batch}
+            with ssd.using(of_ssd), gated_norm.using(of_norm):
+                with torch.no_grad():
+                    row["forward_ms"], row["forward_mib"] = timed(forward, seconds)
+                row["training_ms"], row["training_mib"] = timed(train, seconds)
+            yield row
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Where the record goes.")],
     tiny: Annotated[bool, typer.Option(help="A small size, to try the script.")] = False,
@@ -163,6 +192,11 @@ def main(
                 record[f"profile {label} {n}"] = profile(functools.partial(_ours, "cuda", 64), given, dy)
                 typer.echo("\n".join(map(str, record[f"profile {label} {n}"])))
             out.write_text(json.dumps(record, indent=1))
+    for batch, length in CASES.values():
+        for row in blocks(batch, length // 64 if tiny else length, heads * p // 2, device, seconds):
+            record["rows"].append(row)
+            out.write_text(json.dumps(record, indent=1))
+            typer.echo(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -169,6 +169,21 @@ def test_slices_are_read_right(kernels: Any) -> None:
     compare(kernels, [x, dt, A, wide[..., 3:7], wide[..., 8:12], torch.randn(2, 3, 4, 4)[:, 1:]])
 
 
+def test_numbers_may_be_repeated_by_strides(kernels: Any) -> None:
+    """As retention's steps and a sum's gradient are."""
+    inputs = [x for x in drawn(2, 64, 2, 1, 4, 4, F32, first=False)[:5] if x is not None]
+    inputs[1] = torch.full((1, 1, 1), 0.1).expand(2, 64, 2)
+    found, wanted = (
+        torch.autograd.grad(run([*leaves, None], None)[0].sum(), leaves)
+        for run, leaves in (
+            (kernels, [x.detach().requires_grad_() for x in inputs]),
+            (_dispatched("reference"), [x.double().requires_grad_() for x in inputs]),
+        )
+    )
+    for got, want in zip(found, wanted, strict=True):
+        assert (got - want).norm() <= 2e-6 * want.norm()
+
+
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_one_position_and_none(backend: str) -> None:
     run = _dispatched(backend)

@@ -92,7 +92,7 @@ def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gate
     """
     if A.shape[1] > geometry.MOST_STATES_AT_ONCE:
         return parts.checkpoint_shape(u, A, n_seqs, gated)
-    if n_seqs is None and short.takes(*u.shape[:2], A.shape[0], groups, A.shape[1]):
+    if n_seqs is None and short.takes(u.shape[0], u.shape[1], A.shape[0], groups, A.shape[1]):
         return (0, *A.shape)
     return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
 

@@ -5,6 +5,8 @@
 //   STEPS      q, positions of a chunk: a multiple of 4
 //   SEEN       whether there is a matrix of who sees whom
 //   REVERSE    whether states are passed backwards
+//   PIECE      numbers of a head that are moved at once: 4 or 1
+//   OTHER      type of the second factors of dots, and of what is joined
 #include "warp.cuh"
 
 #if TYPE == 0
@@ -181,4 +183,69 @@ KERNEL __launch_bounds__(BACK_THREADS) weigh_back(const __grid_constant__ WeighB
         int i = first + row * AT_ONCE;
         if (i < STEPS) *reinterpret_cast<Four*>(call.dscores + (part * STEPS + i) * STEPS + j) = dscores[row];
     }
+}
+
+#if OTHER == 0
+typedef float Other;
+#else
+typedef uint16 Other;
+#endif
+
+template <typename T>
+struct alignas(PIECE * sizeof(T)) Piece {
+    T at[PIECE];
+};
+
+DEVICE float number(float x) { return x; }
+DEVICE float number(uint16 x) { return from_bfloat16(x); }
+
+struct DotCall {
+    // (rows, h, p); numbers from a row of b to the next.
+    const float* a;
+    const Other* b;
+    float* dots;
+    int64 rows, heads, p, b_row;
+};
+
+// a . b of every row's heads: sixteen lanes take one.
+KERNEL __launch_bounds__(THREADS) dot_heads(const __grid_constant__ DotCall call) {
+    constexpr int LANES = 16;
+    int64 index = (int64(block_x()) * THREADS + thread_index()) / LANES;
+    bool there = index < call.rows * call.heads;
+    int64 row = there ? index / call.heads : 0, head = there ? index % call.heads : 0;
+    const float* a = call.a + (row * call.heads + head) * call.p;
+    const Other* b = call.b + row * call.b_row + head * call.p;
+    float sum = 0.0f;
+    for (int64 place = thread_index() % LANES * PIECE; place < call.p; place += LANES * PIECE) {
+        Piece<float> left = *reinterpret_cast<const Piece<float>*>(a + place);
+        Piece<Other> right = *reinterpret_cast<const Piece<Other>*>(b + place);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) sum = fma(left.at[i], number(right.at[i]), sum);
+    }
+#pragma unroll
+    for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
+    if (there && thread_index() % LANES == 0) call.dots[index] = sum;
+}
+
+struct JoinCall {
+    // (r, q, h, p), (r, q, h), (r, h, q, p), (r, q, h) or null, (r, q, h, p).
+    const float *a, *weights, *b, *scale;
+    Other* joined;
+    int64 numbers, steps, heads, p;
+};
+
+// (a times weights + b) times scale; `joined` may be a.
+KERNEL __launch_bounds__(THREADS) join_heads(const __grid_constant__ JoinCall call) {
+    int64 index = (int64(block_x()) * THREADS + thread_index()) * PIECE;
+    if (index >= call.numbers) return;
+    int64 head_row = index / call.p, place = index % call.p, head = head_row % call.heads, row = head_row / call.heads;
+    int64 chunk = row / call.steps, step = row % call.steps;
+    int64 other = ((chunk * call.heads + head) * call.steps + step) * call.p + place;
+    Piece<float> a = *reinterpret_cast<const Piece<float>*>(call.a + index);
+    Piece<float> b = *reinterpret_cast<const Piece<float>*>(call.b + other);
+    float weight = call.weights[head_row], scale = call.scale == nullptr ? 1.0f : call.scale[head_row];
+    Piece<Other> joined;
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) put(joined.at[i], scale * fma(a.at[i], weight, b.at[i]));
+    *reinterpret_cast<Piece<Other>*>(call.joined + index) = joined;
 }

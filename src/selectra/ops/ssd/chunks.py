@@ -47,6 +47,10 @@ class Inner(NamedTuple):
     weigh_back: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], tuple[Tensor, ...]]
     """From dy . x (r, h, q, q), which may be overwritten, G, s, dt and who is seen: G K, dG, both in a type, and the
     sums of P G dt over its second index, and of P G over its first, (r, h, q)."""
+    dot: Callable[[Tensor, Tensor], Tensor]
+    """a . b over each head's numbers, (r, q, h, p) to (r, q, h)."""
+    join: Callable[[Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+    """`(a weights + b) scale` of a (r, q, h, p), which may be overwritten, and b (r, h, q, p), in a type."""
 
 
 class Chunked(NamedTuple):
@@ -78,10 +82,12 @@ def forward(call: SsdCall, q: int, dtype: torch.dtype, inner: Inner) -> tuple[Te
     added = _gathered(_weighed(chunked.x, chunked.to_end * chunked.dt, dtype), chunked.B, chunked)
     before, final = inner.pass_states(added, chunked.across, call.initial_state, False, dtype)
     y = _spread(chunked.C, before.flatten(0, 1))
-    y.mul_(chunked.from_start[..., None])
     for part, piece in _slabs(chunked):
         weights = inner.weigh(_scores(piece), _by_head(piece.s), _by_head(piece.dt), piece.seen, dtype)
-        y[part] += product(weights, piece.x.transpose(1, 2)).transpose(1, 2)
+        inside = product(weights, piece.x.transpose(1, 2))
+        joined = inner.join(y[part], piece.from_start, inside, None, y.dtype)
+        if joined.data_ptr() != y[part].data_ptr():
+            y[part] = joined
     batch, length = call.x.shape[:2]
     return y.view(batch, -1, *y.shape[2:])[:, :length], final
 
@@ -89,7 +95,7 @@ def forward(call: SsdCall, q: int, dtype: torch.dtype, inner: Inner) -> tuple[Te
 def backward(
     call: SsdCall, dy: Tensor, dfinal: Tensor | None, q: int, dtype: torch.dtype, inner: Inner
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, dt, A, B, C and the initial state, in the compute type."""
+    """The gradients of x, in `dtype`, and of dt, A, B, C and the initial state, in the compute type."""
     chunked = _cut(call, q, dtype)
     dy = _chunks(dy, q)
     x_end = _weighed(chunked.x, chunked.to_end * chunked.dt, dtype)
@@ -101,9 +107,10 @@ def backward(
     before, after = before.flatten(0, 1), after.flatten(0, 1)
     dots = product(after.flatten(2)[..., None, :], before.flatten(2)[..., None])[..., 0, 0]
     dB, dC = _folded(x_end, after, chunked), _folded(dy_start, before, chunked)
-    ds = (_spread(chunked.C, before).mul_(dy)).sum(-1).mul_(chunked.from_start)
-    dx = _spread(chunked.B, after).mul_(chunked.to_end[..., None])
-    ddt = (dx * chunked.x).sum(-1)
+    ds = inner.dot(_spread(chunked.C, before), dy).mul_(chunked.from_start)
+    outside = _spread(chunked.B, after)
+    dx = torch.empty(outside.shape, dtype=dtype, device=outside.device)
+    ddt = inner.dot(outside, chunked.x).mul_(chunked.to_end)
     through_end = ddt * chunked.dt
     ds -= through_end
     ds[:, -1] += through_end.sum(1) + dots * chunked.across.flatten(0, 1)
@@ -114,13 +121,13 @@ def backward(
         weights, dscores, rows, columns = inner.weigh_back(
             product(dy_heads, x.transpose(-1, -2)), scores, _by_head(piece.s), dt, piece.seen, dtype
         )
-        dx[part] += product(weights.transpose(-1, -2), dy_heads).transpose(1, 2)
+        inside = product(weights.transpose(-1, -2), dy_heads)
+        dx[part] = inner.join(outside[part], piece.to_end, inside, piece.dt, dtype)
         dC[part] += product(dscores, piece.B.transpose(1, 2)).transpose(1, 2)
         dB[part] += product(dscores.transpose(-1, -2), piece.C.transpose(1, 2)).transpose(1, 2)
         ds[part] += (rows - columns * dt).transpose(1, 2)
         ddt[part] += columns.transpose(1, 2)
     ddecay = ds.flip(1).cumsum(1).flip(1)
-    dx.mul_(chunked.dt[..., None])
     ddt += ddecay * call.A
     batch, length = call.x.shape[:2]
     dx, ddt, dB, dC = (grad.view(batch, -1, *grad.shape[2:])[:, :length] for grad in (dx, ddt, dB, dC))
@@ -130,7 +137,7 @@ def backward(
 def product(a: Float[Tensor, "*b i k"], b: Float[Tensor, "*b k j"]) -> Float[Tensor, "*b i j"]:
     """Products of matrices with sums in float32 or wider, also of bfloat16."""
     if a.dtype != torch.bfloat16:
-        return a @ b
+        return (a @ b).contiguous()
     if not a.is_cuda:
         # Only there products have a type of their own.
         return a.float() @ b.float()
@@ -141,7 +148,7 @@ def product(a: Float[Tensor, "*b i k"], b: Float[Tensor, "*b k j"]) -> Float[Ten
 def _cut(call: SsdCall, q: int, dtype: torch.dtype) -> Chunked:
     batch, c = call.x.shape[0], -(-call.x.shape[1] // q)
     x, B, C = (_chunks(tensor.to(dtype), q) for tensor in (call.x, call.B, call.C))
-    dt = _chunks(call.dt, q)
+    dt = _chunks(call.dt, q).contiguous()
     s = (dt * call.A).cumsum(1)
     total = s[:, -1:]
     from_start, to_end = s.exp(), (total - s).exp()

@@ -16,6 +16,7 @@ THREADS, SIZE, WARP, FLOAT_BYTES, ALIGNMENT = 256, 4, 32, 4, 16
 # Chunks of 16 to 128 positions: lanes of a row are a power of two.
 SHORTEST = 16
 MOST_OF_FEW_THREADS = 64
+LANES_OF_DOT = 16
 # With more numbers in a state, chunks are longer: fewer states are written and read.
 WIDE_STATE = 64
 # Blocks that a multiprocessor should have at the least.
@@ -104,10 +105,48 @@ def weigh_back(
     return weights, (dscores[:, :, 0] if parts == 1 else dscores.sum(2)).to(dtype), rows, columns
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products over each head's numbers."""
+    r, q, heads, p = a.shape
+    in_rows = b.stride(0) == q * b.stride(1) and b.stride()[2:] == (p, 1)
+    whole = all(number % SIZE == 0 for number in (p, b.stride(1), b.data_ptr() // b.element_size()))
+    if not (in_rows and (whole or p % SIZE)):
+        b = b.contiguous()
+    dots = a.new_empty((r, q, heads))
+    kernel = _kernel("dot_heads", a, torch.float32, SHORTEST, False, piece=_piece(p), other=b.dtype)
+    words = (a.data_ptr(), b.data_ptr(), dots.data_ptr(), r * q, heads, p, b.stride(1))
+    kernel.launch((-(-dots.numel() * LANES_OF_DOT // THREADS), 1, 1), THREADS, words)
+    return dots
+
+
+def join(a: Tensor, weights: Tensor, b: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`(a weights + b) scale`."""
+    q, heads, p = a.shape[1:]
+    joined = a if dtype == a.dtype else torch.empty_like(a, dtype=dtype)
+    kernel = _kernel("join_heads", a, torch.float32, SHORTEST, False, piece=_piece(p), other=dtype)
+    words = (*_pointers(a, weights, b, scale, joined), a.numel(), q, heads, p)
+    kernel.launch((-(-a.numel() // (_piece(p) * THREADS)), 1, 1), THREADS, words)
+    return joined
+
+
+def _piece(p: int) -> int:
+    """Numbers of a head that are moved at once."""
+    return SIZE if p % SIZE == 0 else 1
+
+
 def _kernel(
-    name: str, like: Tensor, dtype: torch.dtype, q: int, seen: bool, reverse: bool = False, shared_bytes: int = 0
+    name: str,
+    like: Tensor,
+    dtype: torch.dtype,
+    q: int,
+    seen: bool,
+    reverse: bool = False,
+    shared_bytes: int = 0,
+    piece: int = SIZE,
+    other: torch.dtype = torch.float32,
 ) -> cuda.Kernel:
     macros = (("TYPE", TYPES[dtype]), ("STEPS", q), ("SEEN", int(seen)), ("REVERSE", int(reverse)))
+    macros += (("PIECE", piece), ("OTHER", TYPES[other]))
     return cuda.kernel(SOURCE, name, macros, like.get_device(), shared_bytes)
 
 
@@ -116,4 +155,4 @@ def _pointers(*tensors: Tensor | None) -> tuple[int, ...]:
     return tuple(0 if x is None else x.data_ptr() for x in tensors)
 
 
-INNER = chunks.Inner(pass_states, weigh, weigh_back)
+INNER = chunks.Inner(pass_states, weigh, weigh_back, dot, join)

@@ -70,9 +70,20 @@ def weigh_back(
     return weights.to(dtype), dscores.to(dtype), rows, columns
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of products over each head's numbers."""
+    return (a * b).sum(-1)
+
+
+def join(a: Tensor, weights: Tensor, b: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`(a weights + b) scale`."""
+    found = a.mul_(weights[..., None]).add_(b.transpose(1, 2))
+    return (found if scale is None else found.mul_(scale[..., None])).to(dtype)
+
+
 def _by_group(x: Tensor, scores: Tensor) -> Tensor:
     """(r, h, ...) as (r, g, heads of a group, ...)."""
     return x.unflatten(1, (scores.shape[1], -1))
 
 
-INNER = chunks.Inner(pass_states, weigh, weigh_back)
+INNER = chunks.Inner(pass_states, weigh, weigh_back, dot, join)
