@@ -29,6 +29,7 @@ NAMES = ("y", "x", "dt", "A", "B", "C")
 # batch, length, heads, head width, states.
 CASES = {"b1 l32768": (1, 32768), "b8 l2048": (8, 2048)}
 Call = Callable[[list[Tensor]], Tensor]
+CHUNK_LENGTH = cuda.chunk_length
 
 
 def drawn(batch: int, length: int, heads: int, p: int, n: int, device: str) -> list[Tensor]:
@@ -54,16 +55,10 @@ def forms(n: int) -> Iterator[tuple[str, Call]]:
 
 
 def _ours(backend: str, q: int | None, given: list[Tensor]) -> Tensor:
-    chosen = cuda.chunk_length
-    if q is not None:
-        cuda.chunk_length = lambda call: q
-    try:
-        with ssd.using(backend):
-            y = ssd(*given)[0]  # pyright: ignore[reportCallIssue]
-    finally:
-        # The backward asks once more, at once.
-        cuda.chunk_length = chosen if q is None else (lambda call: q)
-    return y
+    # The backward asks once more, at once.
+    cuda.chunk_length = CHUNK_LENGTH if q is None else (lambda call: q)
+    with ssd.using(backend):
+        return ssd(*given)[0]  # pyright: ignore[reportCallIssue]
 
 
 def results(call: Call, given: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -192,6 +187,7 @@ def main(
                 record[f"profile {label} {n}"] = profile(functools.partial(_ours, "cuda", 64), given, dy)
                 typer.echo("\n".join(map(str, record[f"profile {label} {n}"])))
             out.write_text(json.dumps(record, indent=1))
+    cuda.chunk_length = CHUNK_LENGTH
     for batch, length in CASES.values():
         for row in blocks(batch, length // 64 if tiny else length, heads * p // 2, device, seconds):
             record["rows"].append(row)

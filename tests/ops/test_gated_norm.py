@@ -26,7 +26,7 @@ def _emulated(*tensors: Any, **flags: Any) -> Tensor:
 
 def _on_gpu(*tensors: Any, **flags: Any) -> Tensor:
     with gated_norm.using("cuda"):
-        return gated_norm(*(None if x is None else x.cuda() for x in tensors), **flags).cpu()
+        return gated_norm(*(None if x is None else x.cuda() for x in tensors), **flags).cpu()  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(params=["emulated", GPU])

@@ -38,3 +38,13 @@ def test_agrees_with_the_reference(length: int, dtype: torch.dtype, monkeypatch:
         error = (got[name].double() - true).norm() / true.norm()
         assert error <= (3e-6 if dtype == torch.float32 else 4e-3), f"{name}: {error:.1e}"
         assert torch.equal(got[name], again[name]), name
+
+
+def test_sizes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of one kind that need different amounts of shared memory take nothing from each other."""
+    monkeypatch.setattr(short, "TAKEN", True)
+    monkeypatch.setattr(short, "FEWEST_ROWS", 1)
+    for length in (40, 10, 20, 40, 10):
+        tensors = {name: x.float().cuda().requires_grad_() for name, x in drawn(99, length, 16, 16).items()}
+        y: Any = selective_scan(**tensors, delta_softplus=True)
+        assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), list(tensors.values())))

@@ -201,7 +201,7 @@ DEVICE float number(uint16 x) { return from_bfloat16(x); }
 
 struct DotCall {
     // (rows, h, p); numbers from a row of b to the next.
-    const float* a;
+    const Number* a;
     const Other* b;
     float* dots;
     int64 rows, heads, p, b_row;
@@ -213,14 +213,14 @@ KERNEL __launch_bounds__(THREADS) dot_heads(const __grid_constant__ DotCall call
     int64 index = (int64(block_x()) * THREADS + thread_index()) / LANES;
     bool there = index < call.rows * call.heads;
     int64 row = there ? index / call.heads : 0, head = there ? index % call.heads : 0;
-    const float* a = call.a + (row * call.heads + head) * call.p;
+    const Number* a = call.a + (row * call.heads + head) * call.p;
     const Other* b = call.b + row * call.b_row + head * call.p;
     float sum = 0.0f;
     for (int64 place = thread_index() % LANES * PIECE; place < call.p; place += LANES * PIECE) {
-        Piece<float> left = *reinterpret_cast<const Piece<float>*>(a + place);
+        Piece<Number> left = *reinterpret_cast<const Piece<Number>*>(a + place);
         Piece<Other> right = *reinterpret_cast<const Piece<Other>*>(b + place);
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) sum = fma(left.at[i], number(right.at[i]), sum);
+        for (int i = 0; i < PIECE; ++i) sum = fma(number(left.at[i]), number(right.at[i]), sum);
     }
 #pragma unroll
     for (int lanes = LANES / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);

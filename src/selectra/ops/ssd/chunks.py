@@ -105,7 +105,7 @@ def backward(
     added = _gathered(dy_start, chunked.C, chunked)
     after, dinitial = inner.pass_states(added, chunked.across, dfinal, True, dtype)
     before, after = before.flatten(0, 1), after.flatten(0, 1)
-    dots = product(after.flatten(2)[..., None, :], before.flatten(2)[..., None])[..., 0, 0]
+    dots = inner.dot(after.flatten(2)[:, None], before.flatten(2)[:, None])[:, 0]
     dB, dC = _folded(x_end, after, chunked), _folded(dy_start, before, chunked)
     ds = inner.dot(_spread(chunked.C, before), dy).mul_(chunked.from_start)
     outside = _spread(chunked.B, after)

@@ -112,8 +112,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     whole = all(number % SIZE == 0 for number in (p, b.stride(1), b.data_ptr() // b.element_size()))
     if not (in_rows and (whole or p % SIZE)):
         b = b.contiguous()
-    dots = a.new_empty((r, q, heads))
-    kernel = _kernel("dot_heads", a, torch.float32, SHORTEST, False, piece=_piece(p), other=b.dtype)
+    dots = a.new_empty((r, q, heads), dtype=torch.float32)
+    kernel = _kernel("dot_heads", a, a.dtype, SHORTEST, False, piece=_piece(p), other=b.dtype)
     words = (a.data_ptr(), b.data_ptr(), dots.data_ptr(), r * q, heads, p, b.stride(1))
     kernel.launch((-(-dots.numel() * LANES_OF_DOT // THREADS), 1, 1), THREADS, words)
     return dots
