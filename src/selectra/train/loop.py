@@ -16,6 +16,7 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Loss, Task, nothing_of
+from selectra.train.batch_norms import together
 from selectra.train.batches import Passes, TrainingOrder, Windows
 from selectra.train.checkpoint import latest, writable_folder
 from selectra.train.depth import training_mode
@@ -130,6 +131,7 @@ class Steps:
         self.record, self.display, self.flag = record, display, flag
         self.batches = order.start_at(state.at.position)
         self.wrapped = wrap(state.model, state.world, state.run.train.compile)
+        self.together = together(state.model, state.world, state.run.train.compile)
         training_mode(state.model)
         self.precision: Precision = state.run.train.precision
         self.watch = BackendWatch()
@@ -150,13 +152,13 @@ class Steps:
         first = not self.display.clock.step_times
         sums: dict[str, torch.Tensor] = {}
         draws, seen = Draws(world.device), []
-        with self.watch if first else nullcontext():
+        with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
                 seen.append(batch := next(self.batches).to(world.device))
+                self.together.counts = self.order.counts(state.at.position + i)
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
-                    if not self.order.counts(state.at.position + i):
-                        loss = nothing_of(loss)
+                    loss = loss if self.together.counts else nothing_of(loss)
                     state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
