@@ -327,7 +327,6 @@ def test_override_is_what_a_variant_changes(series: Path) -> None:
 
 def test_a_model_of_language_trains_on_the_data_that_the_command_names() -> None:
     from selectra.runs import find_run
-
     from selectra.train.job import typed
 
     run = typed(find_run("gpt", ["data=recall", "data.keys=32", "task=language"]))

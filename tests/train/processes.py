@@ -1,9 +1,12 @@
 """Several processes of one training, one of which may fail at a chosen moment."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +48,16 @@ ACTS: dict[str, Callable[[], Any]] = {
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "dies": lambda: os._exit(1),
     "stalls": lambda: time.sleep(600),
+    "limits": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
+    "fills": lambda: fill(Path(os.environ["TO_FILL"])),
 }
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
 
 
 def run_of(kind: str, timeout: float, **settings: Any) -> Run:
@@ -66,7 +78,9 @@ def train(out: Path, run: Run, dropout: float, at: int = 0, act: str = "") -> No
         fit(model, Forecasting(), windows(65), windows(30, 65), run, out, progress=False, world=world)
 
 
-def _start(rank: int, n: int, port: int, out: Path, run: Run, dropout: float, at: int, act: str) -> None:
+def _start(
+    rank: int, n: int, port: int, said: Path, out: Path, run: Run, dropout: float, at: int, act: str
+) -> None:  # fmt: skip
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}  # fmt: skip
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -76,32 +90,31 @@ def _start(rank: int, n: int, port: int, out: Path, run: Run, dropout: float, at
         train(out, run, dropout, at, act if rank == n - 1 else "")
     except (RuntimeError, ValueError) as error:
         found = {"error": type(error).__name__, "text": str(error)}
-    (out / f"rank-{rank}.json").write_text(json.dumps({**found, "at": time.time()}))
+    (said / f"{rank}.json").write_text(json.dumps({**found, "at": time.time()}))
 
 
 def together(
     n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 60.0
 ) -> list[dict[str, Any] | None]:
-    """What came of each of n processes, in order of rank: an error's name and text, and when; None where one is gone."""
-    out.mkdir(exist_ok=True)
-    for old in out.glob("rank-*.json"):
-        old.unlink()
+    """Of each of n processes, in order of rank: an error's name and text, and when; None where one is gone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [CONTEXT.Process(target=_start, args=(rank, n, port, out, run, dropout, at, act)) for rank in range(n)]
-    for process in processes:
-        process.start()
-    # One that stalls is not waited for.
-    waited = processes[:-1] if act == "stalls" else processes
-    end = time.monotonic() + wait
-    for process in waited:
-        process.join(max(end - time.monotonic(), 0.1))
-    for process in processes:
-        process.kill()
-        process.join()
-    files = [out / f"rank-{rank}.json" for rank in range(n)]
-    return [json.loads(file.read_text()) if file.is_file() else None for file in files]
+    with tempfile.TemporaryDirectory() as text:
+        said = Path(text)
+        words = [(rank, n, port, said, out, run, dropout, at, act) for rank in range(n)]
+        processes = [CONTEXT.Process(target=_start, args=each) for each in words]
+        for process in processes:
+            process.start()
+        # One that stalls is not waited for.
+        end = time.monotonic() + wait
+        for process in processes[:-1] if act == "stalls" else processes:
+            process.join(max(end - time.monotonic(), 0.1))
+        for process in processes:
+            process.kill()
+            process.join()
+        files = [said / f"{rank}.json" for rank in range(n)]
+        return [json.loads(file.read_text()) if file.is_file() else None for file in files]
 
 
 if __name__ == "__main__":

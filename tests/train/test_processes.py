@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,11 @@ def test_two_processes_that_were_stopped_give_what_they_give_undisturbed(kind, t
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_process_that_ends_is_named(kind, tmp_path):
-    began = time.time()
     first, last = together(2, tmp_path, run_of(kind, 20, save_every=2), at=6, act="dies")
     assert last is None
     assert first is not None and first["error"] == "RankError"
     assert "process 0 of 2 waited for the others" in first["text"] and "the same command goes on" in first["text"]
-    assert first["at"] - began < 20
+    assert first["at"] - (tmp_path / "record.jsonl").stat().st_mtime < 20
     # That of step 4 was being written at most.
     assert checkpoint.steps(tmp_path)[-1] in (2, 4)
 
@@ -86,6 +86,38 @@ def test_torchrun_starts_again_by_itself(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines].count("resumed") == 1
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 13))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 KiB in memory."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_a_full_disk_is_named_and_loses_nothing(small_disk, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", small_disk / "out"
+    run = run_of("none", 30, eval_every=2)
+    train(whole, run, 0.0)
+    monkeypatch.setenv("TO_FILL", str(small_disk / "filler"))
+    (said,) = together(1, out, run, 0.0, 7, "fills")
+    assert said and said["error"] == "DataError" and "No space left on device" in said["text"], said
+    assert f"that of step {checkpoint.steps(out)[-1]} is whole" in said["text"]
+    assert checkpoint.steps(out)[-1] in (4, 6)
+    (small_disk / "filler").unlink()
+    train(out, run, 0.0)
+    assert losses(out) == losses(whole)
+
+
+def test_a_limit_of_file_sizes_is_named(tmp_path):
+    (said,) = together(1, tmp_path / "out", run_of("none", 30, eval_every=2), 0.0, 7, "limits")
+    assert said and said["error"] == "DataError" and "File too large" in said["text"], said
+    assert checkpoint.steps(tmp_path / "out")[-1] in (4, 6)
 
 
 def _normed() -> list[Tensor]:

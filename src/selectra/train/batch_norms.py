@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from selectra.errors import ConfigError
+from selectra.layers.norm import SharedBatch
 from selectra.train.parallel import World
 
 
@@ -26,6 +27,14 @@ class Together(TorchFunctionMode):
         super().__init__()
         self.counts = True
         """Whether this process's batch is its own: what it was handed to take part counts for nothing."""
+
+    def __enter__(self) -> Self:
+        SharedBatch.now = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        SharedBatch.now = False
+        super().__exit__(*error)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -16,9 +16,9 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Loss, Task, nothing_of
+from selectra.train import checkpoint
 from selectra.train.batch_norms import together
 from selectra.train.batches import Passes, TrainingOrder, Windows
-from selectra.train.checkpoint import latest, writable_folder
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
 from selectra.train.optim import clip, require_finite, scale_gradients
@@ -68,7 +68,7 @@ def fit(
         data: What identifies the data; a checkpoint of a training on other data is refused.
 
     Raises:
-        DataError: A checkpoint could not be written; the one before it is whole.
+        DataError: There is no room for a checkpoint or the record; the checkpoint before is whole.
         StoppedError: SIGINT or SIGTERM came; the state is saved.
         DivergedError: The loss or a gradient is not finite.
     """
@@ -77,7 +77,7 @@ def fit(
         raise ConfigError("train.patience is set, and there are no validation windows to measure an improvement.")
     learns = any(p.requires_grad for p in model.parameters()) and not hasattr(model, "solve")
     if out is not None and world.first:
-        writable_folder(out)
+        checkpoint.writable_folder(out)
     order = TrainingOrder(train_windows, run.train, world) if learns else None
     if run.train.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -85,10 +85,14 @@ def fit(
         model.to(world.device)
     state = State(model, run, order, out, world, data)
     # The first process looks for all: the others see its folder, and maybe later.
-    resume = resume and learns and out is not None and world.gather(latest(out) is not None)[0]
+    resume = resume and learns and out is not None and world.gather(checkpoint.latest(out) is not None)[0]
     length = state.resume() if resume else 0
     shown = (console or Console()) if progress and world.first else None
-    with open_record(out, world, run, resolved, length, data) as record, stopping_gently() as flag:
+    with (
+        checkpoint.full_disk_named(out),
+        open_record(out, world, run, resolved, length, data) as record,
+        stopping_gently() as flag,
+    ):
         if order is None:
             _solve(state, task, train_windows, val_windows)
             if flag.asked:

@@ -72,6 +72,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         ConfigError: PyTorch knows no such device, or this machine has none.
     """
+    if name == "cuda" and torch.cuda.is_available():
+        # Each of several processes has its own.
+        return torch.device("cuda", local_rank)
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
