@@ -1,5 +1,6 @@
 """Sources to batches and facts; importing this room registers every data set."""
 
+from selectra.data.image_shards import ImageShards as ImageShards
 from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
 from selectra.data.mask_views import MaskBatch as MaskBatch

@@ -16,18 +16,22 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Loss, Task
-from selectra.train.batches import Passes, TrainingOrder, Windows
+from selectra.train.batches import Order, Windows, training_order
 from selectra.train.checkpoint import CHECKPOINT, writable_folder
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
+from selectra.train.memory import naming_full_memory
+from selectra.train.meter import Meter
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import World, pick_device, recomputed, wait_for_gradients, wrap
 from selectra.train.precision import Precision, autocast, overflowed
 from selectra.train.progress import Clock, Display
 from selectra.train.record import BackendWatch, Record, open_record
 from selectra.train.sentinel import Draws, first_broken
+from selectra.train.solved import solve
 from selectra.train.state import State, StoppedBy
 from selectra.train.stop import StopFlag, StoppedError, stopping_gently
+from selectra.train.streams import left_out
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def fit(
     console: Console | None = None,
     resolved: Mapping[str, Mapping[str, Resolved]] | None = None,
     data: Mapping[str, Any] | None = None,
+    tensorboard: bool = False,
 ) -> Fitted:
     """Train a model, and leave it with the weights that were best on the validation windows.
 
@@ -65,10 +70,13 @@ def fit(
         resume: Go on from `out`'s checkpoint where there is one; otherwise start anew and overwrite it.
         resolved: What every argument resolved to, for run.json.
         data: What identifies the data; a checkpoint of a training on other data is refused.
+        tensorboard: Write the record's numbers for TensorBoard too.
 
     Raises:
         StoppedError: SIGINT or SIGTERM came; the state is saved.
         DivergedError: The loss or a gradient is not finite.
+        DeviceMemoryError: The device's memory is full.
+        StalledError: The processes that prepare batches do not answer.
     """
     world = world or World(device=pick_device(run.train.device))
     if not val_windows and run.train.patience:
@@ -76,52 +84,42 @@ def fit(
     learns = any(p.requires_grad for p in model.parameters()) and not hasattr(model, "solve")
     if out is not None and world.first:
         writable_folder(out)
-    order = TrainingOrder(train_windows, run.train, world) if learns else None
+    order = training_order(train_windows, run.train, world) if learns else None
     if run.train.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     state = State(model.to(world.device), run, order, out, world, data)
     resume = resume and learns and out is not None and (out / CHECKPOINT).is_file()
     length = state.resume() if resume else 0
     shown = (console or Console()) if progress and world.first else None
-    with open_record(out, world, run, resolved, length, data) as record, stopping_gently() as flag:
+    board = (tensorboard, state.at.step)
+    with open_record(out, world, run, resolved, length, data, board) as record, stopping_gently() as flag:
         if order is None:
-            _solve(state, task, train_windows, val_windows)
+            solve(state, task, train_windows, val_windows)
             if flag.asked:
                 raise StoppedError(0, state.resume_command)
             record.write("metrics", step=0, split="val", best=True, **state.at.best)
         else:
             n_eval = ceil(len(val_windows) / run.train.batch_size) if val_windows else 0
-            clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval))
+            saves = None if out is None else run.train.save_every or state.eval_every
+            clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval), saves, state.at.step)
             early = run.train.patience is not None
-            with Display(shown, clock, run.name, early) as display, recomputed(model, run.train.recompute):
+            whole = naming_full_memory(state)
+            with Display(shown, clock, run.name, early) as display, recomputed(model, run.train.recompute), whole:
                 _Loop(state, task, order, val_windows, record, display, flag).go()
     model.load_state_dict(state.best)
     return Fitted(state.at.best, state.at.best_step, state.at.step, state.at.seconds, state.at.stopped_by)
-
-
-def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> None:
-    """Models that learn nothing by gradient; every process sees all training windows."""
-    began, solve = time.monotonic(), getattr(state.model, "solve", None)
-    if solve is not None:
-        solve(Passes(train, state.run.train.batch_size, state.world.device))
-    if val:
-        metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world, state.run.train.precision)
-        state.note(metrics, task.score(metrics))
-    state.keep()
-    state.at.seconds = time.monotonic() - began
-    state.at.stopped_by = "nothing to train" if solve is None else "solved"
 
 
 class _Loop:
     """Steps, evaluations and checkpoints of one training by gradient."""
 
     def __init__(
-        self, state: State, task: Task, order: TrainingOrder, val: Windows | None, record: Record, display: Display,
+        self, state: State, task: Task, order: Order, val: Windows | None, record: Record, display: Display,
         flag: StopFlag,
     ) -> None:  # fmt: skip
         self.state, self.task, self.val = state, task, val
         self.record, self.display, self.flag = record, display, flag
-        self.batches = order.start_at(state.at.position)
+        self.meter, self.splits = Meter(order.start_at(state.at.position), state.world), (order.windows, val)
         self.wrapped = wrap(state.model, state.world, state.run.train.compile)
         training_mode(state.model)
         self.precision: Precision = state.run.train.precision
@@ -134,18 +132,18 @@ class _Loop:
             self.after_step()
         while not self.state.at.stopped_by:
             loss = self.one_step()
-            self.display.step(self.state.at.step, loss)
+            self.display.step(self.state.at.step, loss, self.meter.rate, self.meter.wait)
             self.after_step()
 
     def one_step(self) -> float:
         """One optimizer step; returns its loss over all processes."""
         state, run, world, began = self.state, self.state.run, self.state.world, time.monotonic()
-        first = not self.display.clock.step_times
+        first = not self.display.clock.started
         sums: dict[str, torch.Tensor] = {}
         draws, seen = Draws(world.device), []
         with self.watch if first else nullcontext():
             for i in range(run.train.accumulate):
-                seen.append(batch := next(self.batches).to(world.device))
+                seen.append(batch := self.meter.take().to(world.device))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
                     state.scaler.scale(loss.sum).backward()
@@ -164,11 +162,12 @@ class _Loop:
             require_finite(means["loss"], norm, state.model, state.at.step + 1, lambda: self.find(seen, draws))
         state.advance(run.train.accumulate)
         seconds = time.monotonic() - began
-        self.display.clock.step_times.append(seconds)
+        self.display.clock.took("step", seconds)
         self.stop = stop > 0
         if first:
             self.record.write("backends", step=state.at.step, **self.watch.found())
-        self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds)
+        more = self.meter.step(seconds)
+        self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds, **more)
         state.at.seconds += seconds
         return means["loss"]
 
@@ -190,7 +189,9 @@ class _Loop:
         if state.evaluation_due and not self.stop:
             self.validate()
         if self.stop or at.stopped_by or state.save_due:
+            began = time.monotonic()
             state.save(self.record)
+            self.display.clock.took("checkpoint", time.monotonic() - began, at.step)
         if self.stop or (at.stopped_by and self.flag.asked):
             raise StoppedError(at.step, state.resume_command)
 
@@ -204,7 +205,8 @@ class _Loop:
             seconds = time.monotonic() - began
             best = state.note(metrics, self.task.score(metrics))
             self.record.write("metrics", step=state.at.step, split="val", best=best, seconds=seconds, **metrics)
-            self.display.clock.eval_times.append(seconds)
+            self.display.clock.took("evaluation", seconds, state.at.step)
             self.display.evaluated(state.at.step, metrics, best)
             state.at.seconds += seconds
+        self.display.left_out(self.record.left_out(state.at.step, left_out(self.splits, state.world)))
         state.end_if_due()
