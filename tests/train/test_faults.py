@@ -14,6 +14,7 @@ from selectra.train.batches import every_window_once
 from selectra.train.loader import load
 from selectra.train.loop import fit
 from selectra.train.parallel import World
+from selectra.train.record import environment
 from selectra.train.stop import DeviceMemoryError, StalledError
 from tests.data.shards import within
 from tests.train.tiny import TinyModel, make_run, windows
@@ -133,3 +134,12 @@ def test_the_command_ends_with_one_line(error, monkeypatch, capsys):
         main(["train", "dlinear", "data=series_file"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_git_that_hangs_is_no_commit(monkeypatch, tmp_path):
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("selectra.train.record.GIT", 0.3)
+    with within(0.3 + 5):
+        assert environment()["commit"] is None

@@ -13,7 +13,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from selectra.data.download import Limits
 from selectra.data.image_decode import CorruptError, decode, fitted
-from selectra.data.image_files import SUFFIXES, Listing
+from selectra.data.image_files import SUFFIXES
+from selectra.data.image_listing import Listing
 from selectra.data.image_one import OneByOne
 from selectra.data.image_views import Augment, ImageBatch
 from selectra.data.images import IMAGENET
