@@ -27,7 +27,7 @@ CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "model_ema", 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 HEADS = ("head.", "aux_head.")
 # What only a network above a backbone of ours has.
-DECODERS = ("decoder.", "levels.", "backbone.stages.", "backbone.layers.", "backbone.body.")
+DECODERS = ("network.", "decoder.", "levels.", "backbone.stages.", "backbone.layers.", "backbone.body.")
 MOST_SHOWN = 8
 # Settings that official trainings save beside their weights; they are read as dictionaries, which run nothing.
 SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")

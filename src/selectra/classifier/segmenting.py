@@ -19,7 +19,6 @@ from selectra.tasks.sliding import sliding_scores
 from selectra.train.checkpoint import WEIGHTS, load_weights
 from selectra.train.record import read_data, read_run
 
-KIND = "segmentation"
 WANTED = ("classes", "colours", "img_size", "in_channels", "mean", "std")
 
 
@@ -46,13 +45,13 @@ class Segmenter:
     short_side: int | None = None
 
 
-def is_segmentation(folder: Path) -> bool:
-    """Whether a folder holds a training of a segmentation model.
+def kind_of(folder: Path) -> str:
+    """The kind of model of which a folder holds a training, such as "segmentation".
 
     Raises:
         DataError: It holds no training.
     """
-    return models.entry(read_run(_folder(folder)).model.name).kind == KIND
+    return models.entry(read_run(_folder(folder)).model.name).kind
 
 
 def segmenter_from_run(folder: Path) -> Segmenter:
@@ -138,10 +137,7 @@ def segment_all(
     """
     if window is not None and window < 1:
         raise ConfigError(f"window={window}: needs at least 1 pixel")
-    stems = [path.stem for path in paths]
-    twice = next((path for i, path in enumerate(paths) if path.stem in stems[:i]), None)
-    if twice is not None:
-        raise ConfigError(f"two images are named '{twice.stem}', and so would their pictures be; give one at a time.")
+    named_once(paths)
     found = []
     for path in paths:
         try:
@@ -151,6 +147,18 @@ def segment_all(
                 raise
             skipped.append(str(error))
     return found
+
+
+def named_once(paths: Sequence[Path]) -> None:
+    """Every image has a name of its own.
+
+    Raises:
+        ConfigError: Pictures of two images would have one name.
+    """
+    stems = [path.stem for path in paths]
+    twice = next((path for i, path in enumerate(paths) if path.stem in stems[:i]), None)
+    if twice is not None:
+        raise ConfigError(f"two images are named '{twice.stem}', and so would their pictures be; give one at a time.")
 
 
 def segmented_table(found: Sequence[Overlay]) -> Table:

@@ -81,9 +81,12 @@ def _forecasting(found: Row, records: dict[str, Row]) -> None:
                 f"{each['mean']:.4f} and {each['rival']:.4f} (difference {each['difference']:+.4f}, 95 % interval "
                 f"{each['low']:+.4f} to {each['high']:+.4f}; lower on {each['wins']} of {each['pairs']} cells)"
             ), [name])  # fmt: skip
-        parts = [f"{_words(by_outcome[key])} {said}" for key, said in (
-            ("wins", "worse"), ("level", "level with it"), ("loses", "better")) if by_outcome[key]]  # fmt: skip
-        found["fields"]["forecasting"] = f"forecasting, {verdict['mamba']}: {'; '.join(parts)}"
+        found["fields"]["forecasting"] = f"forecasting, {verdict['mamba']}: {_sums(by_outcome)}"
+
+
+def _sums(by_outcome: dict[str, list[str]]) -> str:
+    said = (("wins", "worse"), ("level", "level with it"), ("loses", "better"))
+    return "; ".join(f"{_words(by_outcome[key])} {words}" for key, words in said if by_outcome[key])
 
 
 def _words(names: Sequence[str]) -> str:
@@ -92,6 +95,8 @@ def _words(names: Sequence[str]) -> str:
 
 
 def _images(found: Row, records: dict[str, Row]) -> None:
+    records = {name: each for name, each in records.items()
+               if any(training["recipe"].endswith("_cifar10") for training in each["trainings"])}  # fmt: skip
     top1: dict[str, dict[int, float]] = defaultdict(dict)
     steps = {training["steps"] for record in records.values() for training in record["trainings"]}
     # Trainings of other lengths are another comparison; the longest is the one that counts.
@@ -145,14 +150,16 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
 
 def _contest(found: Row, name: str, record: Row) -> None:
     """A study of Mamba against other kinds: its comparisons are claims like others."""
-    bases = ", ".join(dict.fromkeys(row["base"] for row in record["rows"]))
+    bases, by_outcome = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), defaultdict(list)
     for each in record["overall"]:
+        by_outcome[OUTCOMES[each["outcome"]]].append(each["rival"])
         outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
         low, high = signed.format(each["low"]), signed.format(each["high"])
         _claim(found, outcome, f"{bases}: {record['subject']} against {each['rival']}, {record['metric']} "
                f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval "
                f"{low} to {high}; {each['pairs']} seeds)", [name])  # fmt: skip
-    found["fields"][record["name"]] = record["verdict"]["text"].rstrip(".")
+    if by_outcome:
+        found["fields"][record["name"]] = f"{bases}, {record['subject']}: {_sums(by_outcome)}"
 
 
 def _costs(found: Row, records: dict[str, Row]) -> None:
@@ -166,11 +173,14 @@ def _costs(found: Row, records: dict[str, Row]) -> None:
                                            "least": min(measured), "most": max(measured), "records": [name],
                                            "device": record["device"], "params": kind["params"]})  # fmt: skip
     time = [each for each in found["speed"] if each["quantity"] == "unit_us"]
-    firsts = {each["question"]: each["rival"] for each in reversed(time)}
-    said = [f"{each['subject']} against {each['rival']}, {MODES[each['mode']]}: {where(each)}"
-            for each in time if each["rival"] == firsts[each["question"]]]  # fmt: skip
+    firsts = {each["question"]: each for each in reversed(time)}
+    said = []
+    for question, first in firsts.items():
+        same = [each for each in time if (each["question"], each["rival"]) == (question, first["rival"])]
+        modes = ", ".join(f"{MODES[each['mode']]} {where(each)}" for each in same)
+        said.append(f"{first['subject']} against {first['rival']} ({first['axis']}): {modes}")
     if said:
-        found["fields"]["costs"] = f"speed: {'; '.join(said)}"
+        found["fields"]["costs"] = f"speed, {'; '.join(said)}"
 
 
 MODES = {"forward": "forward", "step": "training", "decode": "generating"}

@@ -90,8 +90,8 @@ def list_masks(
     Raises:
         DataError: There is no such thing, or it holds no images with masks.
     """
-    root = _root(path)
-    found = {str(inside): (place, mark) for inside, place, mark in places(root) if not _hidden(inside)}
+    root = found_root(path, PUBLIC, "masks")
+    found = {str(inside): (place, mark) for inside, place, mark in places(root) if not hidden(inside)}
     files, prefix = _below(found)
     kind = _detect(files) if layout == "auto" else layout
     pairs, masks_mean = LAYOUTS[kind](files)
@@ -116,9 +116,19 @@ def list_masks(
     )  # fmt: skip
 
 
-def _root(path: str) -> Path:
-    if path in PUBLIC:
-        folder, what = PUBLIC[path]
+def found_root(path: str, public: Mapping[str, tuple[str, str]], kind: str) -> Path:
+    """The folder or zip file that a path or the name of a public set stands for.
+
+    Args:
+        path: As the user has it.
+        public: Folders in SELECTRA_DATA and what lies in them, by name.
+        kind: What is looked for, in words.
+
+    Raises:
+        DataError: There is no such thing.
+    """
+    if path in public:
+        folder, what = public[path]
         for place in folders():
             if (place / folder).is_dir():
                 return place / folder
@@ -130,11 +140,12 @@ def _root(path: str) -> Path:
     root = Path(path).expanduser()
     if root.is_dir() or (root.is_file() and root.suffix == ".zip"):
         return root
-    raise DataError(f"there are no masks at '{path}': it is no folder, no zip file and none of {list(PUBLIC)}."
-                    f"{nearest(path, PUBLIC)}")  # fmt: skip
+    raise DataError(f"there are no {kind} at '{path}': it is no folder, no zip file and none of {list(public)}."
+                    f"{nearest(path, public)}")  # fmt: skip
 
 
-def _hidden(inside: PurePosixPath) -> bool:
+def hidden(inside: PurePosixPath) -> bool:
+    """Whether a file is none of the set's own."""
     return any(part.startswith((".", "__MACOSX")) for part in inside.parts)
 
 

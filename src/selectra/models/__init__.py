@@ -1,6 +1,10 @@
 """The architectures: one file each, one line each; some have their readers of official weights in a file beside."""
 
 from .convnext import ConvNeXt as ConvNeXt
+from .detector import FCOS as FCOS
+from .detector import FasterRCNN as FasterRCNN
+from .detector import MaskRCNN as MaskRCNN
+from .detector import RetinaNet as RetinaNet
 from .dlinear import DLinear as DLinear
 from .gpt import GPT as GPT
 from .gru import GRU as GRU

@@ -5,7 +5,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data import IterableDataset
 
-from selectra.errors import ConfigError
 from selectra.spec import Train
 from selectra.train.loader import load, taken
 from selectra.train.parallel import World
@@ -39,11 +38,6 @@ class StreamOrder:
     """Batches of this process out of a stream, pass after pass, from any position on."""
 
     def __init__(self, windows: Stream, train: Train, world: World) -> None:
-        if train.batch_size % world.size:
-            raise ConfigError(
-                f"train.batch_size is {train.batch_size} over all processes, "
-                f"which does not divide among {world.size}; take a multiple of {world.size}."
-            )
         self.windows, self.train, self.share = windows, train, (world.rank, world.size)
         self._length = windows.batches_in_pass(train.batch_size, world.size, train.workers)
 

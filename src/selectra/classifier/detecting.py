@@ -1,0 +1,140 @@
+"""The objects on images, by a trained detector."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import nn
+
+# Importing the room fills the registry.
+import selectra.models  # noqa: F401
+from selectra.classifier.reading import UnreadableError, read_image, standardised
+from selectra.classifier.segmenting import named_once
+from selectra.errors import ConfigError, DataError
+from selectra.registry import models
+from selectra.report.detected import Detected
+from selectra.train.checkpoint import WEIGHTS, load_weights
+from selectra.train.record import read_data, read_run
+
+WANTED = ("classes", "colours", "img_size", "in_channels", "mean", "std")
+THRESHOLD = 0.5
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector in evaluation mode, with what using it needs.
+
+    Args:
+        name: Of the model, for titles.
+        model: Images to dictionaries of boxes, labels and scores.
+        classes: Names in the order of labels.
+        colours: One for each class, for pictures.
+        mean: Of every channel, in shares of 255.
+        std: Deviation of every channel.
+    """
+
+    name: str
+    model: nn.Module
+    classes: tuple[str, ...]
+    colours: tuple[tuple[int, int, int], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def detector_from_run(folder: Path) -> Detector:
+    """The best weights of a training, with what its run.json says of the images.
+
+    Raises:
+        DataError: There is no run, no weights, or run.json does not say what is needed.
+    """
+    folder = folder.parent if folder.name == "run.json" else folder
+    run, about = read_run(folder), read_data(folder) or {}
+    absent = [name for name in WANTED if name not in about]
+    if absent:
+        raise DataError(f"'{folder / 'run.json'}' does not say {', '.join(absent)} of its images; train it again.")
+    height, width = about["img_size"]
+    facts = {
+        "n_classes": len(about["classes"]),
+        "in_channels": about["in_channels"],
+        "img_size": height if height == width else (height, width),
+    }
+    model = models.build(run.model, facts)
+    load_weights(folder / WEIGHTS, model)
+    colours = tuple((red, green, blue) for red, green, blue in about["colours"])
+    mean, std = tuple(about["mean"]), tuple(about["std"])
+    return Detector(run.model.name, model.eval(), tuple(about["classes"]), colours, mean, std)
+
+
+def detect(trained: Detector, path: Path, device: torch.device | str = "cpu", threshold: float = THRESHOLD) -> Detected:
+    """The objects on an image, surest first.
+
+    Args:
+        trained: The model.
+        path: An image file.
+        device: Where the model runs.
+        threshold: Least score of what is given; scores below the model's own threshold are never given.
+
+    Raises:
+        ConfigError: The threshold is no share.
+        DataError: The file cannot be read, or what is found is not finite.
+    """
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"threshold={threshold}: a score is from 0 to 1")
+    image, model = read_image(path, len(trained.mean)), trained.model.to(device)
+    x = standardised(image[None], trained.mean, trained.std)[0]
+    with torch.inference_mode():
+        (found,) = model([x.to(device)])
+    if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all()):
+        raise DataError(f"'{trained.name}' finds what is not finite; its weights are damaged or diverged.")
+    order = found["scores"].argsort(descending=True)
+    order = order[found["scores"][order] >= threshold]
+    masks = (found["masks"][order, 0] >= 0.5).cpu().numpy() if "masks" in found else None
+    return Detected(
+        trained.name, str(path), image.permute(1, 2, 0).numpy(), found["boxes"][order].float().cpu().numpy(),
+        found["labels"][order].cpu().numpy(), found["scores"][order].float().cpu().numpy(), masks, trained.classes,
+        trained.colours, threshold,
+    )  # fmt: skip
+
+
+def detect_all(
+    trained: Detector, paths: Sequence[Path], device: torch.device | str, threshold: float, skipped: list[str] | None
+) -> list[Detected]:
+    """The objects on every image.
+
+    Args:
+        skipped: Where given, files that are damaged are left out and named here.
+
+    Raises:
+        ConfigError: Pictures of two images would have one name.
+        DataError: As `detect`.
+    """
+    named_once(paths)
+    found = []
+    for path in paths:
+        try:
+            found.append(detect(trained, path, device, threshold))
+        except UnreadableError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return found
+
+
+def detected_table(found: Sequence[Detected]) -> Table:
+    """How many objects of which class there are on every image, and their scores."""
+    table = Table("image", "class", "objects", "scores")
+    for each in found:
+        name, counts = Path(each.file).name, each.counts()
+        shown = [i for i in sorted(range(len(counts)), key=lambda i: -counts[i]) if counts[i]]
+        for i in shown:
+            scores = each.scores[each.labels == i]
+            table.add_row(
+                name, each.classes[i], str(counts[i]), f"{scores.min():.2f} to {scores.max():.2f}",
+                end_section=i == shown[-1],
+            )  # fmt: skip
+            name = ""
+        if not shown:
+            table.add_row(name, f"nothing from {each.threshold:.0%} up", "0", "", end_section=True)
+    return table
