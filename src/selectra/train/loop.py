@@ -1,8 +1,6 @@
-"""The one training loop. Of a task it knows `loss`, `evaluator` and `score`, of a batch `to`, and nothing else."""
+"""One training, from its beginning or from where it was interrupted, to its best weights; `steps` has the loop."""
 
-import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -15,23 +13,17 @@ from torch import nn
 from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
-from selectra.tasks.task import Loss, Task, nothing_of
-from selectra.train.batches import Order, Windows, training_order
+from selectra.tasks.task import Task
+from selectra.train.batches import Windows, training_order
 from selectra.train.checkpoint import latest, writable_folder
-from selectra.train.depth import training_mode
-from selectra.train.evaluation import evaluate
 from selectra.train.memory import naming_full_memory
-from selectra.train.meter import Meter
-from selectra.train.optim import clip, require_finite, scale_gradients
-from selectra.train.parallel import World, pick_device, recomputed, wait_for_gradients, wrap
-from selectra.train.precision import Precision, autocast, overflowed
+from selectra.train.parallel import World, pick_device, recomputed
 from selectra.train.progress import Clock, Display
-from selectra.train.record import BackendWatch, Record, open_record
-from selectra.train.sentinel import Draws, first_broken
+from selectra.train.record import open_record
 from selectra.train.solved import solve
 from selectra.train.state import State, StoppedBy
-from selectra.train.stop import StopFlag, StoppedError, stopping_gently
-from selectra.train.streams import left_out
+from selectra.train.steps import Steps
+from selectra.train.stop import StoppedError, stopping_gently
 
 
 @dataclass(frozen=True)
@@ -115,116 +107,3 @@ def fit(
                     state.close()
     state.take_best()
     return Fitted(state.at.best, state.at.best_step, state.at.step, state.at.seconds, state.at.stopped_by)
-
-
-class Steps:
-    """Steps, evaluations and checkpoints of one training by gradient."""
-
-    def __init__(
-        self, state: State, task: Task, order: Order, val: Windows | None, record: Record, display: Display,
-        flag: StopFlag,
-    ) -> None:  # fmt: skip
-        self.state, self.task, self.order, self.val = state, task, order, val
-        self.record, self.display, self.flag = record, display, flag
-        self.meter, self.splits = Meter(order.start_at(state.at.position), state.world), (order.windows, val)
-        self.wrapped = wrap(state.model, state.world, state.run.train.compile)
-        training_mode(state.model)
-        self.precision: Precision = state.run.train.precision
-        self.watch = BackendWatch()
-        self.stop = False
-
-    def go(self) -> None:
-        # What was due when the training was interrupted comes first.
-        if not self.state.at.stopped_by:
-            self.after_step()
-        while not self.state.at.stopped_by:
-            loss = self.one_step()
-            self.display.step(self.state.at.step, loss, self.meter.rate, self.meter.wait)
-            self.after_step()
-
-    def one_step(self) -> float:
-        """One optimizer step; returns its loss over all processes."""
-        state, run, world, began = self.state, self.state.run, self.state.world, time.monotonic()
-        first = not self.display.clock.started
-        sums: dict[str, torch.Tensor] = {}
-        draws, seen = Draws(world.device), []
-        with self.watch if first else nullcontext():
-            for i in range(run.train.accumulate):
-                seen.append(batch := self.meter.take().to(world.device))
-                with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
-                    loss = self.loss_of(self.wrapped, batch)
-                    if not self.order.counts(state.at.position + i):
-                        loss = nothing_of(loss)
-                    state.scaler.scale(loss.sum).backward()
-                for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
-                    sums[name] = sums.get(name, 0) + value.detach().double()
-        said = [
-            torch.tensor(float(each), device=world.device).double() for each in (self.flag.asked, state.save_failed)
-        ]
-        *totals, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
-        if failed:
-            state.saved()
-        totals = dict(zip(sums, totals, strict=True))
-        count = max(totals.pop("count"), 1.0)
-        means = {name: value / count for name, value in totals.items()}
-        # Right for ragged targets, for accumulation and for every process.
-        state.scaler.unscale_(state.optimizer)
-        scale_gradients(state.model, world.size / count)
-        norm = clip(state.model, run.optim.clip)
-        if not overflowed(state.scaler, means["loss"], norm):
-            require_finite(means["loss"], norm, state.model, state.at.step + 1, lambda: self.find(seen, draws))
-        state.advance(run.train.accumulate)
-        seconds = time.monotonic() - began
-        self.display.clock.took("step", seconds)
-        self.stop = stop > 0
-        if first:
-            self.record.write("backends", step=state.at.step, **self.watch.found())
-        more = self.meter.step(seconds)
-        self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds, **more)
-        state.at.seconds += seconds
-        return means["loss"]
-
-    def loss_of(self, model: nn.Module, batch: Any) -> Loss:
-        """The task's loss, in the precision asked for."""
-        with autocast(self.state.world.device, self.precision, cached=not self.state.world.sharded):
-            return self.task.loss(model, batch)
-
-    def find(self, batches: list[Any], draws: Draws) -> str:
-        """The first layer and tensor of a step that is not finite."""
-        if self.state.world.sharded:
-            # Its calls would be joint acts of all processes, and each may find something else.
-            return ""
-        scaler = self.state.scaler
-        return first_broken(
-            self.state.model, batches, lambda batch: scaler.scale(self.loss_of(self.state.model, batch).sum), draws
-        )
-
-    def after_step(self) -> None:
-        """Evaluate, save, stop: whatever is due."""
-        state, at = self.state, self.state.at
-        if state.evaluation_due and not self.stop:
-            self.validate()
-        if self.stop or at.stopped_by or state.save_due:
-            began = time.monotonic()
-            state.save(self.record)
-            self.display.clock.took("checkpoint", time.monotonic() - began, at.step)
-        if self.stop or at.stopped_by:
-            state.saved()
-        if self.stop or (at.stopped_by and self.flag.asked):
-            raise StoppedError(at.step, state.resume_command, self.flag.by_hand)
-
-    def validate(self) -> None:
-        """Measure on the validation windows, keep the best weights, and see whether this is the end."""
-        state, began = self.state, time.monotonic()
-        if self.val:
-            metrics = evaluate(
-                state.measured, self.task, self.val, state.run.train.batch_size, state.world, self.precision
-            )
-            seconds = time.monotonic() - began
-            best = state.note(metrics, self.task.score(metrics))
-            self.record.write("metrics", step=state.at.step, split="val", best=best, seconds=seconds, **metrics)
-            self.display.clock.took("evaluation", seconds, state.at.step)
-            self.display.evaluated(state.at.step, metrics, best)
-            state.at.seconds += seconds
-        self.display.left_out(self.record.left_out(state.at.step, left_out(self.splits, state.world)))
-        state.end_if_due()
