@@ -2,7 +2,11 @@
 
     python results/dense_camvid.py --out results/dense_camvid.json --steps 1500 --seconds 300
 
-finds CamVid through SELECTRA_DATA. Called again with the same record it goes on with what is missing. A rehearsal that
+finds CamVid through SELECTRA_DATA. In regions, with and without context:
+
+    ... --recipes xt_none_camvid120,xt_mamba_camvid120,xt_hyper_camvid120,xt_xl_camvid120 --against xt_none_camvid120
+
+Called again with the same record it goes on with what is missing. A rehearsal that
 runs on any machine: `--data shapes --steps 3 train.batch_size=2 train.precision=float32 data.crop=32`.
 """
 
@@ -15,7 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 
 from selectra.compare.vision import Study
 from selectra.train.checkpoint import replacing
@@ -35,6 +41,7 @@ def read_words() -> argparse.Namespace:
     words.add_argument("--budget", type=float, default=None, help="as many steps as all take so many seconds for")
     words.add_argument("--data", default=None, help="another set than CamVid")
     words.add_argument("--note", default="", help="what the record says of the data")
+    words.add_argument("--against", default=None, help="also the paired differences of mIoU to this recipe")
     words.add_argument("--no-measure", action="store_true")
     words.add_argument("--no-train", action="store_true")
     words.add_argument("changes", nargs="*", help="for every run, such as train.batch_size=8")
@@ -89,11 +96,28 @@ def main() -> None:
 
         def finished(row: dict[str, Any]) -> None:
             record["trainings"].append(row)
+            if words.against:
+                record["differences"] = differences(record["trainings"], words.against)
             say(row)
 
         record["not_begun"] = study.train(began + words.seconds, finished)
     record["calls"][-1]["seconds"] = time.monotonic() - began
     write(words.out, record)
+
+
+def differences(trainings: Sequence[dict[str, Any]], against: str) -> list[dict[str, Any]]:
+    """Of each recipe's mIoU to another recipe's, seed by seed: the mean, and Student's interval of it (95 %)."""
+    found = {(row["recipe"], row["seed"]): row["test"]["miou"] for row in trainings}
+    rows = []
+    for recipe in dict.fromkeys(name for name, _ in found if name != against):
+        seeds = sorted(seed for name, seed in found if name == recipe and (against, seed) in found)
+        each = [found[recipe, seed] - found[against, seed] for seed in seeds]
+        row: dict[str, Any] = {"recipe": recipe, "against": against, "seeds": seeds, "each": each}
+        if len(each) > 1:
+            mean, half = np.mean(each), stats.t.ppf(0.975, len(each) - 1) * np.std(each, ddof=1) / np.sqrt(len(each))
+            row |= {"mean": float(mean), "low": float(mean - half), "high": float(mean + half)}
+        rows.append(row)
+    return rows
 
 
 def write(out: Path, record: dict[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """Mamba and the hybrid beside the Transformer: paired differences of loss over seeds, from a study's records.
 
-    python results/language_targets.py STUDY.json --out TARGETS.json [--sample GENERATED.json]
+    python results/language_targets.py STUDY.json
+
+writes them into the study's record, beside what stands there.
 
 Losses are nats a character: of the best weights on the half that chose them ("val"), on the half that did not ("test")
 and on both together ("held_out", the last tenth of the text), and of the last weights on both ("last").
@@ -49,24 +51,17 @@ def against(ours: dict[int, float], rival: dict[int, float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read, compare, write."""
+    """Read, compare, write back."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sample", type=Path)
     words = parser.parse_args()
     content = read_study(words.study)
     rival, targets = losses(content, RIVAL), []
     for model in OURS:
         ours = losses(content, model)
         targets += [{"model": model, "rival": RIVAL, "on": part, **against(ours[part], rival[part])} for part in ours]
-    means = {}
-    for row in content["rows"]:
-        found = losses(content, row["variant"])
-        means[row["variant"]] = {part: fmean(values.values()) for part, values in found.items() if values}
-    record = {"what": "targets of language training", "study": words.study.name, "targets": targets, "means": means,
-              "sample": json.loads(words.sample.read_text("utf-8")) if words.sample else None}  # fmt: skip
-    words.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = json.loads(words.study.read_text("utf-8")) | {"targets": targets}
+    words.study.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ the largest of those below at which all trainings fit; `selectra compare NAME --
 
 import argparse
 import json
+import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,13 @@ def main() -> None:
     left = began + asked.seconds - time.monotonic()
     conduct(study, Wish(path, str(device), left, 1, asked.packed), console)
     write_results(path, path.with_suffix(".json"))
+    stand = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    made = {
+        "command": " ".join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
+        "speeds": speeds, "failed": failed,
+    }  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps(made | stand, indent=1) + "\n", encoding="utf-8")
     content = read_study(path.with_suffix(".json"))
     write_reports(content, path.with_suffix(""))
     console.print(content["verdict"]["text"], highlight=False, markup=False)

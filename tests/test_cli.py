@@ -251,7 +251,7 @@ def test_anew_leaves_no_old_weights_beside_a_new_run(call, csv, tmp_path, monkey
     monkeypatch.setattr(DLinear, "forward", killed)
     assert call(*words, "--anew", "train.steps=5")[0] == 9
     assert not (out / "model.safetensors").exists()
-    assert not (out / "checkpoint.pt").exists()
+    assert not (out / "checkpoints").exists()
     code, _, text = call("eval", out)
     assert (code, "there are no weights" in text) == (2, True)
 

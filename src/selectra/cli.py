@@ -15,8 +15,8 @@ from rich.table import Table
 
 from selectra import cli_compare
 from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
-from selectra.errors import BackendError, ConfigError, DataError
-from selectra.image_commands import explain, predict
+from selectra.errors import BackendError, ConfigError, DataError, RankError
+from selectra.image_commands import explain, predict, refuse_page, write_cases
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.text_commands import tokenize
@@ -112,16 +112,23 @@ def evaluate(
     changed_data: Annotated[
         bool, typer.Option("--changed-data", help="Also on data that has changed since the training.")
     ] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Segmentation: also a page of the best and worst cases of each class.")
+    ] = False,
 ) -> None:
     """Evaluate trained weights; the only command that opens the test split."""
     from selectra.train.job import evaluate_job  # noqa: PLC0415
 
+    if page:
+        refuse_page(out)
     metrics, count = evaluate_job(out, split.value, batch_size, changed_data)
     _console().print(f"{out}: all {count:,} examples (windows, images, sequences) of this part", highlight=False)
     table = Table("metric", split.value)
     for name, value in metrics.items():
         table.add_row(name, f"{value:.6f}")
     _console().print(table)
+    if page:
+        write_cases(out, split.value, metrics, _console())
 
 
 app.command()(predict)
@@ -339,7 +346,7 @@ app.command()(cli_compare.report)
 
 
 def main(words: Sequence[str] | None = None) -> NoReturn:
-    """Run a command; a user's error is one line and exit code 2, a stop asked for is exit code 130."""
+    """Run a command; a user's error is one line and exit code 2, a stop by hand 130, one by SIGTERM that is saved 0."""
     words = list(sys.argv[1:] if words is None else words)
     errors = _console(stderr=True)
     # typer's own classes for wrong usage are reached through one that it exports.
@@ -349,7 +356,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except usage_error as error:
         errors.print(f"error: {describe_usage(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(USER_ERROR) from error
-    except (ConfigError, DataError, BackendError, DivergedError, ValidationError) as error:
+    except (ConfigError, DataError, BackendError, RankError, DivergedError, ValidationError) as error:
         if "--debug" in words:
             raise
         problem = describe_problem(error) if isinstance(error, ValidationError) else error
@@ -357,7 +364,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
         raise SystemExit(USER_ERROR) from error
     except StoppedError as error:
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        raise SystemExit(INTERRUPTED) from error
+        raise SystemExit(INTERRUPTED if error.by_hand else 0) from error
     except (typer.Abort, KeyboardInterrupt) as error:
         errors.print("stopped at once; what was saved before is kept.")
         raise SystemExit(INTERRUPTED) from error

@@ -1,5 +1,6 @@
 """`selectra predict` and `selectra explain`. Heavy imports happen inside, so that help comes at once."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 Images = Annotated[
-    list[Path], typer.Argument(help="Image files; arrays (h, w, c) of uint8 as .npy.", metavar="IMAGE...")
+    list[Path],
+    typer.Argument(help="Image files; arrays (h, w, c) of uint8 as .npy. Of clips: videos.", metavar="IMAGE..."),
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Folder of a training of images.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Instead of --run: a model, such as vim_tiny ...")]
@@ -43,7 +45,8 @@ def predict(
         float | None, typer.Option(min=0, max=1, help="Detection: least score of what is shown; default: 0.5.")
     ] = None,
 ) -> None:
-    """Say what is on images: the likeliest classes, every pixel's class, or objects, as the training was of."""
+    """Say what is on images or videos: the likeliest classes, every pixel's class, or objects, as was trained for."""
+    from selectra.classifier.clips import is_video  # noqa: PLC0415
     from selectra.classifier.command import predictions_table, trained_from  # noqa: PLC0415
     from selectra.classifier.predicting import predict as predict_images  # noqa: PLC0415
     from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
@@ -63,11 +66,26 @@ def predict(
     if run is not None and kind == "detection":
         _detect(images, run, pick_device(device), skip_corrupt, out or Path("predictions"), threshold)
         return
+    if run is not None and alone and is_video(run):
+        _tell_clips(images, run, top, pick_device(device), skip_corrupt)
+        return
     trained = trained_from(run, model, weights, classes, img_size)
     skipped: list[str] | None = [] if skip_corrupt else None
     found = predict_images(trained, images, top, pick_device(device), skipped)
     console = Console()
     console.print(predictions_table(trained, found))
+    _name_skipped(console, skipped, bool(found))
+
+
+def _tell_clips(clips: list[Path], run: Path, top: int, device: "torch.device", skip_corrupt: bool) -> None:
+    from selectra.classifier.clips import clip_model_from_run, predict_clips  # noqa: PLC0415
+    from selectra.classifier.command import predictions_table  # noqa: PLC0415
+
+    skipped: list[str] | None = [] if skip_corrupt else None
+    trained = clip_model_from_run(run)
+    found = predict_clips(trained, clips, top, device, skipped)
+    console = Console()
+    console.print(predictions_table(trained, found, "video"))
     _name_skipped(console, skipped, bool(found))
 
 
@@ -113,6 +131,25 @@ def _name_skipped(console: Console, skipped: list[str] | None, any_found: bool) 
         console.print(f"left out: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if not any_found:
         raise DataError("none of the files could be read.")
+
+
+def refuse_page(run: Path) -> None:
+    """Say before a long evaluation that there will be no page of its cases."""
+    from selectra.classifier.cases import require_segmentation  # noqa: PLC0415
+
+    require_segmentation(run)
+
+
+def write_cases(run: Path, part: str, metrics: dict[str, float], console: Console) -> None:
+    """Write PART_cases.html into the folder of a training of segmentation; by the first process alone."""
+    from selectra.classifier.cases import cases_of  # noqa: PLC0415
+    from selectra.report.cases import write_page  # noqa: PLC0415
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    path = run / f"{part}_cases.html"
+    write_page(cases_of(run, part, metrics), path)
+    console.print(f"The best and worst cases of each class: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def explain(

@@ -154,7 +154,7 @@ class Registry:
             if item.origin == "missing" and not partial:
                 raise ConfigError(f"{spec.name} needs '{name}'; neither the run nor the data says it.")
             if isinstance(item.value, Spec):
-                self._check_inner(f"{spec.name}.{name}", item.value, facts, partial)
+                self._check_inner(f"{spec.name}.{name}", item.value, _facts_within(entry, resolved, facts), partial)
         return resolved
 
     def build(self, spec: Spec, facts: Mapping[str, Any] | None = None) -> Any:
@@ -163,9 +163,9 @@ class Registry:
         Raises:
             ConfigError: As `resolve`.
         """
-        resolved = self.resolve(spec, facts)
-        values = {name: self._build_value(item.value, facts) for name, item in resolved.items()}
-        return self.entry(spec.name).target(**values)
+        resolved, entry = self.resolve(spec, facts), self.entry(spec.name)
+        within = _facts_within(entry, resolved, facts)
+        return entry.target(**{name: self._build_value(item.value, within) for name, item in resolved.items()})
 
     def typed(self, spec: Spec) -> Spec:
         """The same Spec with its text values read by the annotations."""
@@ -214,6 +214,14 @@ class Registry:
         if isinstance(value, Spec):
             return self.build(value, facts)
         return tuple(self._build_value(item, facts) for item in value) if isinstance(value, tuple) else value
+
+
+def _facts_within(
+    entry: Entry, resolved: Mapping[str, Resolved], facts: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """What holds for arguments that are Specs: the data's facts, or what `facts_within` of a class makes of them."""
+    own = getattr(entry.target, "facts_within", None)
+    return facts if own is None else own(facts or {}, {name: item.value for name, item in resolved.items()})
 
 
 def _is_built(hint: Any) -> bool:

@@ -11,7 +11,7 @@ from selectra.spec import Run, Spec, nearest, override
 if TYPE_CHECKING:
     from selectra.registry import Registry
 
-USUAL_DATA = {"series": "series_file", "image": "images"}
+USUAL_DATA = {"series": "series_file", "image": "images", "video": "moving_shapes"}
 
 
 def registries() -> "dict[Sort, Registry]":
@@ -39,7 +39,7 @@ def find_run(name: str, words: Sequence[str]) -> Run:
     if name in recipes.names():
         return override(recipes.build(Spec(name)), words)
     if name in [*models.names(), *models.families()]:
-        return override(_usual_run(name, found), words)
+        return override(_usual_run(name, found, words), words)
     empty = " (the folder of this name holds no run.json)" if Path(name).is_dir() else ""
     known = [*recipes.names(), *models.names(), *models.families()]
     raise ConfigError(
@@ -58,11 +58,16 @@ def folder_of(name: str) -> Path | None:
     return path if (path / "run.json").exists() else None
 
 
-def _usual_run(model: str, found: "dict[Sort, Registry]") -> Run:
-    """A model on the data set and the task of its kind."""
+def _usual_run(model: str, found: "dict[Sort, Registry]", words: Sequence[str]) -> Run:
+    """A model on the data set and the task that the words name, or else on those of its kind."""
     kind = found[Sort.models].entry(model).kind
     data, task = found[Sort.data].names(kind), found[Sort.tasks].names(kind)
-    data = [USUAL_DATA[kind]] if USUAL_DATA.get(kind) in data else data
-    if len(data) != 1 or len(task) != 1:
-        raise ConfigError(f"'{model}' alone does not say what to train on: for {kind} there are {data} and {task}.")
-    return Run(model=Spec(model), data=Spec(data[0]), task=Spec(task[0]), name=model)
+    usual = [USUAL_DATA[kind]] if USUAL_DATA.get(kind) in data else data
+    named = {word.partition("=")[0]: word.partition("=")[2] for word in words}
+    data_set, usual_task = named.get("data"), named.get("task")
+    if (data_set is None and len(usual) != 1) or (usual_task is None and len(task) != 1):
+        raise ConfigError(
+            f"'{model}' alone does not say what to train on: for {kind} there are {data} and {task}. Add data=NAME, "
+            "and task=NAME where there are several."
+        )
+    return Run(model=Spec(model), data=Spec(data_set or usual[0]), task=Spec(usual_task or task[0]), name=model)

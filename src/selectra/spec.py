@@ -143,6 +143,8 @@ class Train(Section):
     """Optimizer steps between two evaluations on the validation split; None is once a pass."""
     save_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between two checkpoints; None is at every evaluation."""
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints that are kept, the latest ones."""
     patience: int | None = Field(default=None, ge=1)
     """Evaluations in a row without improvement after which training stops; None never stops early."""
     seed: int = Field(default=0, ge=0)
@@ -181,8 +183,12 @@ class Train(Section):
 class Parallel(Section):
     """How several processes, started by torchrun, share the work."""
 
-    kind: Literal["auto", "none", "ddp"] = "auto"
-    """"ddp" is torch's DistributedDataParallel; "auto" is that where torchrun started several processes."""
+    kind: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    """"ddp" is torch's DistributedDataParallel; "fsdp2" is fully_shard, where each process holds a part of weights,
+    gradients and the optimizer's state; "auto" is "ddp" where torchrun started several processes."""
+    in_parts: bool = False
+    """With "fsdp2", make each weight in the process that holds it, rather than all of them in each first: for models
+    that fit no single device. Weights then start differently with the number of processes."""
     timeout: Positive = 600.0
     """Seconds after which a process that waits for the others gives up."""
 

@@ -323,3 +323,13 @@ def test_override_is_what_a_variant_changes(series: Path) -> None:
     run = study.run(study.bases[0], VARIANTS[1], 2, {"optim.lr": 0.5})
     assert (run.optim.lr, run.train.seed, run.model) == (0.5, 2, VARIANTS[1].model)
     assert override(run, ["optim.lr=0.01"]).optim.lr == 0.01
+
+
+def test_a_model_of_language_trains_on_the_data_that_the_command_names() -> None:
+    from selectra.runs import find_run
+    from selectra.train.job import typed
+
+    run = typed(find_run("gpt", ["data=recall", "data.keys=32", "task=language"]))
+    assert (run.data, run.task.name, run.model.name) == (Spec("recall", keys=32), "language", "gpt")
+    with pytest.raises(ConfigError, match="data=NAME"):
+        find_run("gpt", ["task=language"])

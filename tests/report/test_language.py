@@ -65,15 +65,6 @@ def test_the_cache_is_held_to_its_arithmetic(tmp_path: Path) -> None:
     assert "cache is **not** 4 KiB" in page(tmp_path)
 
 
-def test_records_that_bring_their_own_tables(tmp_path: Path) -> None:
-    table = {"title": "Loss", "columns": ["model", "loss"], "rows": [["gpt", 1.23456], ["mamba", 1]]}
-    record = {**MADE_BY, "verdict": "It is so.", "tables": [table], "notes": ["Not run: one."]}
-    put(tmp_path, "language_recall_x.json", record)
-    text = page(tmp_path)
-    for words in ("**It is so.**", "### Loss", "| gpt | 1.235 |\n| mamba | 1 |", "Not run: one."):
-        assert words in text
-
-
 @pytest.mark.parametrize(
     ("record", "words"),
     [("{", "cannot be read"), ('{"date": "2026"}', "command, device"), (json.dumps(MADE_BY), "lacks what its section")],

@@ -66,7 +66,7 @@ def test_terminal_shows_a_bar_and_the_time_left():
 def test_every_file_is_written_and_read_back(tmp_path):
     _, fitted = train(tmp_path, epochs=2.0, steps=None)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "run.json", "record.jsonl", "checkpoint.pt", "model.safetensors"
+        "run.json", "record.jsonl", "checkpoints", "model.safetensors"
     }  # fmt: skip
     record = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     assert record[0]["versions"]["torch"] == torch.__version__
@@ -162,13 +162,28 @@ def test_evaluation_sees_every_window_once(size):
     assert sum(len(batch) for share in shares for batch in share) == 30
 
 
-def test_batch_size_must_divide_among_processes():
-    with pytest.raises(ConfigError, match=r"batch_size is 9 .* multiple of 2"):
-        TrainingOrder(windows(30), Train(steps=1, batch_size=9), World(0, 2))
+def test_every_process_needs_a_share_of_the_batch():
+    with pytest.raises(ConfigError, match=r"batch_size is 3 .* there are 4; take at least 4"):
+        TrainingOrder(windows(30), Train(steps=1, batch_size=3), World(0, 4))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_uneven_shares_are_the_batches_of_one_process(size):
+    """30 windows in batches of 7: the last batch of a pass has 2, fewer than there are processes."""
+    train, n_batches = Train(steps=1, batch_size=7, seed=3), 10
+    alone = TrainingOrder(windows(30), train, World())
+    orders = [TrainingOrder(windows(30), train, World(rank, size)) for rank in range(size)]
+    assert {len(order) for order in orders} == {5}
+    expected, shares = alone.start_at(0), [order.start_at(0) for order in orders]
+    for position in range(n_batches):
+        together = [next(share).x for share in shares]
+        own = [x for order, x in zip(orders, together, strict=True) if order.counts(position)]
+        assert sorted(row.tolist() for row in torch.cat(own)) == sorted(row.tolist() for row in next(expected).x)
+        assert len(own) == (2 if position % 5 == 4 else size)
 
 
 def test_no_training_windows():
-    with pytest.raises(DataError, match="0 windows"):
+    with pytest.raises(DataError, match="no windows"):
         TrainingOrder(windows(0), Train(steps=1), World())
 
 

@@ -2,10 +2,14 @@
 
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ import torch
 
 from selectra.errors import ConfigError, DataError
 from selectra.train import checkpoint
+from selectra.train.record import Record
+from selectra.train.state import State
 from selectra.train.stop import StoppedError
 from tests.train.tiny import TinyModel, train
 
@@ -66,7 +72,7 @@ def test_stopped_and_resumed_is_the_uninterrupted_run(tmp_path, monkeypatch, who
     assert stopped.value.command == f"selectra train {tmp_path}/run.json"
     # The step was finished, and is what is saved.
     assert 0 < (stopped.value.step or 0) == len(losses(tmp_path)) < 12
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["progress"]["step"] == stopped.value.step
+    assert checkpoint.steps(tmp_path)[-1] == stopped.value.step
     # Draws in between must not matter.
     torch.rand(7)
     model, fitted = train(tmp_path)
@@ -103,12 +109,12 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, whole):
     wait_for(tmp_path, '"step": 6')
     process.kill()
     process.wait()
-    assert (tmp_path / "checkpoint.pt").is_file()
+    assert 4 in checkpoint.steps(tmp_path)
     model, _ = train(tmp_path)
     assert losses(tmp_path) == losses(whole[0])
     assert evaluations(tmp_path) == evaluations(whole[0])
     assert same_weights(model, whole[1])
-    assert not list(tmp_path.glob(".*partial"))
+    assert not [*tmp_path.glob(".*"), *(tmp_path / "checkpoints").glob(".*")]
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, whole):
@@ -120,14 +126,90 @@ def test_a_finished_training_is_not_repeated(tmp_path, whole):
     assert same_weights(model, whole[1])
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
-def test_damaged_checkpoint_is_said_in_words(tmp_path, damage):
-    train(tmp_path, steps=4)
-    path = tmp_path / "checkpoint.pt"
+@pytest.mark.parametrize("file", ["__0_0.distcp", "state.pt", ".metadata", "sums.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text", "gone"])
+def test_damaged_checkpoint_is_said_in_words(tmp_path, damage, file, whole):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    path = checkpoint.folder(tmp_path, 12) / file
     content = bytearray(path.read_bytes())
     if damage == "flip":
         middle = len(content) // 3
         content[middle] ^= 0xFF
+    path.write_bytes(
+        {"cut": content[: -len(content) // 3], "flip": content, "empty": b"", "text": b"hello", "gone": b""}[damage]
+    )
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(DataError, match=r"checkpoint.*damaged.*Delete it"):
+        train(tmp_path)
+
+
+def test_behind_a_damaged_checkpoint_there_is_another(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    assert checkpoint.steps(tmp_path) == [8, 12]
+    shutil.rmtree(checkpoint.folder(tmp_path, 12))
+    model, _ = train(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+    assert same_weights(model, whole[1])
+    assert checkpoint.steps(tmp_path) == [8, 12]
+
+
+class Evil:
+    """Something that a pickle could call."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_nothing_in_a_checkpoint_is_called(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    path = checkpoint.folder(tmp_path, 12)
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    sums = json.loads((path / "sums.json").read_text())
+    (path / "sums.json").write_text(json.dumps({**sums, ".metadata": zlib.crc32((path / ".metadata").read_bytes())}))
+    with pytest.raises(DataError, match=r"damaged.*names (posix|nt)\.system"):
+        train(tmp_path)
+
+
+def save_as_one_file(state: State, record: Record) -> None:
+    """A checkpoint as it was before there were folders."""
+    assert state.out is not None
+    saved = {
+        "format": 1,
+        "run": state.run.to_json(),
+        "data": None,
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "mean": None if state.mean is None else state.mean.state_dict(),
+        "progress": asdict(state.at),
+        "best": state.best,
+        "generators": [checkpoint.random_state()],
+        "record": record.length(),
+    }
+    torch.save(saved, state.out / "checkpoint.pt")
+
+
+def test_an_earlier_versions_checkpoint_is_gone_on_with(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "save", save_as_one_file)
+        stop_at(patch, 7, signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            train(tmp_path)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint.pt"
+    model, _ = train(tmp_path)
+    assert losses(tmp_path) == losses(whole[0])
+    assert same_weights(model, whole[1])
+    assert checkpoint.latest(tmp_path) == checkpoint.folder(tmp_path, 12)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
+def test_a_damaged_file_of_an_earlier_version_is_said_in_words(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"format": 1, "model": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0xFF if damage == "flip" else 0
     path.write_bytes({"cut": content[:-100], "flip": content, "empty": b"", "text": b"hello"}[damage])
     with pytest.raises(DataError, match=r"checkpoint.*damaged.*Delete it"):
         train(tmp_path, steps=4)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from selectra.classifier.clips import ClipModel
 from selectra.classifier.predicting import Prediction
 from selectra.classifier.trained import Trained, from_run, from_weights
 from selectra.errors import ConfigError
@@ -33,10 +34,10 @@ def trained_from(
     return from_weights(model, weights, classes, img_size)
 
 
-def predictions_table(trained: Trained, found: Sequence[Prediction]) -> Table:
-    """The classes of every image, likeliest first."""
+def predictions_table(trained: Trained | ClipModel, found: Sequence[Prediction], what: str = "image") -> Table:
+    """The classes of every image or video, likeliest first."""
     table = Table(title=f"{trained.name}, {len(trained.classes)} classes", title_justify="left")
-    table.add_column("image", overflow="fold")
+    table.add_column(what, overflow="fold")
     table.add_column("", justify="right")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")

@@ -238,6 +238,8 @@ def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[st
 
 def _backends(built: Built, device: torch.device) -> dict[str, str]:
     watch, batch = BackendWatch(), built.parts["val"][[0]].to(device)
+    # As it is measured: in training a batch norm would take this batch into the statistics that the test part meets.
+    built.model.eval()
     with watch, torch.no_grad():
         built.task.loss(built.model, batch)
     return watch.found()

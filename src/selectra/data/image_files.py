@@ -9,7 +9,7 @@ import gzip
 import hashlib
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -167,7 +167,7 @@ def list_images(path: str, download: bool = False) -> Listing:
     if found.is_dir() or (found.is_file() and found.suffix == ".zip"):
         if found.is_dir() and any(found.rglob("*.parquet")):
             return _parquet(found)
-        return _folder(found)
+        return list_folder(found)
     if found.is_file() and found.suffix == ".parquet":
         return _parquet(found)
     known = [*EXAMPLES, *PUBLIC]
@@ -181,7 +181,7 @@ def _public(name: str) -> Listing:
     folder, what = PUBLIC[name]
     for place in folders():
         if (place / folder).is_dir():
-            return _fashion_mnist(place / folder) if name == "fashion_mnist" else _folder(place / folder)
+            return _fashion_mnist(place / folder) if name == "fashion_mnist" else list_folder(place / folder)
     looked = " and ".join(repr(str(place)) for place in folders()) or "no folder"
     raise DataError(
         f"{name} ({what}) is not on this machine; looked for '{folder}' in {looked}. "
@@ -208,20 +208,20 @@ def places(root: Path) -> list[tuple[PurePosixPath, Path | tuple[Path, str], str
     return found
 
 
-def _folder(root: Path) -> Listing:
+def list_folder(root: Path, suffixes: Collection[str] = SUFFIXES, what: str = "image", example: str = "jpg") -> Listing:
     """Folders of classes, in folders of parts where there are such, plain or zipped."""
     hidden = [p for p in places(root) if not any(part.startswith((".", "__MACOSX")) for part in p[0].parts)]
-    images = sorted((p for p in hidden if p[0].suffix.lower() in SUFFIXES), key=lambda p: p[0].parts)
+    images = sorted((p for p in hidden if p[0].suffix.lower() in suffixes), key=lambda p: p[0].parts)
     shared = _shared([p[0].parts for p in images])
     parts = [p[0].parts[shared:] for p in images]
     split = bool(parts) and all(names[0].lower() in PARTS for names in parts)
     at = 1 if split else 0
     if not images or any(len(names) < at + 2 for names in parts):
         loose = next((str(images[i][0]) for i, names in enumerate(parts) if len(names) < at + 2), None)
-        found = "no images" if loose is None else f"an image outside of a class's folder, '{loose}'"
+        found = f"no {what}s" if loose is None else f"a file outside of a class's folder, '{loose}'"
         raise DataError(
-            f"'{root}' has {found}; it must hold CLASS/NAME.jpg, or train/CLASS/NAME.jpg and test/CLASS/NAME.jpg, "
-            f"in folders or zip files. Images end in {', '.join(sorted(SUFFIXES))}."
+            f"'{root}' has {found}; it must hold CLASS/NAME.{example}, or train/CLASS/NAME.{example} and test/..., "
+            f"in folders or zip files. Names of {what}s end in {', '.join(sorted(suffixes))}."
         )
     classes = tuple(sorted({names[at] for names in parts}))
     numbers = {name: i for i, name in enumerate(classes)}

@@ -147,7 +147,7 @@ def forecast_job(job: ForecastJob, console: Console) -> list[dict[str, Any]]:
     try:
         return _whole_job(job, console)
     except StoppedError as stopped:
-        raise StoppedError(stopped.step, job.command()) from stopped
+        raise StoppedError(stopped.step, job.command(), stopped.by_hand) from stopped
     except KeyboardInterrupt as stopped:
         raise StoppedError(None, job.command()) from stopped
 

@@ -21,7 +21,7 @@ from selectra.forecaster.intervals import calibrate
 from selectra.forecaster.predictor import Predictor
 from selectra.forecaster.scoring import Score, build_model, build_task, count_parameters, notes_of, quantiles_of, score
 from selectra.spec import Run
-from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights
+from selectra.train.checkpoint import WEIGHTS, forget, load_weights
 from selectra.train.loop import Fitted, fit
 from selectra.train.record import RECORD
 from selectra.train.same_data import describe_data
@@ -159,8 +159,7 @@ def _fit(model: nn.Module, run: Run, data: SeriesData, folder: Path, console: Co
 
 def _clear(folder: Path) -> None:
     """From here on a checkpoint and weights in this folder belong to another run."""
-    for stale in (CHECKPOINT, WEIGHTS):
-        (folder / stale).unlink(missing_ok=True)
+    forget(folder)
 
 
 def _predictor(work: Work, name: str, model: nn.Module, data: SeriesData) -> Predictor:

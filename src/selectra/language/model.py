@@ -47,6 +47,19 @@ class Block(PreNorm):
         super().__init__(norm, mixer)
         self.norm2, self.mlp = norm2, mlp
 
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, drop: nn.Module | None = None, **options: Any
+    ) -> Any:
+        """What the feed-forward layer makes of the stream, not yet added, and the stream.
+
+        Args:
+            drop: Acts on what the mixer adds to the stream.
+            options: For the mixer.
+        """
+        x, residual = super().forward(x, residual, **options)
+        x, residual = self.norm2(x if drop is None else drop(x), residual)
+        return self.mlp(x), residual
+
 
 class LanguageModel(nn.Module):
     """A causal language model on token ids.
@@ -227,14 +240,18 @@ class LanguageModel(nn.Module):
     ) -> Tensor:
         """Embedded tokens through all blocks and the last norm; `mix(i, x)` runs mixer i.
 
-        With `options`, which `mix` passes to mixers, blocks of nothing but a mixer are called themselves: only then
-        can they be computed again during backward.
+        With `options`, which `mix` passes to mixers, blocks are called themselves: only then can they be computed again
+        during backward, and spread over processes.
         """
         residual = None
         for i, block in enumerate(self.layers):
-            if options is not None and type(block) is PreNorm:
-                x, residual = block(x, residual, **options)
-                x = self.drop(x)
+            if options is not None:
+                more = {"drop": self.drop} if isinstance(block, Block) else {}
+                y, residual = block(x, residual, **options, **more)
+                if isinstance(y, tuple):
+                    y, said = y
+                    routers.append(said)
+                x = self.drop(y)
                 continue
             x, residual = block.norm(x, residual)  # pyright: ignore[reportCallIssue]
             x = self.drop(mix(i, x))

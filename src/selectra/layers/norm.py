@@ -66,6 +66,12 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
         self.bias = nn.Parameter(torch.zeros(d_model)) if kind == "layer" else None
 
+    def reset_parameters(self) -> None:
+        """The start: no change of scale, and no shift."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(
         self, x: Float[Tensor, "... d_model"], residual: Float[Tensor, "... d_model"] | None = None
     ) -> tuple[Float[Tensor, "... d_model"], Float[Tensor, "... d_model"]]:

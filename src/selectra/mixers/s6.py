@@ -77,10 +77,20 @@ class SelectivePath(nn.Module):
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
-        start_step(self.dt_proj.weight, self.dt_proj.bias, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        self._start = (dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+        start_step(self.dt_proj.weight, self.dt_proj.bias, *self._start)
         # A = -(1, 2, ..., N) in every channel, the real part of S4D-Lin.
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights as the constructor does; any rows of them, where a process holds a part."""
+        self.conv1d.reset_parameters()
+        self.x_proj.reset_parameters()
+        start_step(self.dt_proj.weight, self.dt_proj.bias, *self._start)
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device, dtype=torch.float32).log())
+        self.D.fill_(1)
 
     def mix(
         self,
@@ -219,6 +229,12 @@ class S6(SelectivePath):
         self.d_model = d_model
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw all weights as the constructor does; any rows of them, where a process holds a part."""
+        super().reset_parameters()
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
 
     def forward(
         self,

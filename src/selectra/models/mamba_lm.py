@@ -119,7 +119,10 @@ class MambaLM(LanguageModel):
         norm_f = AddNorm(d_model, eps, norm, residual_in_fp32)
         super().__init__(vocab_size, d_model, [block() for _ in range(depth)], norm_f, tied=tied, dropout=dropout)
         self.mixer: Mixer = mixer
-        # The maps keep the mixers' own start, as in mamba_ssm.
+        self.start()
+
+    def start(self) -> None:
+        """Draw the embedding, and scale what ends a branch; the maps keep the mixers' own start, as in mamba_ssm."""
         start_weights(self, ends=("out_proj",), maps=False)
 
     def _stepped(self, x: Tensor, state: Stream) -> Tensor:

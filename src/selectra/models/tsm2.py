@@ -24,7 +24,7 @@ ETTh1's validation windows at seq_len = horizon = 96.
 Positions are learned. The order of variates in the channel scan is the data's. Missing values enter as marked gaps.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,6 +49,9 @@ class Block(nn.Module):
 
     Tokens are `(b, s, p, d)`: batch, series, patch, feature.
     """
+
+    calls: ClassVar = ("mix_tokens", "mix_channels")
+    """What the model calls in place of the block itself; sharding and recomputing read it."""
 
     def __init__(
         self, n_patches: int, d_model: int, norm: str, dropout: float, without: Without = "nothing", **mixer: Any

@@ -23,7 +23,7 @@ Departures, paper and official code against each other and against this:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -190,7 +190,7 @@ class XT(nn.Module):
     def __init__(
         self,
         *,
-        backbone: nn.Module = Spec("swin_tiny", img_size=256),  # pyright: ignore[reportArgumentType] # noqa: B008
+        backbone: nn.Module = Spec("swin_tiny"),  # pyright: ignore[reportArgumentType] # noqa: B008
         n_classes: int = 1000,
         in_channels: int = 3,
         region: int = 256,
@@ -233,6 +233,11 @@ class XT(nn.Module):
         self.feature_dims = (*encoder.feature_dims[:-1], d_last)
         self.feature_strides = tuple(encoder.feature_strides)
         self.pruned: set[str] = set()
+
+    @staticmethod
+    def facts_within(facts: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """What holds for the region encoder, whose images are regions."""
+        return {**facts, "img_size": values["region"]}
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
         """Scores of the classes, before a softmax."""

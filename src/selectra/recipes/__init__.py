@@ -8,6 +8,10 @@ from selectra.recipes.camvid import vim2_camvid as vim2_camvid
 from selectra.recipes.camvid import vim_camvid as vim_camvid
 from selectra.recipes.camvid import vit_camvid as vit_camvid
 from selectra.recipes.camvid import vmamba_camvid as vmamba_camvid
+from selectra.recipes.camvid_regions import xt_hyper_camvid120 as xt_hyper_camvid120
+from selectra.recipes.camvid_regions import xt_mamba_camvid120 as xt_mamba_camvid120
+from selectra.recipes.camvid_regions import xt_none_camvid120 as xt_none_camvid120
+from selectra.recipes.camvid_regions import xt_xl_camvid120 as xt_xl_camvid120
 from selectra.recipes.cifar10 import convnext_cifar10 as convnext_cifar10
 from selectra.recipes.cifar10 import mlp_mixer_cifar10 as mlp_mixer_cifar10
 from selectra.recipes.cifar10 import resnet18_cifar10 as resnet18_cifar10
@@ -19,6 +23,8 @@ from selectra.recipes.cifar10 import vit_cifar10 as vit_cifar10
 from selectra.recipes.cifar10 import vmamba_cifar10 as vmamba_cifar10
 from selectra.recipes.coco_mini import simba_coco_mini as simba_coco_mini
 from selectra.recipes.coco_mini import vim2_coco_mini as vim2_coco_mini
+from selectra.recipes.moving_shapes import videomamba_shapes as videomamba_shapes
+from selectra.recipes.moving_shapes import videomamba_shapes_still as videomamba_shapes_still
 from selectra.recipes.shakespeare import shakespeare as shakespeare
 from selectra.recipes.shakespeare import shakespeare_small as shakespeare_small
 from selectra.recipes.tsm2_etth1 import tsm2_etth1 as tsm2_etth1

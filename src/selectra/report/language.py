@@ -1,9 +1,7 @@
 """The page of what language models were measured at, in Markdown, from the records in a folder.
 
 Every kind of record has a section; of several records of a kind the one of the latest date counts, and a kind without
-one says so. A record is a JSON object with `command`, `date` and `device`, beside what its section reads. A section
-without a reader of its own prints the record's `verdict` (a sentence), its `tables` (each with `title`, `columns` and
-`rows` of texts or numbers) and its `notes` (sentences).
+one says so. A record is a JSON object with `command`, `date` and `device`, beside what its section reads.
 """
 
 import json
@@ -13,7 +11,7 @@ from typing import Any, NamedTuple
 
 from selectra.errors import DataError
 from selectra.report.decoding import decoding, jamba
-from selectra.report.markdown import grid
+from selectra.report.language_study import losses, scores
 from selectra.report.read import whole
 
 NO_RECORD = "No record yet: this was not run."
@@ -34,22 +32,12 @@ class Section(NamedTuple):
     """The paragraphs of a record."""
 
 
-def plain(record: dict[str, Any]) -> Iterator[str]:
-    """The verdict, the tables and the notes of a record that brings its own."""
-    if record.get("verdict"):
-        yield f"**{record['verdict']}**"
-    for table in record.get("tables", []):
-        if table.get("title"):
-            yield f"### {table['title']}"
-        yield grid(table["columns"], [[_cell(value) for value in row] for row in table["rows"]])
-    yield from record.get("notes", [])
-
-
 SECTIONS = (
     Section("Decoding one token at a time", "decode_*.json", decoding),
     Section("One block of Jamba at published sizes", "jamba_*.json", jamba),
-    Section("Tiny Shakespeare: six families at one budget", "language_shakespeare_*.json", plain),
-    Section("Copying and recall by length", "language_recall_*.json", plain),
+    Section("Tiny Shakespeare: six families at one budget", "language_shakespeare_*.json", losses),
+    Section("Copying by length", "language_copying_*.json", scores),
+    Section("Recall by number of pairs", "language_recall_*.json", scores),
 )
 
 
@@ -101,10 +89,6 @@ def read_record(path: Path) -> dict[str, Any]:
     if lacking:
         raise DataError(f"'{path}' is no record: it does not say its {', '.join(lacking)}.")
     return record
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _source(record: dict[str, Any], path: Path) -> str:

@@ -49,6 +49,8 @@ def rank_of(scores: Float[Tensor, "b k"], y: Int64[Tensor, " b"]) -> Int64[Tenso
 class AccuracyEvaluator:
     """Sums over images: correct first choices, correct among the first five, and cross-entropy in float64."""
 
+    scores = staticmethod(scores_of)
+
     def __init__(self, n_classes: int | None = None) -> None:
         self.n_classes = n_classes
         self.sums: Float[Tensor, " 4"] | None = None
@@ -57,7 +59,7 @@ class AccuracyEvaluator:
     @torch.no_grad()
     def update(self, model: nn.Module, batch: LabelledImages) -> None:
         """Add one batch."""
-        scores = scores_of(model, batch, self.n_classes).double()
+        scores = self.scores(model, batch, self.n_classes).double()
         self.top5 = scores.shape[1] > TOP
         rank = rank_of(scores, batch.y)
         loss = functional.cross_entropy(scores, batch.y, reduction="sum")
@@ -87,6 +89,8 @@ class Classification:
             the cross-entropy.
     """
 
+    scores = staticmethod(scores_of)
+
     def __init__(self, *, label_smoothing: float = 0.0, select: Literal["top1", "loss"] = "top1") -> None:
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"label_smoothing={label_smoothing}: must be at least 0 and less than 1")
@@ -101,7 +105,7 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: LabelledImages) -> Loss:
         """The cross-entropy summed over images, in nats."""
-        scores = scores_of(model, batch, self.n_classes)
+        scores = self.scores(model, batch, self.n_classes)
         target = batch.y if batch.target is None else batch.target.to(scores.dtype)
         total = functional.cross_entropy(scores, target, reduction="sum", label_smoothing=self.label_smoothing)
         return Loss(total, torch.full((), len(batch.y), device=scores.device))

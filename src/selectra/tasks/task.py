@@ -23,6 +23,12 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
+def nothing_of(loss: Loss) -> Loss:
+    """A loss that counts for nothing, with gradients of zero: for a process that has no share of a batch."""
+    parts = {name: part * 0 for name, part in loss.parts.items()}
+    return Loss(loss.sum * 0, loss.count * 0, parts)
+
+
 class Evaluator(Protocol):
     """Streamed metrics over a split."""
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from selectra.train.sharding import local
+
 
 def toward(decay: float) -> Callable[[Any, Any, Any], None]:
     """What moves means towards new values: by 1 - decay, and by more in the first steps, as (1 + n) / (10 + n) says.
@@ -16,6 +18,8 @@ def toward(decay: float) -> Callable[[Any, Any, Any], None]:
 
     @torch.no_grad()
     def move(means: list[Tensor], news: list[Tensor], n_averaged: Tensor | int) -> None:
+        # Of weights that are spread over processes, the parts that are here.
+        means, news = [local(each) for each in means], [local(each) for each in news]
         if not means[0].is_floating_point():
             torch._foreach_copy_(means, news)  # pyright: ignore[reportPrivateImportUsage]
             return

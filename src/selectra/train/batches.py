@@ -44,34 +44,40 @@ def _load(windows: Windows, indices: Sequence[list[int]], workers: int) -> Itera
 class TrainingOrder:
     """Batches of this process, pass after pass, from any position on.
 
-    Every process sees its share of one order that depends on the seed and the pass alone, so that the processes
-    together train on the same batches as one process would. Nothing is dropped within a pass, except windows (fewer
-    than there are processes) that would leave processes with unequal counts.
+    There is one order of batches, which depends on the seed and the pass alone, and every process takes its share of
+    each: together they train on the batches of a single process, whatever their number, and nothing is dropped or seen
+    twice. Shares differ by one window at most; where a pass's last batch has fewer windows than there are processes,
+    those without a share are handed the batch's first window, which `counts` says is not theirs.
     """
 
     def __init__(self, windows: Windows, train: Train, world: World) -> None:
-        if len(windows) < max(world.size, 1):
-            raise DataError(f"the training split has {len(windows)} windows; there must be at least {world.size}.")
-        if train.batch_size % world.size:
+        if len(windows) < 1:
+            raise DataError("the training split has no windows.")
+        if train.batch_size < world.size:
             raise ConfigError(
-                f"train.batch_size is {train.batch_size} over all processes, "
-                f"which does not divide among {world.size}; take a multiple of {world.size}."
+                f"train.batch_size is {train.batch_size} over all processes, and there are {world.size}; "
+                f"take at least {world.size}, and best a multiple of it."
             )
-        self.windows = windows
-        self.workers = train.workers
+        self.windows, self.workers, self.world = windows, train.workers, world
+        # Of one process: shares are taken from whole batches.
         self.sampler = DistributedSampler(
-            cast(Dataset[Any], windows),
-            num_replicas=world.size,
-            rank=world.rank,
-            shuffle=True,
-            seed=train.seed,
-            drop_last=world.size > 1,
+            cast(Dataset[Any], windows), num_replicas=1, rank=0, shuffle=True, seed=train.seed, drop_last=False
         )
-        self.batches = BatchSampler(self.sampler, train.batch_size // world.size, drop_last=False)
+        self.batches = BatchSampler(self.sampler, train.batch_size, drop_last=False)
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return len(self.batches)
+
+    def counts(self, position: int) -> bool:
+        """Whether what `start_at` hands out at this position is this process's own."""
+        short = position % len(self) == len(self) - 1
+        size = len(self.windows) - (len(self) - 1) * self.batches.batch_size if short else self.batches.batch_size
+        return self.world.rank < size
+
+    def _shares(self) -> list[list[int]]:
+        rank, size = self.world.rank, self.world.size
+        return [batch[rank::size] or batch[:1] for batch in self.batches]
 
     def start_at(self, position: int) -> Iterator[Any]:
         """All batches after the first `position`, without end."""
@@ -81,7 +87,7 @@ class TrainingOrder:
             # A split whose views differ from pass to pass is told which one comes.
             if hasattr(self.windows, "at_pass"):
                 self.windows.at_pass(epoch, self.sampler.seed)  # pyright: ignore[reportAttributeAccessIssue]
-            yield from _load(self.windows, list(self.batches)[skip:], self.workers)
+            yield from _load(self.windows, self._shares()[skip:], self.workers)
             epoch, skip = epoch + 1, 0
 
 

@@ -1,9 +1,10 @@
-"""Files that are whole or not there: the state to resume from, and the best weights."""
+"""Files that are whole or not there: where the state to resume from lies, and the best weights."""
 
 import contextlib
 import os
 import pickle
 import random
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -19,8 +20,40 @@ from torch import Tensor, nn
 
 from selectra.errors import ConfigError, DataError
 
-CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.safetensors"
-FORMAT = 1
+CHECKPOINTS, WEIGHTS = "checkpoints", "model.safetensors"
+# What versions up to 0.2 wrote instead of the folder; it is read, and not written.
+CHECKPOINT, FORMAT = "checkpoint.pt", 1
+ADVICE = "Delete it to go on from the one before it, or from the start, or put a whole copy in its place."
+
+
+def steps(out: Path) -> list[int]:
+    """Of which steps a training's folder holds whole checkpoints, in order."""
+    found = (out / CHECKPOINTS).glob("step-*")
+    return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
+
+
+def folder(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return out / CHECKPOINTS / f"step-{step:09d}"
+
+
+def latest(out: Path) -> Path | None:
+    """The checkpoint that a training in this folder goes on from: the last whole one, or an earlier version's."""
+    found, old = steps(out), out / CHECKPOINT
+    return folder(out, found[-1]) if found else old if old.is_file() else None
+
+
+def forget(out: Path) -> None:
+    """Remove a training's checkpoints and weights: what comes into the folder is another one's."""
+    for name in (CHECKPOINT, WEIGHTS):
+        (out / name).unlink(missing_ok=True)
+    if (out / CHECKPOINTS).is_dir():
+        shutil.rmtree(out / CHECKPOINTS)
+
+
+def damaged(path: Path, reason: str) -> DataError:
+    """The error that says so."""
+    return DataError(f"the checkpoint '{path}' is damaged or of another kind: {reason}. {ADVICE}")
 
 
 @contextlib.contextmanager
@@ -75,31 +108,23 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
 
 
-def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint; a reader sees the former one or this one, never a part."""
-    with replacing(path) as partial:
-        torch.save({"format": FORMAT, **state}, partial)
-
-
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; nothing in it is executed.
+    """Read an earlier version's checkpoint, one file; nothing in it is executed.
 
     Raises:
         DataError: The file is damaged, or is no checkpoint of Selectra.
     """
-    advice = "Delete it to train from the start, or put a whole copy in its place."
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
-            raise DataError(f"the checkpoint '{path}' is damaged: {broken} has a wrong checksum. {advice}")
+            raise damaged(path, f"{broken} has a wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, RuntimeError, pickle.UnpicklingError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"the checkpoint '{path}' is damaged or of another kind: {reason}. {advice}") from error
+        raise damaged(path, str(error).partition("\n")[0]) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise DataError(f"the checkpoint '{path}' has format {found}, and this version reads {FORMAT}. {advice}")
+        raise damaged(path, f"it has format {found}, and this version reads {FORMAT} and folders")
     return state
 
 

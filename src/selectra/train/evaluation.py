@@ -1,5 +1,7 @@
 """A task's metrics over a split."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -8,6 +10,7 @@ from selectra.train.batches import Windows, every_window_once
 from selectra.train.depth import training_mode
 from selectra.train.parallel import World
 from selectra.train.precision import Precision, autocast
+from selectra.train.sharding import gathered
 
 
 def evaluate(
@@ -27,7 +30,9 @@ def evaluate(
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
     evaluator, was_training = evaluator or task.evaluator(), model.training
     model.eval()
-    with autocast(world.device, precision):
+    # Processes may have unequally many batches.
+    whole_weights = gathered(model) if world.sharded else nullcontext()
+    with whole_weights, autocast(world.device, precision):
         for batch in every_window_once(windows, batch_size, world):
             evaluator.update(model, batch.to(world.device))
     if was_training:

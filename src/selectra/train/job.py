@@ -1,6 +1,8 @@
 """A run from its written form to its result: look names up, check, build, train or evaluate."""
 
 import json
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from selectra.language.checkpoint import save_pretrained
 from selectra.language.model import LanguageModel
 from selectra.pretrained import load_pretrained
 from selectra.registry import Resolved, datasets, models, tasks
-from selectra.spec import Run, Spec
+from selectra.spec import Parallel, Run, Spec
 from selectra.tasks.task import Task
-from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, load_weights, replacing, writable_folder
+from selectra.train.checkpoint import WEIGHTS, latest, load_weights, replacing, writable_folder
 from selectra.train.depth import freeze
 from selectra.train.evaluation import evaluate
 from selectra.train.loop import Fitted, fit
@@ -88,7 +90,8 @@ def build(run: Run) -> Built:
         "task": tasks.resolve(run.task, data.facts),
     }
     torch.manual_seed(run.train.seed)
-    model = models.build(run.model, data.facts)
+    with torch.device("meta") if in_parts(run) else nullcontext():
+        model = models.build(run.model, data.facts)
     return Built(data, model, tasks.build(run.task, data.facts).for_data(data), resolved)
 
 
@@ -115,11 +118,33 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
         )  # fmt: skip
         if world.first and isinstance(built.model, LanguageModel):
             # What `selectra generate` reads, with the best weights.
-            save_pretrained(built.model, out / PRETRAINED)
+            save_pretrained(_in_one_piece(built.model, run, built.data.facts, out, world), out / PRETRAINED)
             # Generated examples are no text.
             if hasattr(built.data, "tokenizer"):
                 built.data.tokenizer.save(out / PRETRAINED)
     return fitted
+
+
+def in_parts(run: Run) -> bool:
+    """Whether weights are made by the processes that hold them, once the model is cut.
+
+    Raises:
+        ConfigError: Nothing is cut, or the weights are to come from a file.
+    """
+    if run.parallel.in_parts and run.parallel.kind != "fsdp2":
+        raise ConfigError(f"parallel.in_parts goes with parallel.kind=fsdp2; it is '{run.parallel.kind}'.")
+    if run.parallel.in_parts and run.train.pretrained is not None:
+        raise ConfigError("parallel.in_parts makes weights, and train.pretrained reads them; take one of the two.")
+    return run.parallel.in_parts
+
+
+def _in_one_piece(model: LanguageModel, run: Run, facts: Mapping[str, Any], out: Path, world: World) -> LanguageModel:
+    """The model with its best weights: itself, or a copy where it is spread over processes."""
+    if not world.sharded:
+        return model
+    copy: Any = models.build(run.model, facts)
+    load_weights(out / WEIGHTS, copy)
+    return copy
 
 
 def begin_from(model: nn.Module, run: Run, resumed: Path | None, console: Console) -> None:
@@ -132,7 +157,7 @@ def begin_from(model: nn.Module, run: Run, resumed: Path | None, console: Consol
         DataError: The file is missing or damaged, or of another model.
         ConfigError: There is nothing to freeze so much of.
     """
-    path, goes_on = run.train.pretrained, resumed is not None and (resumed / CHECKPOINT).is_file()
+    path, goes_on = run.train.pretrained, resumed is not None and latest(resumed) is not None
     if path is not None and not goes_on:
         loaded = load_pretrained(model, path)
         what = (("resized", loaded.resized), ("starting afresh", loaded.fresh))
@@ -155,8 +180,9 @@ def evaluate_job(
         DataError: There are no weights, or the data has changed since the training.
     """
     run = read_run(out)
-    with joined(run.parallel, run.train.device) as world:
-        built = build(run)
+    # Alone or by torchrun, however the training was.
+    with joined(run.parallel.model_copy(update={"kind": "auto"}), run.train.device) as world:
+        built = build(run.model_copy(update={"parallel": Parallel()}))
         if not changed_data:
             advice = "Bring the data back, or evaluate on it as it is now with --changed-data."
             refuse_changed(read_data(out), describe_data(built.data), str(out), advice)

@@ -15,9 +15,9 @@ from torch import nn
 from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
-from selectra.tasks.task import Loss, Task
+from selectra.tasks.task import Loss, Task, nothing_of
 from selectra.train.batches import Passes, TrainingOrder, Windows
-from selectra.train.checkpoint import CHECKPOINT, writable_folder
+from selectra.train.checkpoint import latest, writable_folder
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
 from selectra.train.optim import clip, require_finite, scale_gradients
@@ -61,12 +61,13 @@ def fit(
     A model with a method `solve` is solved once over the training windows; one without parameters is only evaluated.
 
     Args:
-        out: Folder for run.json, record.jsonl, checkpoint.pt and model.safetensors; None writes nothing.
+        out: Folder for run.json, record.jsonl, checkpoints and model.safetensors; None writes nothing.
         resume: Go on from `out`'s checkpoint where there is one; otherwise start anew and overwrite it.
         resolved: What every argument resolved to, for run.json.
         data: What identifies the data; a checkpoint of a training on other data is refused.
 
     Raises:
+        DataError: A checkpoint could not be written; the one before it is whole.
         StoppedError: SIGINT or SIGTERM came; the state is saved.
         DivergedError: The loss or a gradient is not finite.
     """
@@ -79,23 +80,29 @@ def fit(
     order = TrainingOrder(train_windows, run.train, world) if learns else None
     if run.train.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    state = State(model.to(world.device), run, order, out, world, data)
-    resume = resume and learns and out is not None and (out / CHECKPOINT).is_file()
+    if not (world.sharded and learns):
+        model.to(world.device)
+    state = State(model, run, order, out, world, data)
+    # The first process looks for all: the others see its folder, and maybe later.
+    resume = resume and learns and out is not None and world.gather(latest(out) is not None)[0]
     length = state.resume() if resume else 0
     shown = (console or Console()) if progress and world.first else None
     with open_record(out, world, run, resolved, length, data) as record, stopping_gently() as flag:
         if order is None:
             _solve(state, task, train_windows, val_windows)
             if flag.asked:
-                raise StoppedError(0, state.resume_command)
+                raise StoppedError(0, state.resume_command, flag.by_hand)
             record.write("metrics", step=0, split="val", best=True, **state.at.best)
         else:
             n_eval = ceil(len(val_windows) / run.train.batch_size) if val_windows else 0
             clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval))
             early = run.train.patience is not None
             with Display(shown, clock, run.name, early) as display, recomputed(model, run.train.recompute):
-                _Loop(state, task, order, val_windows, record, display, flag).go()
-    model.load_state_dict(state.best)
+                try:
+                    Steps(state, task, order, val_windows, record, display, flag).go()
+                finally:
+                    state.close()
+    state.take_best()
     return Fitted(state.at.best, state.at.best_step, state.at.step, state.at.seconds, state.at.stopped_by)
 
 
@@ -112,14 +119,14 @@ def _solve(state: State, task: Task, train: Windows, val: Windows | None) -> Non
     state.at.stopped_by = "nothing to train" if solve is None else "solved"
 
 
-class _Loop:
+class Steps:
     """Steps, evaluations and checkpoints of one training by gradient."""
 
     def __init__(
         self, state: State, task: Task, order: TrainingOrder, val: Windows | None, record: Record, display: Display,
         flag: StopFlag,
     ) -> None:  # fmt: skip
-        self.state, self.task, self.val = state, task, val
+        self.state, self.task, self.order, self.val = state, task, order, val
         self.record, self.display, self.flag = record, display, flag
         self.batches = order.start_at(state.at.position)
         self.wrapped = wrap(state.model, state.world, state.run.train.compile)
@@ -148,11 +155,17 @@ class _Loop:
                 seen.append(batch := next(self.batches).to(world.device))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
+                    if not self.order.counts(state.at.position + i):
+                        loss = nothing_of(loss)
                     state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
-        asked = torch.tensor(float(self.flag.asked), device=world.device).double()
-        *totals, stop = world.sum(torch.stack([*sums.values(), asked])).tolist()
+        said = [
+            torch.tensor(float(each), device=world.device).double() for each in (self.flag.asked, state.save_failed)
+        ]
+        *totals, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
+        if failed:
+            state.saved()
         totals = dict(zip(sums, totals, strict=True))
         count = max(totals.pop("count"), 1.0)
         means = {name: value / count for name, value in totals.items()}
@@ -174,11 +187,14 @@ class _Loop:
 
     def loss_of(self, model: nn.Module, batch: Any) -> Loss:
         """The task's loss, in the precision asked for."""
-        with autocast(self.state.world.device, self.precision):
+        with autocast(self.state.world.device, self.precision, cached=not self.state.world.sharded):
             return self.task.loss(model, batch)
 
     def find(self, batches: list[Any], draws: Draws) -> str:
         """The first layer and tensor of a step that is not finite."""
+        if self.state.world.sharded:
+            # Its calls would be joint acts of all processes, and each may find something else.
+            return ""
         scaler = self.state.scaler
         return first_broken(
             self.state.model, batches, lambda batch: scaler.scale(self.loss_of(self.state.model, batch).sum), draws
@@ -191,8 +207,10 @@ class _Loop:
             self.validate()
         if self.stop or at.stopped_by or state.save_due:
             state.save(self.record)
+        if self.stop or at.stopped_by:
+            state.saved()
         if self.stop or (at.stopped_by and self.flag.asked):
-            raise StoppedError(at.step, state.resume_command)
+            raise StoppedError(at.step, state.resume_command, self.flag.by_hand)
 
     def validate(self) -> None:
         """Measure on the validation windows, keep the best weights, and see whether this is the end."""

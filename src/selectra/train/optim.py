@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 
 from selectra.spec import Optim
 from selectra.train.depth import depths
+from selectra.train.sharding import local, whole
 from selectra.train.stop import DivergedError
 
 
@@ -35,8 +36,12 @@ def decayed(name: str, parameter: nn.Parameter, left_out: Collection[int] = ()) 
     return parameter.ndim > 1 and not asks_not_to and not name.endswith("bias")
 
 
-def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
-    """AdamW in two groups, with and without weight decay; with `layer_decay` two for every depth."""
+def make_optimizer(model: nn.Module, optim: Optim, fused: bool = False) -> AdamW:
+    """AdamW in two groups, with and without weight decay; with `layer_decay` two for every depth.
+
+    Args:
+        fused: Whether one kernel does all of it, on CUDA devices: without temporary copies of what it updates.
+    """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     without = without_decay(model)
     depth_of, n_units = depths(model) if optim.layer_decay < 1 else ({}, 0)
@@ -48,7 +53,9 @@ def make_optimizer(model: nn.Module, optim: Optim) -> AdamW:
             groups[depth, acts] = {"params": [], "weight_decay": optim.weight_decay if acts else 0.0, "lr": rate}
     for name, parameter in trained:
         groups[depth_of.get(name, n_units + 1), decayed(name, parameter, without)]["params"].append(parameter)
-    return AdamW([group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas)
+    return AdamW(
+        [group for group in groups.values() if group["params"]], lr=optim.lr, betas=optim.betas, fused=fused or None
+    )
 
 
 def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:
@@ -74,7 +81,7 @@ def scale_gradients(model: nn.Module, factor: float) -> None:
 def clip(model: nn.Module, largest: float | None) -> float:
     """Shrink gradients to the norm `largest` where they exceed it; returns the norm before."""
     with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None]))
     if largest is not None:
         nn.utils.clip_grads_with_norm_(with_gradient, largest, norm)
     return float(norm)
@@ -94,7 +101,7 @@ def require_finite(loss: float, norm: float, model: nn.Module, step: int, find: 
     broken = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+        if parameter.grad is not None and not torch.isfinite(local(parameter.grad)).all()
     ]
     where = f"the gradient of '{broken[0]}' ({len(broken)} in all) is not finite" if broken else "gradients are finite"
     found = find()

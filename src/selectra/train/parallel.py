@@ -1,7 +1,10 @@
 """Several processes, started by torchrun: who am I, sums over all, and a model wrapped from outside."""
 
+from __future__ import annotations
+
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,9 +16,12 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from selectra.errors import ConfigError
+from selectra.errors import ConfigError, RankError
 from selectra.ops.length_parallel import same_split
 from selectra.spec import Parallel
+
+# How gloo, NCCL and the store name the end or the silence of another process.
+OTHERS_FAILED = re.compile(r"gloo|nccl|ProcessGroup|connection (closed|reset|refused)|timed? ?out|broken pipe", re.I)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,12 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sharded: bool = False
+    """Whether each process holds a part of the weights (FSDP2) rather than all of them."""
+    files: Any = None
+    """A group for checkpoints alone, on the CPU: they are written while the training goes on."""
+    meshes: dict[str, Any] = field(default_factory=dict, compare=False)
+    """By kind of device, all processes in one row; `sharding.mesh_of` makes them."""
 
     @property
     def first(self) -> bool:
@@ -79,31 +91,56 @@ def joined(parallel: Parallel, device: str = "auto") -> Iterator[World]:
         ConfigError: `parallel.kind` does not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel.kind == "ddp" and "WORLD_SIZE" not in os.environ:
-        raise ConfigError("parallel.kind is 'ddp', and this is a single process; start it with torchrun.")
+    if parallel.kind in ("ddp", "fsdp2") and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(f"parallel.kind is '{parallel.kind}', and this is a single process; start it with torchrun.")
     if parallel.kind == "none" and size > 1:
         raise ConfigError(f"torchrun started {size} processes, and parallel.kind is 'none'; take 'ddp' or 'auto'.")
-    if size == 1:
+    sharded = parallel.kind == "fsdp2"
+    if size == 1 and not sharded:
         yield World(device=pick_device(device))
         return
     place = pick_device(device, int(os.environ["LOCAL_RANK"]))
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=parallel.timeout))
+    limit = timedelta(seconds=parallel.timeout)
+    with _others_named(parallel.timeout):
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
+        try:
+            files = distributed.new_group(backend="gloo", timeout=limit)
+            yield World(distributed.get_rank(), size, place, sharded, files)
+        finally:
+            distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _others_named(timeout: float) -> Iterator[None]:
+    """Inside the block an exchange that fails because of another process is a `RankError` in words."""
     try:
-        yield World(distributed.get_rank(), size, place)
-    finally:
-        distributed.destroy_process_group()
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, RankError) or not (
+            isinstance(error, distributed.DistError) or OTHERS_FAILED.search(str(error))
+        ):
+            raise
+        rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+        reason = " ".join(str(error).split())[:200]
+        raise RankError(
+            f"process {rank} of {size} waited for the others, and one ended, failed or did not answer within "
+            f"{timeout:g} s (parallel.timeout): {reason}. Look for the first error among the others' outputs. The last "
+            "checkpoint is whole: the same command goes on from it, and `torchrun --max-restarts` calls it by itself."
+        ) from error
 
 
 def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
     """The model as the loop calls it: compiled if asked for, gradients averaged over processes where there are several.
 
-    Its parameters and their names stay those of `model`, which is what is measured and saved.
+    Its parameters and their names stay those of `model`, which is what is measured and saved. A model that is sharded
+    already (`sharding.shard`) averages its gradients itself.
     """
     wrapped = cast(nn.Module, torch.compile(model)) if compiled else model
-    if world.size == 1:
+    if world.size == 1 or world.sharded:
         return wrapped
     return DistributedDataParallel(wrapped, device_ids=[world.device] if world.device.type == "cuda" else None)
 
@@ -119,21 +156,26 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
     """
     if wanted and not hasattr(model, "blocks"):
         raise ConfigError(f"{type(model).__name__} does not say what its blocks are; leave train.recompute off.")
-    blocks = list(model.blocks()) if wanted else []
-    for block in blocks:
+    # Blocks of which the model calls other methods say so.
+    calls = [(b, name) for b in (model.blocks() if wanted else ()) for name in getattr(b, "calls", ("forward",))]
+    kept = [block.__dict__.get(name) for block, name in calls]
+    for block, name in calls:
         again = partial(_without_statistics, block)
-        block.forward = partial(
+        call = partial(
             checkpoint,
-            block.forward,
+            getattr(block, name),
             use_reentrant=False,
             context_fn=lambda again=again: (contextlib.nullcontext(), _as_before(again())),
         )
+        setattr(block, name, call)
     try:
         yield
     finally:
-        for block in blocks:
-            # The class's own comes back.
-            del block.forward
+        for (block, name), before in zip(calls, kept, strict=True):
+            # Otherwise the class's own comes back.
+            delattr(block, name)
+            if before is not None:
+                setattr(block, name, before)
 
 
 def _as_before(again: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:
@@ -163,8 +205,13 @@ def _without_statistics(block: nn.Module) -> Iterator[None]:
             norm._buffers.update(buffers)
 
 
-def wait_for_gradients(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[None]:
-    """Exchange gradients between processes only in the last of several accumulated batches."""
+def wait_for_gradients(model: Any, last: bool) -> contextlib.AbstractContextManager[None]:
+    """Exchange gradients between processes only in the last of several accumulated batches.
+
+    Sharded models keep their gradients whole until then: for a model whose gradients do not fit, take larger batches.
+    """
+    if hasattr(model, "set_requires_gradient_sync"):
+        model.set_requires_gradient_sync(last)
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

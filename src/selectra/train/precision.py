@@ -11,11 +11,12 @@ Precision = Literal["float32", "bfloat16", "float16"]
 LEAST_SCALE = 2.0**-24
 
 
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+def autocast(device: torch.device, precision: Precision, cached: bool = True) -> AbstractContextManager[object]:
     """Inside the block products run in this precision."""
     if precision == "float32":
         return nullcontext()
-    return torch.autocast(device.type, getattr(torch, precision))
+    # Without the cache of rounded weights where these come and go with their blocks: it would hold all of them.
+    return torch.autocast(device.type, getattr(torch, precision), cache_enabled=cached)
 
 
 def make_scaler(device: torch.device, precision: Precision) -> torch.amp.GradScaler:

@@ -17,7 +17,7 @@ from selectra.errors import ConfigError, DataError
 from selectra.ops.dispatch import OPS
 from selectra.registry import Resolved
 from selectra.spec import Run
-from selectra.train.checkpoint import CHECKPOINT, WEIGHTS, replacing
+from selectra.train.checkpoint import forget, replacing
 from selectra.train.parallel import World
 
 RECORD, RUN = "record.jsonl", "run.json"
@@ -223,8 +223,7 @@ def open_record(
         return Record(None)
     if length == 0:
         # Weights of an earlier training must never lie beside the run.json of this one.
-        for name in (CHECKPOINT, WEIGHTS):
-            (out / name).unlink(missing_ok=True)
+        forget(out)
     record = Record(out / RECORD, length)
     write_run(out, run, resolved, data)
     facts = {"run": run.name, "seed": run.train.seed, "processes": world.size, "device": str(world.device)}

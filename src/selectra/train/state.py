@@ -1,5 +1,7 @@
 """All that a training changes, in one object that a checkpoint holds and resuming restores."""
 
+from __future__ import annotations
+
 import json
 import random
 import shlex
@@ -8,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import ceil, inf, isnan
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -24,9 +26,15 @@ from selectra.train.parallel import World
 from selectra.train.precision import make_scaler
 from selectra.train.record import RUN, Record
 from selectra.train.same_data import refuse_changed
+from selectra.train.sharding import on_cpu, put, shard, start_in_parts, whole
 from selectra.train.stop import DivergedError
 
+if TYPE_CHECKING:
+    from selectra.train.snapshots import Snapshots
+
 StoppedBy = Literal["", "steps", "patience", "solved", "nothing to train"]
+# What may differ when a training goes on: nothing that is learnt depends on it, but for rounding.
+FREE = ("name", "train.keep", "train.save_every", "train.workers", "parallel.")
 
 
 @dataclass
@@ -35,7 +43,7 @@ class Progress:
 
     step: int = 0
     position: int = 0
-    """Batches that this process has taken."""
+    """Batches that were taken."""
     seconds: float = 0.0
     evaluated_at: int = 0
     best: dict[str, float] = field(default_factory=dict)
@@ -65,15 +73,29 @@ class State:
         self.best: dict[str, Tensor] = {}
         # Models that learn nothing by gradient have no running mean.
         self.mean: RunningMean | None = None
+        self._snapshots: Snapshots | None = None
         seed_everything(run.train.seed + world.rank)
         if order is not None:
             accumulate, passes = run.train.accumulate, run.train.epochs or 0.0
             self.steps = run.train.steps or ceil(passes * len(order) / accumulate)
             self.eval_every = run.train.eval_every or max(1, len(order) // accumulate)
-            self.optimizer = make_optimizer(model, run.optim)
+            # The mean is a copy of the model, which one that is cut into parts refuses to give.
+            self.mean = None if run.train.ema is None else RunningMean(model, run.train.ema)
+            if world.sharded:
+                self._cut()
+            # Where memory is what counts.
+            self.optimizer = make_optimizer(model, run.optim, fused=world.sharded and world.device.type == "cuda")
             self.schedule = make_schedule(self.optimizer, run.optim, self.steps)
             self.scaler = make_scaler(world.device, run.train.precision)
-            self.mean = None if run.train.ema is None else RunningMean(model, run.train.ema)
+
+    def _cut(self) -> None:
+        """Spread the model, and its mean, over the processes; weights that nobody has made yet are made in parts."""
+        if self.run.train.precision == "float16":
+            raise ConfigError("parallel.kind is 'fsdp2', and train.precision 'float16'; take 'bfloat16' or 'float32'.")
+        for model in [self.model] if self.mean is None else [self.model, self.mean.model]:
+            shard(model, self.world)
+            if any(parameter.is_meta for parameter in model.parameters()):
+                start_in_parts(model, self.world)
 
     @property
     def rate(self) -> float:
@@ -139,56 +161,152 @@ class State:
 
     def keep(self) -> None:
         """Take the present weights as the ones that training ends with, and export them."""
-        self.best = checkpoint.copy_weights(self.measured)
-        if self.out is not None and self.world.first:
+        self.best = {name: on_cpu(value, self.world) for name, value in self.measured.state_dict().items()}
+        if self.out is None:
+            return
+        # Every process takes part in putting parts together, and the first one keeps what comes of it.
+        weights = {name: found for name, value in self.best.items() if (found := whole(value)) is not None}
+        if self.world.first:
             metadata = {"format": "pt", "model": json.dumps(self.run.model.to_json())}
-            checkpoint.save_weights(self.out / checkpoint.WEIGHTS, self.best, metadata)
+            checkpoint.save_weights(self.out / checkpoint.WEIGHTS, weights, metadata)
+
+    def take_best(self) -> None:
+        """Give the model the weights that were kept."""
+        if self.world.sharded and self.mean is None:
+            put(self.model, self.best)
+        elif self.world.sharded:
+            put(self.model, {name: self.best[name] for name in self.model.state_dict()})
+        else:
+            self.model.load_state_dict(self.best)
 
     def save(self, record: Record) -> None:
-        """Write the checkpoint; every process takes part, the first one writes."""
+        """Begin to write the checkpoint of this step; every process takes part.
+
+        Raises:
+            DataError: The one before could not be written.
+        """
         generators = self.world.gather(checkpoint.random_state())
-        if self.out is None or not self.world.first:
+        if self.out is None:
             return
-        saved = {
+        tensors = {name: on_cpu(tensor, self.world) for name, tensor in self._tensors().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        rest = {
             "run": self.run.to_json(),
             "data": None if self.data is None else dict(self.data),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "groups": [_without_tensors(group) for group in self.optimizer.param_groups],
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "mean": None if self.mean is None else self.mean.state_dict(),
             "progress": asdict(self.at),
-            "best": self.best,
             "generators": generators,
             "record": record.length(),
         }
-        checkpoint.save(self.out / checkpoint.CHECKPOINT, saved)
+        if self._snapshots is None:
+            # Loading PyTorch's part for it takes a second.
+            from selectra.train.snapshots import Snapshots  # noqa: PLC0415
+
+            self._snapshots = Snapshots(self.out, self.world, self.run.train.keep)
+        self._snapshots.save(self.at.step, tensors, rest)
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether the last checkpoint could not be written, as far as is known; `saved` says why."""
+        return self._snapshots is not None and self._snapshots.failed
+
+    def saved(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            DataError: It could not be written.
+        """
+        if self._snapshots is not None:
+            self._snapshots.finish()
+
+    def close(self) -> None:
+        """End what writes checkpoints."""
+        if self._snapshots is not None:
+            self._snapshots.close()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Every tensor that training changes, or parts of it, under its name in a checkpoint."""
+        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            for key, tensor in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer.{name}.{key}"] = tensor
+        if self.mean is not None:
+            found |= {f"mean.{name}": tensor for name, tensor in self.mean.state_dict().items()}
+        return found
 
     def resume(self) -> int:
-        """Go on where the checkpoint was taken; returns the length of the record at that moment.
+        """Go on where the last checkpoint was taken; returns the length of the record at that moment.
 
         Raises:
             ConfigError: The folder holds another run.
             DataError: The checkpoint is damaged, or the data has changed since.
         """
         assert self.out is not None
-        saved = checkpoint.load(self.out / checkpoint.CHECKPOINT)
+        path = self.world.gather(checkpoint.latest(self.out))[0]
+        if path.is_file():
+            return self._resume_from_file(path)
+        from selectra.train.snapshots import Snapshot  # noqa: PLC0415
+
+        snapshot = Snapshot(path, self.world)
+        saved = snapshot.state
+        self._require_same(saved)
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state.pop(parameter, None)
+            for key in snapshot.keys_behind(f"optimizer.{name}."):
+                stored = snapshot.empty(f"optimizer.{name}.{key}")
+                like = stored.shape == parameter.shape
+                place = parameter.device if self.optimizer.defaults["fused"] else stored.device
+                self.optimizer.state[parameter][key] = (
+                    torch.zeros_like(parameter.detach()) if like else stored.to(place)
+                )
+        tensors = self._tensors()
+        if snapshot.keys_behind("best.", deep=True):
+            self.best = {name: on_cpu(value, self.world) for name, value in self.measured.state_dict().items()}
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        snapshot.read(tensors)
+        if self.mean is not None:
+            self.mean.load_state_dict({name: tensors[f"mean.{name}"] for name in self.mean.state_dict()})
+        for group, stored in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+            group.update(stored)
+        return self._resume_rest(saved)
+
+    def _resume_from_file(self, path: Path) -> int:
+        """Go on from a checkpoint of one file, as earlier versions wrote it."""
+        if self.world.sharded:
+            raise ConfigError(
+                f"'{path}' is an earlier version's checkpoint, which parallel.kind 'fsdp2' cannot read; go on with "
+                "parallel.kind=ddp or none until the next checkpoint is written."
+            )
+        saved = checkpoint.load(path)
+        self._require_same(saved)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.mean is not None:
+            self.mean.load_state_dict(saved["mean"])
+        self.best = saved["best"]
+        return self._resume_rest(saved)
+
+    def _require_same(self, saved: Mapping[str, Any]) -> None:
+        assert self.out is not None
         _refuse_another_run(self.out, saved["run"], self.run)
         advice = "Bring the data back, start over with --anew, or choose another folder."
         refuse_changed(saved.get("data"), self.data, str(self.out), advice)
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+
+    def _resume_rest(self, saved: Mapping[str, Any]) -> int:
         self.schedule.load_state_dict(saved["schedule"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
-        if self.mean is not None:
-            self.mean.load_state_dict(saved["mean"])
         self.at = Progress(**saved["progress"])
-        self.best = saved["best"]
         # A process that did not exist when the checkpoint was taken keeps its own seed.
         if self.world.rank < len(saved["generators"]):
             checkpoint.set_random_state(saved["generators"][self.world.rank])
         return saved["record"]
+
+
+def _without_tensors(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def seed_everything(seed: int) -> None:
@@ -213,7 +331,7 @@ def _refuse_another_run(out: Path, saved: str, run: Run) -> None:
     different = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
-        if key != "name" and before.get(key) != now.get(key)
+        if not key.startswith(FREE) and before.get(key) != now.get(key)
     ]
     if different:
         raise ConfigError(

@@ -14,51 +14,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selectra.errors import ConfigError
-from selectra.ops import checks
-from selectra.ops.whole import require_whole
+from selectra.ops.ssd.call import SsdCall
 
 CHUNK = 64
 
 
-def ssd(
-    x: Float[Tensor, "b l h p"],
-    dt: Float[Tensor, "b l h"],
-    A: Float[Tensor, " h"],
-    B: Float[Tensor, "b l g n"],
-    C: Float[Tensor, "b l g n"],
-    *,
-    initial_state: Float[Tensor, "b h p n"] | None = None,
-    sequence: Int[Tensor, "b l"] | None = None,
-) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
-    """Run the recurrence.
+def refuse(call: SsdCall) -> str | None:
+    """Takes what lies on a GPU, where the other forms are asked for by name."""
+    return None if call.x.is_cuda else f"tensors are on {call.x.device.type}, it is for cuda"
 
-    Args:
-        x: Input of every head.
-        dt: Step, positive.
-        A: Decay, real and usually negative.
-        B: Input projection; head i belongs to group i // (h / g).
-        C: Output projection, as B.
-        initial_state: State before the first position.
-        sequence: Which packed sequence a position belongs to; the state is not handed on from one to another. The
-            initial state belongs to the first.
 
-    Returns:
-        y and the final state, both in the compute type: float32, or float64 where x is.
-
-    Raises:
-        ConfigError: A shape does not fit.
-    """
-    require_whole("the scan of Mamba-2")
-    batch, length, heads, p = x.shape
-    groups, n = _sizes(x, dt, A, B, C)
-    dtype = checks.compute_dtype(x.dtype == torch.float64)
-    x, dt, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
+def run(call: SsdCall) -> tuple[Tensor, Tensor]:
+    """y and the final state, chunk after chunk; gradients are autograd's."""
+    batch, length, heads, p = call.x.shape
+    groups, n = call.B.shape[2:]
+    dtype, dt, sequence = call.compute_dtype, call.dt, call.sequence
+    x, B, C = (tensor.to(dtype) for tensor in (call.x, call.B, call.C))
     # (b, g, heads of a group, ...): B and C are not repeated for the heads.
     each = heads // groups
     x = (x * dt[..., None]).unflatten(2, (groups, each))
-    decay = (dt * A).unflatten(2, (groups, each))
-    state = x.new_zeros(batch, groups, each, p, n) if initial_state is None else initial_state.to(dtype)
+    decay = (dt * call.A).unflatten(2, (groups, each))
+    state = x.new_zeros(batch, groups, each, p, n) if call.initial_state is None else call.initial_state
     state = state.reshape(batch, groups, each, p, n)
     before = None if sequence is None or not length else sequence[:, 0]
     outputs = []
@@ -72,21 +48,6 @@ def ssd(
             outputs.append(y)
     y = torch.cat(outputs, 1) if outputs else x
     return y.flatten(2, 3), state.reshape(batch, heads, p, n)
-
-
-def _sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, int]:
-    if x.dim() != 4 or B.dim() != 4:
-        raise ConfigError(
-            f"x has shape {tuple(x.shape)} and B {tuple(B.shape)}; they must be (b, l, h, p), (b, l, g, n)."
-        )
-    batch, length, heads, _ = x.shape
-    groups, n = B.shape[2:]
-    if groups < 1 or heads % groups:
-        raise ConfigError(f"B has {groups} groups; they must divide the {heads} heads.")
-    checks.require_shape("dt", dt, (batch, length, heads), "(b, l, h)")
-    checks.require_shape("A", A, (heads,), "(h,)")
-    checks.require_shapes({"B": B, "C": C}, (batch, length, groups, n), "(b, l, g, n)")
-    return groups, n
 
 
 def _chunk(

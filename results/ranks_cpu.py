@@ -1,0 +1,106 @@
+"""The losses of four processes beside those of one, for every task: `python results/ranks_cpu.py --out results`.
+
+The target: 4 gloo processes give the loss curve of one to 1e-6 over 50 steps. Every task's small model is trained by
+`selectra train` alone, then by torchrun with DistributedDataParallel and with fully_shard (FSDP2). The batch of 18 does
+not divide by four, and the last batch of a pass is shorter still. Nothing is dropped out: each process draws its own.
+Differences are relative to the loss of one process; the record is written after every training.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from selectra.spec import Optim, Run, Spec, Train
+from selectra.train.record import environment
+
+RUNS = {
+    "forecasting": (
+        Spec("tsm2_smoke", dropout=0.0), Spec("series_file", seq_len=48, horizon=12), Spec("forecasting"),
+        {"accumulate": 2},
+    ),
+    "classification": (
+        Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=2, d_state=2),
+        Spec("images", crop=1, mixup=0.2), Spec("classification", label_smoothing=0.1), {},
+    ),
+    "language": (
+        Spec("mamba_lm_smoke"), Spec("copying", length=16, examples=400, held_out=40), Spec("language"), {"ema": 0.9},
+    ),
+    "segmentation": (
+        Spec("upernet_smoke", backbone=Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=4, d_state=2)),
+        Spec("masks", crop=32), Spec("segmentation", dice=0.5), {},
+    ),
+}  # fmt: skip
+console = Console(width=150)
+
+
+def run_of(task: str, steps: int) -> Run:
+    """A small training, the same for every number of processes."""
+    model, data, kind, more = RUNS[task]
+    train = Train(steps=steps, batch_size=18, eval_every=steps, device="cpu", **more)
+    return Run(name=task, model=model, data=data, task=kind, optim=Optim(lr=1e-3, warmup_steps=5), train=train)
+
+
+def trained(run: Run, processes: int, kind: str, folder: Path) -> list[dict[str, Any]]:
+    """The record of a training."""
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(run.to_json())
+    words = ["-m", "selectra", "train", str(folder / "run.json"), f"parallel.kind={kind}", "parallel.timeout=120"]
+    if processes > 1:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *words], env=environment, check=True, capture_output=True, timeout=1200)
+    return [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
+
+
+def compared(one: list[dict[str, Any]], more: list[dict[str, Any]]) -> dict[str, Any]:
+    """The largest relative difference between two loss curves, and between the metrics at their ends."""
+    found: dict[str, Any] = {}
+    for event in ("step", "metrics"):
+        pairs = list(zip(*([line for line in lines if line["event"] == event] for lines in (one, more)), strict=True))
+        keys = ["loss", "norm"] if event == "step" else [k for k, v in pairs[0][0].items() if isinstance(v, float)]
+        for key in keys:
+            if key not in ("seconds", "lr"):
+                worst = max(abs(b[key] - a[key]) / max(abs(a[key]), 1e-12) for a, b in pairs)
+                found[key if event == "step" else f"validation {key}"] = worst
+    found["processes"] = more[0]["processes"]
+    return found
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the record.")],
+    steps: Annotated[int, typer.Option(help="Of each training.")] = 50,
+    most: Annotated[int, typer.Option(help="Processes.")] = 4,
+    task: Annotated[list[str] | None, typer.Option(help="Only these.")] = None,
+) -> None:
+    """Train, compare, print and write."""
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    record: dict[str, Any] = {
+        "command": f"python results/ranks_cpu.py --steps {steps} --most {most} --out {out.name}", "date": date,
+        **environment(), "target": 1e-6, "tasks": {},
+    }  # fmt: skip
+    path = out / f"ranks_cpu_{date}.json"
+    for name in task or RUNS:
+        run = run_of(name, steps)
+        with tempfile.TemporaryDirectory() as text:
+            one = trained(run, 1, "none", Path(text, "one"))
+            losses = [line["loss"] for line in one if line["event"] == "step"]
+            row: dict[str, Any] = {"model": run.model.to_json(), "first loss": losses[0], "last loss": losses[-1]}
+            record["tasks"][name] = row
+            for kind in ("ddp", "fsdp2"):
+                row[kind] = compared(one, trained(run, most, kind, Path(text, kind)))
+                row[kind]["within target"] = row[kind]["loss"] <= record["target"]
+                out.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(record, indent=1) + "\n")
+                console.print(name, kind, row[kind])
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,214 @@
+"""Training on one GPU and on two of a host: `python results/scale_gpu.py --out results` (two H200s, 200 s).
+
+Weak scaling: the library's own training step (loss, DistributedDataParallel, clipping, AdamW, the exchange of sums; all
+of it but evaluations and files) on one GPU and on two, with as many examples for each; the time of one over the time of
+two is to be at least 0.95, for Vim-S at 224 px and for TSM2. Examples are random and lie on the device.
+
+FSDP2: a Mamba language model of at least 10 billion parameters, 20 steps of AdamW with weights and moments in float32
+on bytes of this repository's texts; the loss has to fall. Weights are made in parts, blocks computed again in backward,
+products in bfloat16. On two GPUs alone: weights, gradients and moments are 16 bytes a parameter.
+
+A process group is made once for each number of GPUs, and the record is written after every part. A rehearsal on a CPU:
+`python results/scale_gpu.py --device cpu --tiny --out DIR`. docs/scaling.md says how programs start on a cluster.
+"""
+
+import datetime
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+import selectra.models  # noqa: F401
+from selectra.data.image_views import ImageBatch
+from selectra.data.text import TextFile
+from selectra.data.windows import SeriesBatch
+from selectra.registry import models
+from selectra.spec import Optim, Parallel, Run, Spec, Train
+from selectra.tasks import Classification, Forecasting, Language
+from selectra.train.batches import TrainingOrder, Windows
+from selectra.train.depth import training_mode
+from selectra.train.loop import Steps
+from selectra.train.parallel import World, joined, recomputed
+from selectra.train.progress import Clock, Display
+from selectra.train.record import Record, environment
+from selectra.train.state import State
+from selectra.train.stop import StopFlag
+
+ROOT = Path(__file__).parents[1]
+console = Console(width=150)
+
+
+class Same:
+    """One batch again and again, on the device: what is measured is the training."""
+
+    def __init__(self, make: Any, device: torch.device, count: int = 100_000) -> None:
+        self.make, self.device, self.count, self.made = make, device, count, {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, indices: Sequence[int]) -> Any:
+        if len(indices) not in self.made:
+            self.made[len(indices)] = self.make(len(indices)).to(self.device)
+        return self.made[len(indices)]
+
+
+class Noted(Record):
+    """Keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.steps: list[dict[str, Any]] = []
+
+    def write(self, event: str, **values: Any) -> None:
+        """Keep steps."""
+        if event == "step":
+            self.steps.append(values)
+
+
+def steps_of(model: Any, task: Any, windows: Windows, run: Run, world: World) -> list[dict[str, Any]]:
+    """The library's training steps, without evaluations and files."""
+    order = TrainingOrder(windows, run.train, world)
+    if not world.sharded:
+        model.to(world.device)
+    state, record = State(model, run, order, None, world), Noted()
+    display = Display(None, Clock(state.steps, state.steps, (1, 0)), run.name, False)
+    with recomputed(model, run.train.recompute):
+        training_mode(model)
+        loop = Steps(state, task, order, None, record, display, StopFlag())
+        for _ in range(state.steps):
+            loop.one_step()
+    return record.steps
+
+
+def images(n: int) -> ImageBatch:
+    """Random images."""
+    return ImageBatch(torch.randn(n, 3, 224, 224), torch.randint(1000, (n,)))
+
+
+def series(n: int) -> SeriesBatch:
+    """Random windows of as many series as the electricity data has."""
+    x, y = torch.randn(n, 512, 321), torch.randn(n, 96, 321)
+    return SeriesBatch(x, torch.ones_like(x, dtype=torch.bool), y, torch.ones_like(y, dtype=torch.bool))
+
+
+def weak(name: str, world: World, tiny: bool) -> dict[str, Any]:
+    """Seconds a step of one model, as many examples for each process whatever their number."""
+    if name == "vim_small":
+        spec, each, task, windows = Spec(name), 128, Classification(), Same(images, world.device)
+        facts: dict[str, Any] = {"n_classes": 1000, "in_channels": 3, "img_size": (224, 224)}
+        task.n_classes = 1000
+        small: dict[str, Any] = {"d_model": 16, "depth": 1}
+    else:
+        spec, each, task, windows = Spec(name, dropout=0.0), 32, Forecasting(), Same(series, world.device)
+        facts, small = {"seq_len": 512, "horizon": 96, "n_series": 321}, {}
+    if tiny:
+        spec, each = spec.replace(**small), 2
+    steps = 3 if tiny else 40
+    train = Train(steps=steps, batch_size=each * world.size, precision="bfloat16", device=world.device.type)
+    run = Run(model=spec, data=Spec("random"), task=Spec("task"), optim=Optim(lr=1e-4), train=train, name=name)
+    torch.manual_seed(0)
+    found = steps_of(models.build(spec, facts), task, windows, run, world)
+    times = [step["seconds"] for step in found[steps // 3 :]]
+    return {"examples each": each, "seconds": times, "median seconds": statistics.median(times)}
+
+
+def large(world: World, tiny: bool) -> dict[str, Any]:
+    """A language model over all processes, its weights in parts."""
+    sizes = {"d_model": 32, "depth": 2} if tiny else {"d_model": 5120, "depth": 64}
+    seq_len, batch, steps = (64, 2, 3) if tiny else (2048, 2, 20)
+    text = "\n".join(path.read_text() for path in sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text.txt")
+        path.write_text(text)
+        data = TextFile(path=str(path), seq_len=seq_len, shares=(1.0, 0.0, 0.0))
+    # Rows of the usual vocabulary; the text has bytes.
+    spec = Spec("mamba_lm_base", vocab_size=50_280, **sizes)
+    train = Train(
+        steps=steps, batch_size=batch * world.size, precision="bfloat16", recompute=True, device=world.device.type
+    )
+    optim = Optim(lr=1e-4, warmup_steps=min(5, steps), betas=(0.9, 0.95), weight_decay=0.1)
+    run = Run(model=spec, data=Spec("text"), task=Spec("language"), optim=optim, train=train,
+              parallel=Parallel(kind="fsdp2", in_parts=True), name="large")  # fmt: skip
+    with torch.device("meta"):
+        model = models.build(spec, {"seq_len": seq_len})
+    count = sum(parameter.numel() for parameter in model.parameters())
+    start = time.perf_counter()
+    found = steps_of(model, Language(), data.windows("train"), run, world)
+    row = {"parameters": count, **sizes, "tokens a step": batch * world.size * seq_len,
+           "losses": [step["loss"] for step in found], "norms": [step["norm"] for step in found],
+           "seconds a step": [step["seconds"] for step in found], "seconds": time.perf_counter() - start,
+           "falls": found[-1]["loss"] < found[0]["loss"]}  # fmt: skip
+    if world.device.type == "cuda":
+        row["GiB of each GPU"] = world.gather(torch.cuda.max_memory_allocated() / 2**30)
+    return row
+
+
+def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, parts: Sequence[str]) -> None:
+    """One process: all parts one after the other."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                   "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}  # fmt: skip
+    # Without multicast memory of the switch, which some hosts do not offer.
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    for index, part in enumerate(parts):
+        os.environ["MASTER_PORT"] = str(port + 10 * index)
+        sharded = part.startswith("large")
+        if sharded and n == 1:
+            continue
+        with joined(Parallel(kind="fsdp2" if sharded else "ddp", timeout=100), kind) as world:
+            # Before the large one comes a tiny one: what would fail fails at once.
+            row = large(world, tiny or part == "large tiny") if sharded else weak(part, world, tiny)
+        if kind == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        if rank == 0:
+            record = json.loads(path.read_text())
+            record["parts"].setdefault(part, {})[str(n)] = row
+            pair = [record["parts"][part].get(key, {}).get("median seconds") for key in ("1", "2")]
+            if all(pair):
+                record["parts"][part]["weak scaling"] = pair[0] / pair[1]
+            path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the record.")],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    tiny: Annotated[bool, typer.Option(help="Models for a rehearsal.")] = False,
+    part: Annotated[list[str] | None, typer.Option(help="vim_small, tsm2_base, large.")] = None,
+) -> None:
+    """Measure, print and write."""
+    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    path = out / f"scale_{device}{'_tiny' if tiny else ''}_{date}.json"
+    parts = part or ["vim_small", "tsm2_base", "large tiny", "large"]
+    command = f"python results/scale_gpu.py --device {device}{' --tiny' if tiny else ''} --out {out.name}"
+    record: dict[str, Any] = {
+        "command": command,
+        "date": date,
+        **environment(),
+        "target weak scaling": 0.95,
+        "parts": {},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    for n in (1, 2):
+        try:
+            start_processes(worker, (n, 29_600 + n, path, device, tiny, parts), n, start_method="spawn")
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            record = json.loads(path.read_text())
+            record[f"problem of {n}"] = str(error).strip()[-3000:]
+            path.write_text(json.dumps(record, indent=1) + "\n")
+        console.print(json.loads(path.read_text())["parts"], f"{n} processes")
+    console.print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

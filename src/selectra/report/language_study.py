@@ -1,0 +1,93 @@
+"""Sections on trainings of language models, from the records of `results/language_train_gpu.py`.
+
+Units: losses in nats a token, milliseconds of one step alone (a CUDA graph), GiB of its highest memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from selectra.report.markdown import Row, grid
+
+PARTS = {"val": "the half that chose the weights", "test": "the half that did not",
+         "held_out": "both halves", "last": "both halves, last weights"}  # fmt: skip
+OUTCOMES = {"below": "lower", "above": "**higher**", "level": "no difference that these seeds show",
+            "too few seeds": "too few seeds"}  # fmt: skip
+
+
+def losses(record: Row) -> Iterator[str]:
+    """Families on one text: the verdict, their losses, what a step costs, and the targets."""
+    yield f"**{record['verdict']['text']}**"
+    speeds = {each["variant"]: each for each in record["speeds"]}
+    lines = []
+    for row in sorted(record["rows"], key=lambda row: row["val"]):
+        speed, cells = speeds[row["variant"]], _cells(record, row)
+        lines.append(
+            [
+                row["variant"], f"{row['cost']['parameters']:,}", _steps(cells), _rates(row, record),
+                f"{row['val']:.4f}", f"{row['mean']:.4f}", _interval(row, 4), str(len(row["values"])),
+                f"{speed['step_ms']:.2f}", f"{speed['tokens_per_s']:,.0f}", f"{speed['peak_gib']:.2f}",
+            ]
+        )  # fmt: skip
+    head = ["model", "parameters", "steps", "learning rate", "validation loss", "test loss", "95 % interval", "seeds",
+            "ms a step", "tokens a second", "peak, GiB"]  # fmt: skip
+    yield grid(head, lines)
+    yield from _targets(record.get("targets", []))
+
+
+def scores(record: Row) -> Iterator[str]:
+    """Families by how much there is to remember: accuracies of each length, and how long all was trained."""
+    yield f"**{record['verdict']['text']}**"
+    bases = list(dict.fromkeys(row["base"] for row in record["rows"]))
+    rows = {(row["variant"], row["base"]): row for row in record["rows"]}
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in record["rows"]):
+        found = [rows[variant, base] for base in bases]
+        cells = [f"{row['cost']['parameters']:,}" for row in found[:1]]
+        lines.append([variant, *cells, *(_share(row) for row in found)])
+    yield "Mean accuracy of answers on examples never seen, with its 95 % interval over seeds where there are two:"
+    yield grid(["model", "parameters", *bases], lines)
+    steps = sorted({cell["steps"] for cell in record["cells"] if "test" in cell})
+    yield f"Every model is trained for {' or '.join(f'{n:,}' for n in steps)} steps; longer trainings may differ."
+    missing = [f"{row['variant']} on {row['base']}" for row in record["rows"] if row["missing"]]
+    if missing:
+        yield f"Not all seeds were trained within the time: {', '.join(missing)}."
+
+
+def _cells(record: Row, row: Row) -> list[Row]:
+    same = (row["base"], row["variant"])
+    return [cell for cell in record["cells"] if (cell["base"], cell["variant"]) == same and "test" in cell]
+
+
+def _steps(cells: list[Row]) -> str:
+    return " or ".join(f"{n:,}" for n in sorted({cell["steps"] for cell in cells})) or "-"
+
+
+def _rates(row: Row, record: Row) -> str:
+    rate = row["differs"].get("optim.lr", record["study"]["bases"][0]["optim"]["lr"])
+    return f"{rate:g} of {row['trials']}"
+
+
+def _interval(row: Row, digits: int) -> str:
+    low, high = row["interval"] or (None, None)
+    return "-" if low is None else f"{low:.{digits}f} to {high:.{digits}f}"
+
+
+def _share(row: Row) -> str:
+    if row["mean"] is None:
+        return "-"
+    spread = f" ({_interval(row, 3)})" if len(row["values"]) > 1 else " (1 seed)"
+    return f"{row['mean']:.3f}{spread}"
+
+
+def _targets(targets: list[dict[str, Any]]) -> Iterator[str]:
+    if not targets:
+        return
+    yield "Beside the Transformer, in pairs of seeds; losses of the held-out tenth of the text:"
+    lines = []
+    for each in targets:
+        if "difference" not in each:
+            continue
+        between = f"{each['low']:+.4f} to {each['high']:+.4f}"
+        part = PARTS[each["on"]]
+        lines.append([each["model"], part, f"{each['difference']:+.4f}", between, OUTCOMES[each["outcome"]]])
+    yield grid(["model", "loss of", "difference", "95 % interval", ""], lines)
