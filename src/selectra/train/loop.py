@@ -16,8 +16,9 @@ from selectra.errors import ConfigError
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Loss, Task, nothing_of
+from selectra.train import checkpoint
+from selectra.train.batch_norms import together
 from selectra.train.batches import Passes, TrainingOrder, Windows
-from selectra.train.checkpoint import latest, writable_folder
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
 from selectra.train.optim import clip, require_finite, scale_gradients
@@ -67,7 +68,7 @@ def fit(
         data: What identifies the data; a checkpoint of a training on other data is refused.
 
     Raises:
-        DataError: A checkpoint could not be written; the one before it is whole.
+        DataError: There is no room for a checkpoint or the record; the checkpoint before is whole.
         StoppedError: SIGINT or SIGTERM came; the state is saved.
         DivergedError: The loss or a gradient is not finite.
     """
@@ -76,7 +77,7 @@ def fit(
         raise ConfigError("train.patience is set, and there are no validation windows to measure an improvement.")
     learns = any(p.requires_grad for p in model.parameters()) and not hasattr(model, "solve")
     if out is not None and world.first:
-        writable_folder(out)
+        checkpoint.writable_folder(out)
     order = TrainingOrder(train_windows, run.train, world) if learns else None
     if run.train.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -84,10 +85,14 @@ def fit(
         model.to(world.device)
     state = State(model, run, order, out, world, data)
     # The first process looks for all: the others see its folder, and maybe later.
-    resume = resume and learns and out is not None and world.gather(latest(out) is not None)[0]
+    resume = resume and learns and out is not None and world.gather(checkpoint.latest(out) is not None)[0]
     length = state.resume() if resume else 0
     shown = (console or Console()) if progress and world.first else None
-    with open_record(out, world, run, resolved, length, data) as record, stopping_gently() as flag:
+    with (
+        checkpoint.full_disk_named(out),
+        open_record(out, world, run, resolved, length, data) as record,
+        stopping_gently() as flag,
+    ):
         if order is None:
             _solve(state, task, train_windows, val_windows)
             if flag.asked:
@@ -130,6 +135,7 @@ class Steps:
         self.record, self.display, self.flag = record, display, flag
         self.batches = order.start_at(state.at.position)
         self.wrapped = wrap(state.model, state.world, state.run.train.compile)
+        self.together = together(state.model, state.world, state.run.train.compile)
         training_mode(state.model)
         self.precision: Precision = state.run.train.precision
         self.watch = BackendWatch()
@@ -150,13 +156,13 @@ class Steps:
         first = not self.display.clock.step_times
         sums: dict[str, torch.Tensor] = {}
         draws, seen = Draws(world.device), []
-        with self.watch if first else nullcontext():
+        with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
                 seen.append(batch := next(self.batches).to(world.device))
+                self.together.counts = self.order.counts(state.at.position + i)
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
-                    if not self.order.counts(state.at.position + i):
-                        loss = nothing_of(loss)
+                    loss = loss if self.together.counts else nothing_of(loss)
                     state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
