@@ -116,7 +116,8 @@ def evaluate(
         bool, typer.Option("--changed-data", help="Also on data that has changed since the training.")
     ] = False,
     page: Annotated[
-        bool, typer.Option("--page", help="Segmentation: also a page of the best and worst cases of each class.")
+        bool,
+        typer.Option("--page", help="Segmentation, detection: also a page of the best and worst cases of each class."),
     ] = False,
 ) -> None:
     """Evaluate trained weights; the only command that opens the test split."""

@@ -116,6 +116,30 @@ def test_autocast_rounds_neither_boxes_nor_losses(detector):
     assert (boxes * 4 != (boxes * 4).round()).any()
 
 
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_what_was_seen_first_changes_nothing(detector):
+    model = build(detector, threshold=0.0).eval()
+    other = build(detector, threshold=0.0).eval()
+    other.load_state_dict(model.state_dict())
+    small, large = torch.randn(3, 35, 40), torch.randn(3, 64, 64)
+    with torch.no_grad():
+        model([large])
+        (after,), (alone,) = model([small]), other([small])
+    assert torch.equal(after["scores"], alone["scores"]) and torch.equal(after["boxes"], alone["boxes"])
+
+
+def test_proposals_are_cut_out_where_they_are():
+    """A grid whose values are their own columns in pixels: the middle of what is cut out is the box's."""
+    network = build("faster_rcnn_smoke", "resnet_18").network
+    grids = {}
+    for i, stride in enumerate((4, 8, 16, 32)):
+        columns = (torch.arange(128 // stride) + 0.5) * stride
+        grids[str(i)] = columns.expand(1, 1, 128 // stride, -1).clone()
+    boxes = [torch.tensor([[20.0, 20, 90, 100], [40, 48, 60, 66]])]
+    cut = network.roi_heads.box_roi_pool(grids, boxes, [(35, 40)])
+    assert torch.allclose(cut.mean((1, 2, 3)), torch.tensor([55.0, 50.0]), atol=2)
+
+
 def test_wide_keeps_what_it_packs():
     given = {"a": [torch.ones(2, dtype=torch.bfloat16)], "b": (torch.ones(1).double(), torch.ones(1).long())}
     found = wide(given)

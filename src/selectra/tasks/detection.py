@@ -129,7 +129,8 @@ class ObjectEvaluator:
     def compute(self) -> dict[str, float]:
         """Average precision over overlaps of 0.5 to 0.95 ("map"), at 0.5 and 0.75, and at 0.5 of each class.
 
-        Those of masks are called "mask_map" and so on. What no image has is not a number.
+        Those of masks are called "mask_map" and so on. Classes that occur nowhere are left out; without any object,
+        nothing is a number.
         """
         found: dict[str, float] = {}
         for kind, prefix in KINDS.items():
@@ -138,17 +139,20 @@ class ObjectEvaluator:
         return found
 
     def _of(self, kind: str) -> dict[str, float]:
-        names = [*NAMES.values(), *(f"map50 {name}" for name in self.classes)]
         if not any(not each["iscrowd"] for each in self.annotations):
-            return dict.fromkeys(names, float("nan"))
+            return dict.fromkeys(NAMES.values(), float("nan"))
         measured = self.measured(kind)
         # COCO's tools say -1 where there is nothing to measure.
         stats = {name: None if value == -1 else float(value) for name, value in measured.stats_as_dict.items()}
         self._stats[kind] = stats
-        at_half = np.asarray(measured.eval["precision"])[0, :, :, 0, -1]
-        each = [float(column[column > -1].mean()) if (column > -1).any() else float("nan") for column in at_half.T]
-        whole = [float("nan") if (value := stats[name]) is None else value for name in NAMES]
-        return dict(zip(names, [*whole, *each], strict=True))
+        at_half = np.asarray(measured.eval["precision"])[0, :, :, 0, -1].T
+        each = {
+            f"map50 {name}": float(column[column > -1].mean())
+            for name, column in zip(self.classes, at_half, strict=True)
+            if (column > -1).any()
+        }
+        whole = {ours: float("nan") if (value := stats[theirs]) is None else value for theirs, ours in NAMES.items()}
+        return {**whole, **each}
 
     def measured(self, kind: str) -> Any:
         """faster-coco-eval's own object, evaluated.
