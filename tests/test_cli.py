@@ -198,8 +198,8 @@ def test_version(call):
         ("eval nowhere --split tst", "Invalid value for '--split'"),
         (
             "list models --kind serie",
-            "there is no kind 'serie'; there are ['image', 'language', 'segmentation', 'series', 'video']. .* "
-            "Did you mean 'series'?",
+            "there is no kind 'serie'; there are "
+            "['detection', 'image', 'language', 'segmentation', 'series', 'video']. .* Did you mean 'series'?",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Trainings of clips in use, from the command line."""
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -7,6 +8,7 @@ from selectra.cli import app
 from selectra.data.clip_files import write_clip
 from selectra.data.moving_shapes import MEAN, STD, MovingShapes
 
+pytest.importorskip("av")
 RUN = CliRunner()
 SMALL = ["model=videomamba_clip_smoke", "data.train=12", "data.val=6", "data.test=12", "train.steps=2"]
 PLAIN = ["train.batch_size=6", "train.precision=float32", "train.device=cpu", "train.threads=1"]

@@ -11,6 +11,8 @@ from selectra.data.clip_batches import Sampling
 from selectra.data.clip_files import FaultyClipError, Video, write_clip
 from selectra.data.clips import Clips, covering_crops, random_crop
 from selectra.errors import ConfigError, DataError
+from selectra.registry import datasets
+from selectra.spec import Spec
 
 pytest.importorskip("av")
 
@@ -61,6 +63,10 @@ def test_training_clips_never_fall_and_reach_all_frames(kind):
     assert (steps == 3).all() if kind == "dense" else (steps >= 0).all()
 
 
+def clips_of(path, **options) -> Clips:
+    return datasets.build(Spec("clips", path=str(path), **options))
+
+
 def write_set(root, length=12, each=4, suffix="npy"):
     for label, name in enumerate(("dark", "light")):
         for i in range(each):
@@ -95,7 +101,7 @@ def test_a_zip_file_of_videos_is_read_too(tmp_path):
         for path in root.rglob("*.avi"):
             archive.write(path, path.relative_to(root))
     sizes = {"n_frames": 3, "img_size": 16}
-    both = [Clips(str(each), **sizes).windows("train")[[0]].x for each in (root, tmp_path / "set.zip")]
+    both = [clips_of(each, **sizes).windows("train")[[0]].x for each in (root, tmp_path / "set.zip")]
     assert torch.equal(*both)
 
 
@@ -112,15 +118,15 @@ def test_cut_off_files_are_named_and_left_out_where_asked(tmp_path, suffix, reas
     root = write_set(tmp_path, length=30, suffix=suffix)
     cut(root / "dark" / f"0.{suffix}")
     sizes = {"n_frames": 4, "img_size": 16, "test": 0.25, "val": 0}
-    clips = Clips(str(root), **sizes)
+    clips = clips_of(root, **sizes)
     with pytest.raises(FaultyClipError, match=reason):
         [clips.windows(part)[[i]] for part in ("train", "test") for i in range(len(clips.windows(part)))]
-    kept = Clips(str(root), faulty="skip", **sizes)
+    kept = clips_of(root, faulty="skip", **sizes)
     assert sum(len(kept.windows(part)) for part in ("train", "test")) == 7
     assert "left out" in kept.summary()[-1]
     (root / "dark" / f"0.{suffix}").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=f"dark/0.{suffix}"):
-        Clips(str(root), **sizes).video(0)
+        clips_of(root, **sizes).video(0)
 
 
 def test_short_videos_are_named_left_out_or_held(tmp_path):
@@ -128,10 +134,10 @@ def test_short_videos_are_named_left_out_or_held(tmp_path):
     write_clip(root / "dark" / "0.npy", ramp(3))
     sizes = {"n_frames": 4, "img_size": 16, "test": 0.25, "val": 0, "sampling": "dense", "stride": 2}
     with pytest.raises(DataError, match=r"dark/0.npy' has 3 frames, and a dense clip of 4 needs 7"):
-        Clips(str(root), **sizes).video(0)
-    left = Clips(str(root), short_clips="skip", **sizes)
+        clips_of(root, **sizes).video(0)
+    left = clips_of(root, short_clips="skip", **sizes)
     assert sum(len(left.windows(part)) for part in ("train", "test")) == 7
-    holding = Clips(str(root), short_clips="hold", **sizes)
+    holding = clips_of(root, short_clips="hold", **sizes)
     row = next((part, i) for part in ("train", "test") for i, r in enumerate(holding.rows[part]) if r == 0)
     x = holding.windows(row[0])[[row[1]]].x
     assert torch.equal(x[0, :, 2], x[0, :, 3]) and not torch.equal(x[0, :, 0], x[0, :, 1])
@@ -156,7 +162,7 @@ def test_what_is_no_set_of_videos_is_refused(tmp_path):
     write_set(tmp_path / "set")
     for wrong in ({"n_frames": 0}, {"scale": 0}, {"stride": 0}, {"img_size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            Clips(str(tmp_path / "set"), **wrong)
+            clips_of(tmp_path / "set", **wrong)
     np.save(tmp_path / "set" / "dark" / "0.npy", np.zeros((4, 8, 8), np.uint8))
     with pytest.raises(DataError, match=r"shape \(t, h, w, 3\)"):
         Clips(str(tmp_path / "set"), n_frames=2).video(0)

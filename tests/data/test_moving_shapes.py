@@ -30,6 +30,7 @@ def test_every_frame_is_as_likely_in_every_class(frame):
         moved[:, :2] = ((u[:, :2] * SIDE * FINE).long() - gone).remainder(SIDE * FINE).float() / (SIDE * FINE)
         shown.append(draw_clips(moved, labels, FRAMES, SIDE, 1)[:, :, frame])
     assert all(torch.equal(shown[0], other) for other in shown[1:])
+    labels = torch.ones(len(u), dtype=torch.long)
     # That the clips differ in some frame is what makes this a test.
     assert not torch.equal(
         draw_clips(u, labels, FRAMES, SIDE, 1)[:, :, 3], draw_clips(u, labels * 0, FRAMES, SIDE, 1)[:, :, 3]

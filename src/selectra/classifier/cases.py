@@ -56,7 +56,9 @@ def cases_of(out: Path, part: str, metrics: dict[str, float], device: torch.devi
     built = build(run)
     load_weights(out / WEIGHTS, built.model)
     device = pick_device(run.train.device) if device is None else device
-    look = _Look(built.model.to(device).eval(), built.task.evaluator(), built.data, part, device, run.train.precision)
+    evaluator = built.task.evaluator()
+    assert isinstance(evaluator, PixelEvaluator)
+    look = _Look(built.model.to(device).eval(), evaluator, built.data, part, device, run.train.precision)
     table = np.stack([look.ious(i) for i in range(len(look.rows))])
     classes: tuple[str, ...] = tuple(built.data.classes)
     each = EACH if len(classes) <= MANY else 1

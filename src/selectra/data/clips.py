@@ -87,8 +87,10 @@ class Clips:
             raise DataError(f"there are no videos at '{path}': it is no folder or zip file.")
         self.listing = list_folder(root, SUFFIXES, "video", "mp4")
         self.rows = split_images(self.listing, val, test, None, split_seed)
-        self.sampling, self.crops = Sampling(sampling, n_frames, stride, views), crops
-        self.scale, self.flip, self.faulty, self.short_clips = scale, flip, faulty, short_clips
+        self.sampling = Sampling(sampling, n_frames, stride, views)
+        self.crops: Crops = crops
+        self.short_clips: Short = short_clips
+        self.scale, self.flip, self.faulty = scale, flip, faulty
         self.mean_std = tuple(
             torch.tensor(IMAGENET[name] if standard == "imagenet" else (0.5,) * 3) for name in ("mean", "std")
         )

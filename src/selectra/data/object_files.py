@@ -74,9 +74,10 @@ def list_objects(
     if not found:
         raise DataError(f"'{path}' holds no files.")
     kind = _detect(found) if layout == "auto" else layout
+    every, at = Mixed([place for place, _ in found.values()]), {name: i for i, name in enumerate(found)}
 
     def read(name: str) -> bytes:
-        return Mixed([found[name][0]]).read(0)
+        return every.read(at[name])
 
     if kind == "coco":
         names = _coco_names(list(found))

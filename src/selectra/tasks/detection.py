@@ -24,13 +24,20 @@ NAMES = {"AP_all": "map", "AP_50": "map50", "AP_75": "map75"}
 class Known(Protocol):
     """What is on an image; see `selectra.data.object_truth.Truth`."""
 
-    image: int
-    size: tuple[int, int]
-    boxes: Any
-    labels: Any
-    areas: Any
-    crowd: Any
-    masks: Sequence[Any] | None
+    @property
+    def image(self) -> int: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def boxes(self) -> Any: ...
+    @property
+    def labels(self) -> Any: ...
+    @property
+    def areas(self) -> Any: ...
+    @property
+    def crowd(self) -> Any: ...
+    @property
+    def masks(self) -> Sequence[Any] | None: ...
 
 
 class AnnotatedImages(Protocol):
@@ -62,8 +69,8 @@ def coco_annotations(truth: Known) -> list[dict[str, Any]]:
 
 def coco_results(image: int, found: dict[str, Tensor]) -> list[dict[str, Any]]:
     """What was found on an image, in COCO's words: boxes as left, top, width and height; masks run-length encoded."""
-    boxes = found["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    corners = found["boxes"].double().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
     scores, labels = found["scores"].double().tolist(), found["labels"].tolist()
     shapes: list[Any] = [None] * len(labels)
     if "masks" in found and labels:
@@ -135,10 +142,13 @@ class ObjectEvaluator:
         if not any(not each["iscrowd"] for each in self.annotations):
             return dict.fromkeys(names, float("nan"))
         measured = self.measured(kind)
-        self._stats[kind] = {name: _number(value) for name, value in measured.stats_as_dict.items()}
+        # COCO's tools say -1 where there is nothing to measure.
+        stats = {name: None if value == -1 else float(value) for name, value in measured.stats_as_dict.items()}
+        self._stats[kind] = stats
         at_half = np.asarray(measured.eval["precision"])[0, :, :, 0, -1]
         each = [float(column[column > -1].mean()) if (column > -1).any() else float("nan") for column in at_half.T]
-        return dict(zip(names, [*(self._stats[kind][name] for name in NAMES), *each], strict=True))
+        whole = [float("nan") if (value := stats[name]) is None else value for name in NAMES]
+        return dict(zip(names, [*whole, *each], strict=True))
 
     def measured(self, kind: str) -> Any:
         """faster-coco-eval's own object, evaluated.
@@ -168,11 +178,6 @@ class ObjectEvaluator:
         """All of COCO's numbers, by the kind of overlap, and how many objects there were."""
         counts = np.bincount([each["category_id"] - 1 for each in self.annotations], minlength=len(self.classes))
         return {"objects": dict(zip(self.classes, counts.tolist(), strict=True)), "coco": self._stats}
-
-
-def _number(value: float) -> float:
-    """COCO's tools say -1 where there is nothing to measure."""
-    return float("nan") if value == -1 else float(value)
 
 
 @tasks.register("detection", kind="detection")
