@@ -281,13 +281,16 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1".')] = "cpu",
     dtype: Annotated[str | None, typer.Option(help='Such as "bfloat16"; default: as the model is kept.')] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="On a GPU: replay a step as one CUDA graph.")] = False,
 ) -> None:
     """Continue texts with a language model, shown as they come."""
     from selectra.language.command import GenerateJob, generate_command  # noqa: PLC0415
 
     draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     stops = tuple(stop or ())
-    job = GenerateJob(folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype)
+    job = GenerateJob(
+        folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype, graph
+    )
     generate_command(job, _console())
 
 

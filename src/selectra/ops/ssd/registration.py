@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from selectra.ops.autocast import keep_types_under_autocast
+from selectra.ops.dispatch import say_slow_path
 from selectra.ops.selective_scan.cuda import require_cuda
 from selectra.ops.ssd import cuda, portable
 from selectra.ops.ssd.call import SsdCall
@@ -74,6 +75,8 @@ def _whole(call: SsdCall, backend: str) -> tuple[Tensor, Tensor]:
     if 0 in call.x.shape:
         y, first = call.dt.new_zeros(call.x.shape), call.initial_state
         return y, call.dt.new_zeros(batch, heads, p, call.B.shape[3]) if first is None else first.clone()
+    if backend == "portable" and call.x.is_cuda:
+        say_slow_path("ssd", backend, call, "cuda")
     return kernel.forward(call)
 
 
