@@ -34,7 +34,10 @@ RUNS = {
         Spec("mamba_lm_smoke"), Spec("copying", length=16, examples=400, held_out=40), Spec("language"), {"ema": 0.9},
     ),
     "segmentation": (
-        Spec("upernet_smoke", backbone=Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=4, d_state=2)),
+        Spec(
+            "upernet_smoke", dropout=0.0,
+            backbone=Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=4, d_state=2),
+        ),
         Spec("masks", crop=32), Spec("segmentation", dice=0.5), {},
     ),
 }  # fmt: skip

@@ -8,7 +8,7 @@ FSDP2: a Mamba language model of at least 10 billion parameters, 20 steps of Ada
 on bytes of this repository's texts; the loss has to fall. Weights are made in parts, blocks computed again in backward,
 products in bfloat16. On two GPUs alone: weights, gradients and moments are 16 bytes a parameter.
 
-A process group is made once for each number of GPUs, and the record is written after every part. A rehearsal on a CPU:
+Every part runs in fresh processes, and the record is written after it. A rehearsal on a CPU:
 `python results/scale_gpu.py --device cpu --tiny --out DIR`. docs/scaling.md says how programs start on a cluster.
 """
 
@@ -36,11 +36,11 @@ from selectra.spec import Optim, Parallel, Run, Spec, Train
 from selectra.tasks import Classification, Forecasting, Language
 from selectra.train.batches import TrainingOrder, Windows
 from selectra.train.depth import training_mode
-from selectra.train.loop import Steps
 from selectra.train.parallel import World, joined, recomputed
 from selectra.train.progress import Clock, Display
 from selectra.train.record import Record, environment
 from selectra.train.state import State
+from selectra.train.steps import Steps
 from selectra.train.stop import StopFlag
 
 ROOT = Path(__file__).parents[1]
@@ -104,12 +104,12 @@ def series(n: int) -> SeriesBatch:
 def weak(name: str, world: World, tiny: bool) -> dict[str, Any]:
     """Seconds a step of one model, as many examples for each process whatever their number."""
     if name == "vim_small":
-        spec, each, task, windows = Spec(name), 128, Classification(), Same(images, world.device)
+        spec, each, task, windows = Spec(name), 256, Classification(), Same(images, world.device)
         facts: dict[str, Any] = {"n_classes": 1000, "in_channels": 3, "img_size": (224, 224)}
         task.n_classes = 1000
         small: dict[str, Any] = {"d_model": 16, "depth": 1}
     else:
-        spec, each, task, windows = Spec(name, dropout=0.0), 32, Forecasting(), Same(series, world.device)
+        spec, each, task, windows = Spec(name, dropout=0.0), 128, Forecasting(), Same(series, world.device)
         facts, small = {"seq_len": 512, "horizon": 96, "n_series": 321}, {}
     if tiny:
         spec, each = spec.replace(**small), 2
@@ -153,30 +153,23 @@ def large(world: World, tiny: bool) -> dict[str, Any]:
     return row
 
 
-def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, parts: Sequence[str]) -> None:
-    """One process: all parts one after the other."""
+def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, part: str) -> None:
+    """One process: one part."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                    "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}  # fmt: skip
     # Without multicast memory of the switch, which some hosts do not offer.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    for index, part in enumerate(parts):
-        os.environ["MASTER_PORT"] = str(port + 10 * index)
-        sharded = part.startswith("large")
-        if sharded and n == 1:
-            continue
-        with joined(Parallel(kind="fsdp2" if sharded else "ddp", timeout=100), kind) as world:
-            # Before the large one comes a tiny one: what would fail fails at once.
-            row = large(world, tiny or part == "large tiny") if sharded else weak(part, world, tiny)
-        if kind == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        if rank == 0:
-            record = json.loads(path.read_text())
-            record["parts"].setdefault(part, {})[str(n)] = row
-            pair = [record["parts"][part].get(key, {}).get("median seconds") for key in ("1", "2")]
-            if all(pair):
-                record["parts"][part]["weak scaling"] = pair[0] / pair[1]
-            path.write_text(json.dumps(record, indent=1) + "\n")
+    sharded = part.startswith("large")
+    with joined(Parallel(kind="fsdp2" if sharded else "ddp", timeout=100), kind) as world:
+        # Before the large one comes a tiny one: what would fail fails at once.
+        row = large(world, tiny or part == "large tiny") if sharded else weak(part, world, tiny)
+    if rank == 0:
+        record = json.loads(path.read_text())
+        record["parts"].setdefault(part, {})[str(n)] = row
+        pair = [record["parts"][part].get(key, {}).get("median seconds") for key in ("1", "2")]
+        if all(pair):
+            record["parts"][part]["weak scaling"] = pair[0] / pair[1]
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(
@@ -199,14 +192,15 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    for n in (1, 2):
+    jobs = [(n, each) for each in parts for n in (1, 2) if n == 2 or not each.startswith("large")]
+    for index, (n, each) in enumerate(jobs):
         try:
-            start_processes(worker, (n, 29_600 + n, path, device, tiny, parts), n, start_method="spawn")
+            start_processes(worker, (n, 29_600 + index, path, device, tiny, each), n, start_method="spawn")
         except (ProcessRaisedException, ProcessExitedException) as error:
             record = json.loads(path.read_text())
-            record[f"problem of {n}"] = str(error).strip()[-3000:]
+            record[f"problem of {each} on {n}"] = str(error).strip()[-3000:]
             path.write_text(json.dumps(record, indent=1) + "\n")
-        console.print(json.loads(path.read_text())["parts"], f"{n} processes")
+        console.print(each, n, json.loads(path.read_text())["parts"].get(each, {}).get(str(n)))
     console.print(f"written to {path}")
 
 

@@ -212,8 +212,11 @@ def _report_answer(folder: Path, out: Path | None, console: Console) -> None:
 
     from selectra.compare.answer import collect  # noqa: PLC0415
     from selectra.report.answer import write_answer  # noqa: PLC0415
+    from selectra.report.answer_plot import write_picture  # noqa: PLC0415
 
     content, out = collect(folder), out or Path("answer.md")
+    if content["points"]:
+        write_picture(content["points"], out.with_suffix(".png"))
     write_answer(content, out, Path(os.path.relpath(folder, out.parent)).as_posix())
     console.print(content["verdict"], highlight=False, markup=False, soft_wrap=True, style="bold")
     console.print(f"The page is {out}, made from the records in {folder}", highlight=False, soft_wrap=True)

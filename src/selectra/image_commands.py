@@ -135,20 +135,29 @@ def _name_skipped(console: Console, skipped: list[str] | None, any_found: bool) 
 
 def refuse_page(run: Path) -> None:
     """Say before a long evaluation that there will be no page of its cases."""
-    from selectra.classifier.cases import require_segmentation  # noqa: PLC0415
+    from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
 
-    require_segmentation(run)
+    kind = kind_of(run)
+    if kind not in ("segmentation", "detection"):
+        raise ConfigError(
+            f"--page shows cases of segmentation and detection, and '{run}' holds a training of kind '{kind}'."
+        )
 
 
 def write_cases(run: Path, part: str, metrics: dict[str, float], console: Console) -> None:
-    """Write PART_cases.html into the folder of a training of segmentation; by the first process alone."""
+    """Write PART_cases.html into the folder of a training; by the first process alone."""
     from selectra.classifier.cases import cases_of  # noqa: PLC0415
-    from selectra.report.cases import write_page  # noqa: PLC0415
+    from selectra.classifier.object_cases import object_cases_of  # noqa: PLC0415
+    from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
+    from selectra.report import cases, object_cases  # noqa: PLC0415
 
     if os.environ.get("RANK", "0") != "0":
         return
     path = run / f"{part}_cases.html"
-    write_page(cases_of(run, part, metrics), path)
+    if kind_of(run) == "detection":
+        object_cases.write_page(object_cases_of(run, part, metrics), path)
+    else:
+        cases.write_page(cases_of(run, part, metrics), path)
     console.print(f"The best and worst cases of each class: {path}", highlight=False, markup=False, soft_wrap=True)
 
 

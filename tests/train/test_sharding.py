@@ -26,9 +26,8 @@ NAMES = [name for name in models.names() if name.endswith("_smoke")]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    distributed.init_process_group(
-        "gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=20)
-    )
+    store = distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=20))
     yield World(sharded=True, files=distributed.group.WORLD)
     distributed.destroy_process_group()
 

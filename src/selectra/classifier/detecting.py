@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import UInt8
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 # Importing the room fills the registry.
 import selectra.models  # noqa: F401
@@ -78,21 +79,37 @@ def detect(trained: Detector, path: Path, device: torch.device | str = "cpu", th
 
     Raises:
         ConfigError: The threshold is no share.
-        DataError: The file cannot be read, or what is found is not finite.
+        DataError: The file cannot be read, or the weights are not finite.
+    """
+    return objects_on(trained, read_image(path, len(trained.mean)), str(path), device, threshold)
+
+
+def objects_on(
+    trained: Detector,
+    image: UInt8[Tensor, "c h w"],
+    name: str,
+    device: torch.device | str = "cpu",
+    threshold: float = THRESHOLD,
+) -> Detected:
+    """As `detect`, of pixels in memory.
+
+    Args:
+        name: Of the image, for the picture.
     """
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold={threshold}: a score is from 0 to 1")
-    image, model = read_image(path, len(trained.mean)), trained.model.to(device)
+    model = trained.model.to(device)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        # What is found of such weights is finite: nothing.
+        raise DataError(f"'{trained.name}' has weights that are not finite; they are damaged or diverged.")
     x = standardised(image[None], trained.mean, trained.std)[0]
     with torch.inference_mode():
         (found,) = model([x.to(device)])
-    if not (found["scores"].isfinite().all() and found["boxes"].isfinite().all()):
-        raise DataError(f"'{trained.name}' finds what is not finite; its weights are damaged or diverged.")
     order = found["scores"].argsort(descending=True)
     order = order[found["scores"][order] >= threshold]
     masks = (found["masks"][order, 0] >= 0.5).cpu().numpy() if "masks" in found else None
     return Detected(
-        trained.name, str(path), image.permute(1, 2, 0).numpy(), found["boxes"][order].float().cpu().numpy(),
+        trained.name, name, image.permute(1, 2, 0).cpu().numpy(), found["boxes"][order].float().cpu().numpy(),
         found["labels"][order].cpu().numpy(), found["scores"][order].float().cpu().numpy(), masks, trained.classes,
         trained.colours, threshold,
     )  # fmt: skip

@@ -39,7 +39,7 @@ def collect(folder: Path) -> Row:
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'; name one with records, such as results.")
     records = {path.name: _read(path) for path in sorted(folder.glob("*.json"))}
-    found: Row = {"claims": [], "speed": [], "parts": [], "fields": {}, "answered": set()}
+    found: Row = {"claims": [], "points": [], "speed": [], "parts": [], "fields": {}, "answered": set()}
     _forecasting(found, _of(records, "selectra compare forecasting"))
     _images(found, _of(records, "vision_cifar10"))
     _studies(found, _of(records, "selectra study"))
@@ -67,6 +67,14 @@ def _claim(found: Row, outcome: str, text: str, names: Iterable[str]) -> None:
     found["claims"].append({"outcome": outcome, "text": text, "records": sorted(set(names))})
 
 
+def _point(found: Row, panel: str, names: tuple[str, str], each: Row, outcome: str, higher_is_better: bool) -> None:
+    """By how many per cent of the rival's score Mamba is better, with the interval."""
+    sign = 1 if higher_is_better else -1
+    low, high = sorted((sign * each["low"], sign * each["high"]))
+    found["points"].append({"panel": panel, "mamba": names[0], "rival": names[1], "outcome": outcome,
+                            "value": sign * each["difference"], "low": low, "high": high})  # fmt: skip
+
+
 def _forecasting(found: Row, records: dict[str, Row]) -> None:
     for name, record in records.items():
         verdict = record["verdict"]
@@ -76,6 +84,9 @@ def _forecasting(found: Row, records: dict[str, Row]) -> None:
         for rival, each in verdict["pairs"]["one"].items():
             outcome = "wins" if each["high"] < 0 else "loses" if each["low"] > 0 else "level"
             by_outcome[outcome].append(rival)
+            shares = {key: 100 * each[key] / each["rival"] for key in ("difference", "low", "high")}
+            panel = f"Forecasting, mean MSE of {verdict['cells']} cells"
+            _point(found, panel, (verdict["mamba"], rival), shares, outcome, False)
             _claim(found, outcome, (
                 f"Forecasting: {verdict['mamba']} against {rival}, mean MSE over {verdict['cells']} cells "
                 f"{each['mean']:.4f} and {each['rival']:.4f} (difference {each['difference']:+.4f}, 95 % interval "
@@ -94,22 +105,29 @@ def _words(names: Sequence[str]) -> str:
     return f"{shown} and {names[-1]} are" if shown else f"{names[0]} is"
 
 
+def _top1(records: dict[str, Row]) -> dict[str, dict[int, float]]:
+    """Of every model and seed; trainings of other lengths are another comparison, the longest is what counts."""
+    trainings = [each for record in records.values() for each in record["trainings"]
+                 if each["recipe"].endswith("_cifar10")]  # fmt: skip
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for training in trainings:
+        if training["steps"] == max(each["steps"] for each in trainings):
+            found[training["recipe"].removesuffix("_cifar10")][training["seed"]] = training["test"]["top1"]
+    return found
+
+
 def _images(found: Row, records: dict[str, Row]) -> None:
-    records = {name: each for name, each in records.items()
-               if any(training["recipe"].endswith("_cifar10") for training in each["trainings"])}  # fmt: skip
-    top1: dict[str, dict[int, float]] = defaultdict(dict)
-    steps = {training["steps"] for record in records.values() for training in record["trainings"]}
-    # Trainings of other lengths are another comparison; the longest is the one that counts.
-    for record in records.values():
-        for training in record["trainings"]:
-            if training["steps"] == max(steps):
-                top1[training["recipe"].removesuffix("_cifar10")][training["seed"]] = training["test"]["top1"]
+    records = {name: record for name, record in records.items() if _top1({name: record})}
+    top1 = _top1(records)
     pairs = [(mamba, rival) for mamba in top1 if mamba in MAMBA_IMAGES for rival in top1 if rival not in MAMBA_IMAGES]
     pairs = [(mamba, rival) for mamba, rival in pairs if len(top1[mamba].keys() & top1[rival].keys()) >= FEWEST]
     if not pairs:
         return
     contrasts = [contrast(*_common(top1[mamba], top1[rival])) for mamba, rival in pairs]
     results = dict(zip(pairs, judged(contrasts, higher_is_better=True), strict=True))
+    for names, each in results.items():
+        if each["unit"] == "%":
+            _point(found, "CIFAR-10-JPEG, top-1", names, each, OUTCOMES[each["outcome"]], True)
     words = []
     for rival in dict.fromkeys(rival for _, rival in pairs):
         by_outcome: dict[str, list[str]] = defaultdict(list)
@@ -153,6 +171,9 @@ def _contest(found: Row, name: str, record: Row) -> None:
     bases, by_outcome = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), defaultdict(list)
     for each in record["overall"]:
         by_outcome[OUTCOMES[each["outcome"]]].append(each["rival"])
+        if each["unit"] == "%":
+            panel, names = f"{bases}, {record['metric']}", (record["subject"], each["rival"])
+            _point(found, panel, names, each, OUTCOMES[each["outcome"]], record["higher_is_better"])
         outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
         low, high = signed.format(each["low"]), signed.format(each["high"])
         _claim(found, outcome, f"{bases}: {record['subject']} against {each['rival']}, {record['metric']} "

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from selectra.data.coco_files import read_coco
-from selectra.data.image_files import Arrays, Mixed, Source, places
+from selectra.data.image_files import Arrays, Mixed, places
+from selectra.data.image_listing import Source
 from selectra.data.mask_files import found_root, hidden
 from selectra.data.object_truth import Entry, Mark, Problems
 from selectra.data.voc_files import read_voc
@@ -74,9 +75,10 @@ def list_objects(
     if not found:
         raise DataError(f"'{path}' holds no files.")
     kind = _detect(found) if layout == "auto" else layout
+    every, at = Mixed([place for place, _ in found.values()]), {name: i for i, name in enumerate(found)}
 
     def read(name: str) -> bytes:
-        return Mixed([found[name][0]]).read(0)
+        return every.read(at[name])
 
     if kind == "coco":
         names = _coco_names(list(found))

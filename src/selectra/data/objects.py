@@ -94,7 +94,7 @@ class Objects:
             raise ConfigError(f"classes={classes}: the drawn set has its own, {self.listing.classes}; leave it out.")
         self.masks, self.faulty = masks, faulty
         taken = self._taken(only)
-        same = dict.fromkeys(("train", "val", "test"), taken)
+        same: dict[str, Rows] = dict.fromkeys(("train", "val", "test"), taken)
         self.rows = same if overfit else self._split(taken, val, test, split_seed)
         if join:
             self.rows["train"] = np.sort(np.concatenate([self.rows["train"], self.rows["val"]]))

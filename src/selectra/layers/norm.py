@@ -80,6 +80,17 @@ class AddNorm(nn.Module):
         return add_norm(x, residual, self.weight, self.bias, self.eps, kind=self.kind, residual_dtype=dtype)
 
 
+class SharedBatch:
+    """Whether other processes have shares of each batch too, and batch norms see all of it (`train.batch_norms`)."""
+
+    now = False
+
+
+def alone(x: Tensor) -> bool:
+    """Whether a tensor's one row is the whole batch, which a batch norm finds no deviation in."""
+    return len(x) == 1 and not SharedBatch.now
+
+
 class BatchNorm2d(nn.BatchNorm1d):
     """Each (row, feature) normalised over the batch, with its own gain and bias: TSMixer's 2D norm, for `(..., l, d)`.
 
@@ -96,7 +107,7 @@ class BatchNorm2d(nn.BatchNorm1d):
 
     def forward(self, input: Float[Tensor, "*batch l d"]) -> Float[Tensor, "*batch l d"]:
         flat = input.flatten(-2).flatten(0, -2)
-        if self.training and len(flat) == 1:
+        if self.training and alone(flat):
             y = F.batch_norm(flat, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         else:
             y = super().forward(flat)

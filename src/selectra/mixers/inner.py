@@ -194,8 +194,10 @@ def _gradients(
     u, projected, delta, A, checkpoints, x_proj, dt_proj = kept
     d, rank = x.shape[2], w.dt_proj.shape[1]
     call = _scan(u, delta, A, projected, z, w, mask, cu_seqlens, way.reverse)
-    n_states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    dfinal = A.new_zeros((n_states, *A.shape))
+    dfinal = None
+    if not SCANS[way.scan].final_may_lack:
+        n_states = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dfinal = A.new_zeros((n_states, *A.shape))
     du, ddelta, dA, dB, dC, dD, dz, dbias, _ = SCANS[way.scan].backward(call, dy, dfinal, checkpoints)
     assert du is not None and ddelta is not None and dB is not None and dC is not None and dA is not None
     du, ddelta = du.reshape(-1, d), ddelta.reshape(-1, d)

@@ -20,13 +20,14 @@ from selectra.mixers.packing import sequence_of
 from selectra.mixers.s6 import State, at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import require_sizes
 from selectra.ops import causal_conv1d
+from selectra.ops.gated_norm import gated_norm
 from selectra.ops.ssd import ssd
 
 NO_LIMIT = (0.0, math.inf)
 
 
 class GatedNorm(nn.Module):
-    """RMS norm, by groups of channels, of the input times SiLU of the gate.
+    """RMS norm, by groups of channels, of the scan's output and skip times SiLU of the gate.
 
     Args:
         d: Width.
@@ -39,12 +40,15 @@ class GatedNorm(nn.Module):
         self.n_groups, self.eps = n_groups, eps
         self.weight = nn.Parameter(torch.ones(d))
 
-    def forward(self, x: Float[Tensor, "*b d"], z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-        """The normalised product, in the gate's type; computed in float32 at least."""
-        y = at_least_float32(x) * F.silu(at_least_float32(z))
-        y = y.unflatten(-1, (self.n_groups, -1))
-        y = F.rms_norm(y, y.shape[-1:], None, self.eps).flatten(-2)
-        return y.to(z.dtype) * self.weight.to(z.dtype)
+    def forward(
+        self,
+        y: Float[Tensor, "*b d"],
+        z: Float[Tensor, "*b d"],
+        x: Float[Tensor, "*b d"] | None = None,
+        D: Float[Tensor, " h"] | None = None,
+    ) -> Float[Tensor, "*b d"]:
+        """The normalised `(y + D x) silu(z)`, in the gate's type; computed in float32 at least."""
+        return gated_norm(y, z, self.weight, x, D, n_groups=self.n_groups, eps=self.eps)
 
 
 class SSD(nn.Module):
@@ -156,13 +160,12 @@ class SSD(nn.Module):
         )
         bc = self.n_groups * self.d_state
         u, B, C = xBC.split([self.d_inner, bc, bc], -1)
-        u = u.unflatten(-1, (self.n_heads, self.d_head))
         # A step of 0 passes the state on as it is.
         step = zero_absent(
             F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias)).clamp(*self.dt_limit), mask
         )
         y, ssm = ssd(
-            u,
+            u.unflatten(-1, (self.n_heads, self.d_head)),
             step,
             -at_least_float32(self.A_log).exp(),
             B.unflatten(-1, (self.n_groups, self.d_state)),
@@ -170,5 +173,5 @@ class SSD(nn.Module):
             initial_state=None if state is None else state.ssm,
             sequence=None if cu_seqlens is None else sequence_of(cu_seqlens, x.shape[1]),
         )
-        y = y + u.to(y.dtype) * at_least_float32(self.D)[:, None]
-        return zero_absent(self.out_proj(self.norm(y.flatten(-2), z)), mask), State(conv, ssm)
+        y = self.norm(y.flatten(-2), z, u, self.D)
+        return zero_absent(self.out_proj(y), mask), State(conv, ssm)

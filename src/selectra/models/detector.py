@@ -12,7 +12,7 @@ them in the size that the data gives them.
 
 import importlib
 from collections.abc import Sequence
-from math import gcd
+from math import gcd, log2
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -286,17 +286,34 @@ class FCOS(Detector):
         super().__init__(grids, network, short_side, long_side, first_label=0)
 
 
+def _pool(grids: Grids, side: int) -> Any:
+    """What cuts proposals out of the grids.
+
+    torchvision guesses the grids' scales from the first images that it sees, and keeps them: wrong by two where these
+    were small and their padding wide. Here they are the strides'.
+    """
+    module = tv("ops.poolers")
+    pool = module.MultiScaleRoIAlign([str(i) for i in range(len(grids.strides))], side, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in grids.strides]
+    finest, coarsest = (int(log2(grids.strides[i])) for i in (0, -1))
+    pool.map_levels = module.initLevelMapper(finest, coarsest)
+    return pool
+
+
 def _two_stages(
     grids: Grids, n_classes: int, anchor: float, d_box: int, threshold: float, most: int, **more: Any
 ) -> Any:
     """Faster R-CNN, or Mask R-CNN where `more` has the masks' head."""
     faster, rpn = tv("models.detection.faster_rcnn"), tv("models.detection.rpn")
     head = rpn.RPNHead(grids.out_channels, len(RATIOS))
+    if more:
+        more["mask_roi_pool"] = _pool(grids, 14)
     build = tv("models.detection.mask_rcnn").MaskRCNN if more else faster.FasterRCNN
     return build(
         grids,
         rpn_anchor_generator=anchors(_five(grids), (anchor,), RATIOS),
         rpn_head=widened(head),
+        box_roi_pool=_pool(grids, 7),
         box_head=faster.TwoMLPHead(grids.out_channels * 7**2, d_box),
         box_predictor=widened(faster.FastRCNNPredictor(d_box, n_classes + 1)),
         box_score_thresh=threshold,

@@ -6,7 +6,7 @@ Source: github.com/microsoft/torchscale, 05a9628: `torchscale/component/multisca
 Glossary: gamma decay of a head (Eq. 8), Q, K, V with rotary positions (Eq. 5).
 Departures:
   scales  torchscale divides scores, sums and states by numbers that keep half precision in range, differently in each
-          of its three forms; the norm of every head makes them void, and here arithmetic is float32
+          of its three forms; the norm of every head makes them void, and here sums and states are float32
   norms   RMS norms without mean, as torchscale; the paper has LayerNorm and GroupNorm
   FFN     two maps with GELU between, as the paper; torchscale has a gate too
 Retention is Mamba-2's recurrence with a decay that does not depend on the input, and runs on the same operator.
@@ -70,9 +70,10 @@ def retention(
     require_whole("retention")
     present = torch.ones(q.shape[:2], device=q.device) if mask is None else mask
     steps = at_least_float32(present.to(v.dtype)[..., None].expand(*v.shape[:3]))
-    q, k, v = (at_least_float32(tensor) for tensor in (q, k, v))
     if form == "chunked":
-        return ssd(v, steps, decay, k, q, initial_state=state)
+        # Factors keep the values' precision, as attention's do; sums and states are the operator's, float32 at least.
+        return ssd(v, steps, decay, k.to(v.dtype), q.to(v.dtype), initial_state=state)
+    q, k, v = (at_least_float32(tensor) for tensor in (q, k, v))
     state = v.new_zeros(*v.shape[0::2], v.shape[3], k.shape[3]) if state is None else state
     if form == "recurrent":
         outputs = []

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.layers.levels import FourLevels
+from selectra.layers.norm import alone
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 from selectra.spec import Spec
@@ -88,7 +89,7 @@ class Segmenter(nn.Module):
         self, x: Float[Tensor, "b c H W"]
     ) -> Float[Tensor, "b k H W"] | tuple[Float[Tensor, "b k H W"], Float[Tensor, "b k H W"]]:
         """Scores of every pixel's classes, before a softmax; in training also those of the auxiliary head."""
-        if self.training and len(x) == 1:
+        if self.training and alone(x):
             # Batch norms of what is pooled to one position need two of them; an image twice has its own statistics.
             return _first(self._scores(x.expand(2, -1, -1, -1)))
         return self._scores(x)

@@ -21,8 +21,8 @@ def on_coco_mini(name: str, backbone: Spec) -> Run:
         model=Spec("mask_rcnn_base", backbone=backbone, anchor=4.0, short_side=320, long_side=320),
         data=Spec("objects", path="coco_mini", masks=True, overfit=True, only=TWENTY, crop=320),
         task=Spec("detection", select="mask_map50"),
-        optim=Optim(lr=3e-4, weight_decay=0.05, warmup_steps=50, clip=1.0),
-        train=Train(steps=800, batch_size=5, eval_every=200, precision="bfloat16", channels_last=True),
+        optim=Optim(lr=5e-4, weight_decay=0.05, warmup_steps=50, clip=1.0),
+        train=Train(steps=800, batch_size=10, eval_every=200, precision="bfloat16", channels_last=True),
     )
 
 

@@ -11,6 +11,11 @@ from selectra.report.read import whole
 Row = dict[str, Any]
 HEADINGS = {"wins": "Where Mamba wins", "loses": "Where Mamba loses", "level": "Where no difference is shown"}
 MODES = {"forward": "forward pass", "step": "training step", "decode": "generated token"}
+PICTURE = (
+    "![Every comparison with its interval](answer.png)\n\n"
+    "*Every comparison, in per cent of the rival's score, with its 95 % interval. Grey is not told from chance after "
+    "Holm's correction for several rivals.*"
+)
 QUANTITIES = {"unit_us": "time", "unit_mj": "energy", "memory_mb": "memory"}
 
 
@@ -28,6 +33,8 @@ def page(content: Row, records: str) -> str:
         "from nothing else. For your own data ask `selectra compare forecasting my.csv` or `selectra compare vision "
         "folder/`, and open the page that it writes.",
     ]
+    if content["points"]:
+        parts.append(PICTURE)
     for outcome, heading in HEADINGS.items():
         mine = [claim for claim in content["claims"] if claim["outcome"] == outcome]
         parts += [

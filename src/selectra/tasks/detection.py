@@ -24,13 +24,20 @@ NAMES = {"AP_all": "map", "AP_50": "map50", "AP_75": "map75"}
 class Known(Protocol):
     """What is on an image; see `selectra.data.object_truth.Truth`."""
 
-    image: int
-    size: tuple[int, int]
-    boxes: Any
-    labels: Any
-    areas: Any
-    crowd: Any
-    masks: Sequence[Any] | None
+    @property
+    def image(self) -> int: ...
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def boxes(self) -> Any: ...
+    @property
+    def labels(self) -> Any: ...
+    @property
+    def areas(self) -> Any: ...
+    @property
+    def crowd(self) -> Any: ...
+    @property
+    def masks(self) -> Sequence[Any] | None: ...
 
 
 class AnnotatedImages(Protocol):
@@ -62,8 +69,8 @@ def coco_annotations(truth: Known) -> list[dict[str, Any]]:
 
 def coco_results(image: int, found: dict[str, Tensor]) -> list[dict[str, Any]]:
     """What was found on an image, in COCO's words: boxes as left, top, width and height; masks run-length encoded."""
-    boxes = found["boxes"].double().cpu()
-    boxes[:, 2:] -= boxes[:, :2]
+    corners = found["boxes"].double().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1)
     scores, labels = found["scores"].double().tolist(), found["labels"].tolist()
     shapes: list[Any] = [None] * len(labels)
     if "masks" in found and labels:
@@ -122,7 +129,8 @@ class ObjectEvaluator:
     def compute(self) -> dict[str, float]:
         """Average precision over overlaps of 0.5 to 0.95 ("map"), at 0.5 and 0.75, and at 0.5 of each class.
 
-        Those of masks are called "mask_map" and so on. What no image has is not a number.
+        Those of masks are called "mask_map" and so on. Classes that occur nowhere are left out; without any object,
+        nothing is a number.
         """
         found: dict[str, float] = {}
         for kind, prefix in KINDS.items():
@@ -131,14 +139,20 @@ class ObjectEvaluator:
         return found
 
     def _of(self, kind: str) -> dict[str, float]:
-        names = [*NAMES.values(), *(f"map50 {name}" for name in self.classes)]
         if not any(not each["iscrowd"] for each in self.annotations):
-            return dict.fromkeys(names, float("nan"))
+            return dict.fromkeys(NAMES.values(), float("nan"))
         measured = self.measured(kind)
-        self._stats[kind] = {name: _number(value) for name, value in measured.stats_as_dict.items()}
-        at_half = np.asarray(measured.eval["precision"])[0, :, :, 0, -1]
-        each = [float(column[column > -1].mean()) if (column > -1).any() else float("nan") for column in at_half.T]
-        return dict(zip(names, [*(self._stats[kind][name] for name in NAMES), *each], strict=True))
+        # COCO's tools say -1 where there is nothing to measure.
+        stats = {name: None if value == -1 else float(value) for name, value in measured.stats_as_dict.items()}
+        self._stats[kind] = stats
+        at_half = np.asarray(measured.eval["precision"])[0, :, :, 0, -1].T
+        each = {
+            f"map50 {name}": float(column[column > -1].mean())
+            for name, column in zip(self.classes, at_half, strict=True)
+            if (column > -1).any()
+        }
+        whole = {ours: float("nan") if (value := stats[theirs]) is None else value for theirs, ours in NAMES.items()}
+        return {**whole, **each}
 
     def measured(self, kind: str) -> Any:
         """faster-coco-eval's own object, evaluated.
@@ -168,11 +182,6 @@ class ObjectEvaluator:
         """All of COCO's numbers, by the kind of overlap, and how many objects there were."""
         counts = np.bincount([each["category_id"] - 1 for each in self.annotations], minlength=len(self.classes))
         return {"objects": dict(zip(self.classes, counts.tolist(), strict=True)), "coco": self._stats}
-
-
-def _number(value: float) -> float:
-    """COCO's tools say -1 where there is nothing to measure."""
-    return float("nan") if value == -1 else float(value)
 
 
 @tasks.register("detection", kind="detection")

@@ -1,6 +1,7 @@
 """Files that are whole or not there: where the state to resume from lies, and the best weights."""
 
 import contextlib
+import errno
 import os
 import pickle
 import random
@@ -85,6 +86,26 @@ def writable_folder(out: Path) -> Path:
             f"cannot write in the folder '{out}': {error.strerror}; choose another with --out."
         ) from error
     return out
+
+
+@contextlib.contextmanager
+def full_disk_named(out: Path | None) -> Iterator[None]:
+    """Inside the block it is said in words where a disk, a quota or a limit leaves no room for a file in `out`.
+
+    Raises:
+        DataError: There is no room; checkpoints are as they were.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        kept = [] if out is None else steps(out)
+        before = f"that of step {kept[-1]} is whole" if kept else "there is none before it"
+        raise DataError(
+            f"no room in '{out}' for record, weights or checkpoint: {error.strerror}; of checkpoints, {before}. "
+            "Make room, or move the folder to another disk and name it with --out; the same command then goes on."
+        ) from error
 
 
 def random_state() -> dict[str, Any]:

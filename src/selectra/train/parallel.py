@@ -72,6 +72,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         ConfigError: PyTorch knows no such device, or this machine has none.
     """
+    if name == "cuda" and torch.cuda.is_available():
+        # Each of several processes has its own.
+        return torch.device("cuda", local_rank)
     if name == "auto":
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     try:
@@ -104,12 +107,28 @@ def joined(parallel: Parallel, device: str = "auto") -> Iterator[World]:
         torch.cuda.set_device(place)
     limit = timedelta(seconds=parallel.timeout)
     with _others_named(parallel.timeout):
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
+        _meet("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", limit)
         try:
             files = distributed.new_group(backend="gloo", timeout=limit)
             yield World(distributed.get_rank(), size, place, sharded, files)
         finally:
             distributed.destroy_process_group()
+
+
+def _meet(backend: str, limit: timedelta) -> None:
+    """Make the group of all processes.
+
+    Those that `torchrun --max-restarts` started again on one host must not find the addresses of those before them,
+    which its store still has. On several hosts, whose counts of restarts may differ, torchrun has to be told to take a
+    new store each time, as docs/scaling.md says.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
+        distributed.init_process_group(backend, timeout=limit)
+        return
+    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=limit)))
+    store = distributed.PrefixStore(f"restart-{restarts}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
 @contextlib.contextmanager

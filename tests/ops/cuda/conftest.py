@@ -91,6 +91,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, compiled: list[str]) -> Iterator[FakeD
     machine = FakeDriver()
     monkeypatch.setattr(driver, "load", lambda: machine)
     monkeypatch.setattr(support, "_refusals", {})
+    monkeypatch.setattr(runtime, "_allowed", {})
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
     monkeypatch.setattr(compiler, "architectures", lambda: (80, 90, 120))
     monkeypatch.setattr(torch.version, "cuda", "13.0")

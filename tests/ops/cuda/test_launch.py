@@ -77,7 +77,8 @@ def test_loading_is_allowed_while_a_graph_is_captured(fake: FakeDriver, source: 
 
 
 def test_shared_memory_is_asked_for_where_it_is_more_than_every_block_has(fake: FakeDriver, source: str) -> None:
-    for number in (0, 48 * 1024, 48 * 1024 + 1, 232448):
+    # The same function for calls of several sizes: a later one takes nothing from an earlier one.
+    for number in (0, 48 * 1024, 48 * 1024 + 1, 232448, 100_000):
         cuda.kernel(source, "count_shared", ONE, 0, shared_bytes=number)
     assert fake.shared_allowed == [48 * 1024 + 1, 232448]
     with pytest.raises(BackendError, match="add asks for 232449 bytes of shared memory, a block of cuda:0 has 232448"):

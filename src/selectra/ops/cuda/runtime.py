@@ -207,9 +207,21 @@ def _load(source: str, name: str, defines: Macros, device_index: int, shared_byt
     with driver.within(context):
         module = _modules.get((source, defines, device_index), lambda: driver.load_module(cubin))
         function = driver.find_function(module, name)
-        if shared_bytes > SHARED_BYTES_FOR_ALL:
-            driver.allow_shared_bytes(function, shared_bytes)
+        _allow_shared_bytes(function, shared_bytes)
         return Kernel(name, device_index, function, context, shared_bytes, cooperative)
+
+
+def _allow_shared_bytes(function: int, shared_bytes: int) -> None:
+    """Let a kernel have so much; what it was allowed for another size of call stays allowed."""
+    with _allowing:
+        if shared_bytes > _allowed.get(function, SHARED_BYTES_FOR_ALL):
+            driver.allow_shared_bytes(function, shared_bytes)
+            _allowed[function] = shared_bytes
+
+
+# By the driver's handles.
+_allowed: dict[int, int] = {}
+_allowing = threading.Lock()
 
 
 def load_or_compile(source: str, defines: Macros, arch: str) -> bytes:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selectra.errors import BackendError
 from selectra.ops import cuda
-from selectra.ops.selective_scan import geometry, parts
+from selectra.ops.selective_scan import geometry, parts, short
 from selectra.ops.selective_scan.call import ScanCall
 from selectra.ops.selective_scan.passes import Slice
 from selectra.ops.selective_scan.plans import (
@@ -23,6 +23,7 @@ from selectra.ops.selective_scan.plans import (
     Places,
     Plan,
     fits,
+    is_short,
     plan_backward,
     plan_forward,
     strides_fit,
@@ -87,10 +88,12 @@ def require_cuda(tensors: Iterable[Tensor | None], op: str = "selective_scan") -
 def checkpoint_shape(u: Tensor, A: Tensor, groups: int, n_seqs: int | None, gated: bool) -> tuple[int, ...]:
     """The shape of the saved states, (checkpoints, d, n); an upper bound of their number for packed sequences.
 
-    With more states than a block holds, those of all parts one after the other.
+    With more states than a block holds, those of all parts one after the other; none for short sequences.
     """
     if A.shape[1] > geometry.MOST_STATES_AT_ONCE:
         return parts.checkpoint_shape(u, A, n_seqs, gated)
+    if n_seqs is None and short.takes(u.shape[0], u.shape[1], A.shape[0], groups, A.shape[1]):
+        return (0, *A.shape)
     return parts.checkpoints(u, A.shape[1], n_seqs, geometry.interval(u.dtype.itemsize, A.shape[1], gated))
 
 
@@ -107,24 +110,30 @@ def forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor | None, Tensor |
     if n > geometry.MOST_STATES_AT_ONCE:
         return parts.forward(call, save, forward_at_once)
     interval = _interval(call.u.dtype, n, call.z is not None)
-    checkpoints = parts.new_checkpoints(call, interval) if save else None
+    checkpoints = None
+    if save:
+        checkpoints = call.A.new_empty((0, *call.A.shape)) if is_short(call) else parts.new_checkpoints(call, interval)
     y, final = forward_at_once(call, interval, checkpoints)
     return y, final, checkpoints
 
 
-def backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor) -> tuple[Tensor | None, ...]:
+def backward(call: ScanCall, dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of u, delta, A, B, C, D, z, delta_bias and initial_state, in the types of these.
 
     Args:
         dy: Gradient of the output.
-        dfinal: Gradient of the final state.
+        dfinal: Gradient of the final state; None where nobody used that.
         checkpoints: As `forward` kept them.
 
     Returns:
         One gradient each, None for an input that is None.
     """
     n = call.A.shape[1]
+    if dfinal is None and not (is_short(call) and call.u.numel()):
+        n_states = call.u.shape[0] if call.cu_seqlens is None else call.cu_seqlens.shape[0] - 1
+        dfinal = call.A.new_zeros((n_states, *call.A.shape))
     if n > geometry.MOST_STATES_AT_ONCE:
+        assert dfinal is not None
         return parts.backward(call, dy, dfinal, checkpoints, backward_at_once)
     interval = _interval(call.u.dtype, n, call.z is not None)
     return backward_at_once(call, dy, dfinal, checkpoints, interval)
@@ -173,11 +182,12 @@ def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -
 
 
 def backward_at_once(
-    call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tensor, interval: int
+    call: ScanCall, dy: Tensor, dfinal: Tensor | None, checkpoints: Tensor, interval: int
 ) -> tuple[Tensor | None, ...]:
     """`backward` for so many states as a block holds; `interval` steps lie between two checkpoints."""
     u, delta, A, B, C, D, z, delta_bias, initial_state = call[:9]
     if u.numel() == 0:
+        assert dfinal is not None
         return _no_gradients(call, dfinal)
     if dy.dtype != u.dtype:
         if u.dtype != torch.float32:
@@ -188,7 +198,7 @@ def backward_at_once(
     if 0 in dy.stride():
         # As a sum's backward makes it: not worth a kernel of its own, which would read number by number.
         dy = dy.contiguous()
-    if not dfinal.is_contiguous():
+    if dfinal is not None and not dfinal.is_contiguous():
         dfinal = dfinal.contiguous()
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = None if z is None else torch.empty_like(z)
@@ -211,7 +221,8 @@ def backward_at_once(
     words = plan.words.copy()
     for place, pointer in zip(_INPUTS, pointers, strict=True):
         words[place] = pointer
-    words[_DY], words[_DFINAL], words[_CHECKPOINTS] = dy.data_ptr(), dfinal.data_ptr(), checkpoints.data_ptr()
+    words[_DY], words[_CHECKPOINTS] = dy.data_ptr(), checkpoints.data_ptr()
+    words[_DFINAL] = 0 if dfinal is None else dfinal.data_ptr()
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
     launch(plan, words, A, grads)
     return grads

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selectra.ops.selective_scan import geometry, narrow, wide
+from selectra.ops.selective_scan import geometry, narrow, short, wide
 from selectra.ops.selective_scan.call import ScanCall
 from selectra.ops.selective_scan.faults import Fault, faults
 from selectra.ops.selective_scan.geometry import Macros
@@ -49,6 +49,7 @@ def _places(members: dict[str, int]) -> dict[str, int]:
 
 Places = dict[str, int]
 PLACES, GRID_PLACES = _places(_MEMBERS), _places(_GRID_MEMBERS)
+_GRADIENTS = ("dy", "du", "ddelta", "dz")
 N_WORDS, N_GRID_WORDS = sum(_MEMBERS.values()), sum(_GRID_MEMBERS.values())
 # Routes of the groups, width, and how to divide by the height: the last words of ScanCall with ROUTES.
 Grid = tuple[int, int, int, int]
@@ -107,7 +108,9 @@ def plan_forward(call: ScanCall, y: Tensor, interval: int, grid: Grid | None = N
     """
     index, sizes = call.u.get_device(), Sizes.of(call)
     macros = _macros(call, TYPES[y.dtype], (call.u, call.delta, call.z, y), grid)
-    if sizes.states <= geometry.NARROW_STATES:
+    if grid is None and is_short(call):
+        launch, interval = short.forward(sizes, macros, index)
+    elif sizes.states <= geometry.NARROW_STATES:
         launch = narrow.forward(sizes, macros, y.element_size(), index)
     else:
         launch = wide.forward(sizes, macros, interval, index)
@@ -132,6 +135,8 @@ def plan_backward(
     """The plan of a backward call whose tensors fit."""
     index, sizes = call.u.get_device(), Sizes.of(call)
     macros = _macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz), grid)
+    if grid is None and is_short(call):
+        return _plan_short_backward(call, sizes, macros, (dy, du, ddelta, dz), index)
     if sizes.states <= geometry.NARROW_STATES:
         launch = narrow.backward(sizes, macros, index)
         passes = (*launch.passes, wide.reduce(sizes, macros, launch.n_blocks, index))
@@ -156,9 +161,35 @@ def plan_backward(
         _add_chunks(room, sizes, launch.n_chunks)
     words = _words(call, sizes, interval, launch, grid)
     words[places["fold"]] = fold
-    for name, tensor in (("dy", dy), ("du", du), ("ddelta", ddelta), ("dz", dz)):
+    for name, tensor in zip(_GRADIENTS, (dy, du, ddelta, dz), strict=True):
         _set_strides(words, places[name], tensor)
     return Plan(words, passes, room.numbers, tuple(room.words), faults.of(index))
+
+
+def is_short(call: ScanCall) -> bool:
+    """Whether the kernels for many short sequences of few channels take a call."""
+    if call.cu_seqlens is not None:
+        return False
+    batch, length = call.u.shape[:2]
+    return short.takes(batch, length, call.A.shape[0], call.B.shape[2], call.A.shape[1])
+
+
+def _plan_short_backward(
+    call: ScanCall, sizes: Sizes, macros: Macros, gradients: tuple[Tensor | None, ...], index: int
+) -> Plan:
+    launch, segment, blocks = short.backward(sizes, macros, index)
+    room, d = _Room(PLACES), sizes.channels
+    room.add("partial_a", blocks * d * sizes.states)
+    for name in ("partial_d", "partial_bias"):
+        room.add(name, blocks * d)
+    # As above.
+    for name in ("dD", "dbias"):
+        room.add(name, d)
+    words = _words(call, sizes, segment, launch, None)
+    words[PLACES["fold"]] = blocks
+    for name, tensor in zip(_GRADIENTS, gradients, strict=True):
+        _set_strides(words, PLACES[name], tensor)
+    return Plan(words, launch.passes, room.numbers, tuple(room.words), faults.of(index))
 
 
 def _add_chunks(room: _Room, sizes: Sizes, n_chunks: int) -> None:

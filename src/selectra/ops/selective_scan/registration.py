@@ -45,7 +45,8 @@ class Kernel(NamedTuple):
     forward: Callable[[ScanCall, bool], tuple[Tensor, Tensor | None, Tensor | None]]
     """y, the final state, which may be None where the call does not ask for it, and what the backward needs, where it
     is asked to save that."""
-    backward: Callable[[ScanCall, Tensor, Tensor, Tensor], tuple[Tensor | None, ...]]
+    backward: Callable[[ScanCall, Tensor, Any, Tensor], tuple[Tensor | None, ...]]
+    """From the gradients of y and of the final state, and from what was saved."""
     checkpoint_shape: Callable[[Tensor, Tensor, int, int | None, bool], tuple[int, ...]]
     """From u, A, groups, the number of packed sequences if any, and whether there is a gate."""
     needs: Literal["cpu", "cuda"] | None = None
@@ -53,6 +54,8 @@ class Kernel(NamedTuple):
     """Whether y and the gradients of u, delta and z lie in memory as these do, not always channels last."""
     direct: bool = False
     """Whether a plain call may go past PyTorch's dispatcher."""
+    final_may_lack: bool = False
+    """Whether the final state's gradient may be None: zero."""
 
 
 def _cpu_forward(call: ScanCall, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +67,15 @@ def _cpu_backward(call: ScanCall, dy: Tensor, dfinal: Tensor, checkpoints: Tenso
 
 
 KERNELS = {
-    "cuda": Kernel(cuda.forward, cuda.backward, cuda.checkpoint_shape, needs="cuda", keeps_layout=True, direct=True),
+    "cuda": Kernel(
+        cuda.forward,
+        cuda.backward,
+        cuda.checkpoint_shape,
+        needs="cuda",
+        keeps_layout=True,
+        direct=True,
+        final_may_lack=True,
+    ),
     "cpu": Kernel(_cpu_forward, _cpu_backward, cpu.checkpoint_shape, needs="cpu", direct=True),
     "portable": Kernel(portable.forward, portable.backward, portable.checkpoint_shape),
 }
@@ -103,13 +114,16 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         *inputs, checkpoints = ctx.saved_tensors
-        batched = is_batched(dy) or is_batched(dfinal)
-        dy, dfinal = _output_gradients(dy, dfinal, inputs, ctx.flags)
+        batched, unused = is_batched(dy) or is_batched(dfinal), dfinal is None
+        may_lack = KERNELS[ctx.flags[-1]].final_may_lack
         # A gradient that shall have one itself is refused in words by the registration.
         if torch.is_grad_enabled() or batched or needs_dispatcher((dy, dfinal, *inputs)):
+            dy, dfinal = _output_gradients(dy, dfinal, inputs, ctx.flags)
             grads = _registered_gradients(dy, dfinal, checkpoints, inputs, ctx.flags)
         else:
             *flags, backend = ctx.flags
+            if dy is None or not (unused and may_lack):
+                dy, dfinal = _output_gradients(dy, dfinal, inputs, ctx.flags)
             call = ScanCall._make((*inputs, *flags, True))
             found = KERNELS[backend].backward(call, dy, dfinal, checkpoints)
             grads = [None if x is None else grad for x, grad in zip(inputs, found, strict=False)]

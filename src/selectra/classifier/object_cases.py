@@ -1,0 +1,79 @@
+"""The images of a part on which a trained detector finds each class best and worst."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from selectra.classifier.cases import EACH, MANY, best_and_worst
+from selectra.report.object_cases import Boxes, ObjectCase, ObjectCases
+from selectra.train.checkpoint import WEIGHTS, load_weights
+from selectra.train.job import build
+from selectra.train.parallel import pick_device
+from selectra.train.precision import autocast
+from selectra.train.record import read_run
+
+# Least score of what is drawn.
+SHOWN = 0.5
+
+
+def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: torch.device | None = None) -> ObjectCases:
+    """Look at every image of a part, and keep the best and worst of each class by its average precision in it.
+
+    Args:
+        out: Folder of a training of detection.
+        part: "train", "val" or "test".
+        metrics: Of this part, as `evaluate_job` gives them.
+        device: Where the model runs; by default as in training.
+
+    Raises:
+        DataError: There are no weights.
+    """
+    run = read_run(out)
+    built = build(run)
+    load_weights(out / WEIGHTS, built.model)
+    device = pick_device(run.train.device) if device is None else device
+    model, data = built.model.to(device).eval(), built.data
+    windows, classes = data.windows(part), tuple(data.classes)
+    # As evaluation sees images.
+    windows.transform = None
+    table, sides = np.full((len(windows), len(classes)), np.nan), []
+    for i in range(len(windows)):
+        batch, evaluator = windows[[i]].to(device), built.task.evaluator()
+        with torch.inference_mode(), autocast(device, run.train.precision):
+            (found,) = model(batch.x)
+        evaluator.add(batch.truths[0], found)
+        here = evaluator.compute()
+        table[i] = [here.get(f"map50 {name}", np.nan) for name in classes]
+        sides.append((_true(batch.truths[0]), _found(found)))
+    each = EACH if len(classes) <= MANY else 1
+
+    def shown(number: int, rows: Sequence[int]) -> tuple[ObjectCase, ...]:
+        return tuple(_case(data, int(windows.rows[i]), sides[i], float(table[i, number])) for i in rows)
+
+    chosen = [best_and_worst(table[:, number], each) for number in range(len(classes))]
+    colours = tuple((red, green, blue) for red, green, blue in data.describe()["colours"])
+    return ObjectCases(
+        run.name, run.model.name, data.listing.where, part, len(windows), metrics["map50"], classes, colours,
+        tuple(metrics.get(f"map50 {name}", float("nan")) for name in classes),
+        tuple((shown(k, best), shown(k, worst)) for k, (best, worst) in enumerate(chosen)), SHOWN,
+    )  # fmt: skip
+
+
+def _case(data: Any, row: int, sides: tuple[Boxes, Boxes], value: float) -> ObjectCase:
+    image, _ = data.read(row)
+    return ObjectCase(data.listing.entries[row].file, image.permute(1, 2, 0).numpy(), *sides, value)
+
+
+def _true(truth: Any) -> Boxes:
+    corners = np.concatenate([truth.boxes[:, :2], truth.boxes[:, :2] + truth.boxes[:, 2:]], 1)
+    return Boxes(corners, truth.labels, np.ones(len(truth.labels)), ~truth.crowd)
+
+
+def _found(found: dict[str, torch.Tensor]) -> Boxes:
+    order = found["scores"].argsort(descending=True)
+    order = order[found["scores"][order] >= SHOWN]
+    boxes, labels, scores = (found[name][order].cpu().numpy() for name in ("boxes", "labels", "scores"))
+    return Boxes(boxes, labels, scores, np.ones(len(labels), bool))

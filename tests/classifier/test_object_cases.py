@@ -1,0 +1,62 @@
+"""The best and worst images of each class of a trained detector."""
+
+import re
+
+import numpy as np
+from typer.testing import CliRunner
+
+from selectra.cli import app
+from selectra.report.object_cases import RIGHT, WRONG, Boxes, ObjectCase, ObjectCases, drawn, matched, overlaps, page
+
+RUN = CliRunner()
+COLOURS = ((200, 0, 0), (0, 200, 0))
+
+
+def boxes(corners, labels, counts=None):
+    return Boxes(np.array(corners, float).reshape(-1, 4), np.array(labels, int), np.ones(len(labels)),
+                 np.array(counts or [True] * len(labels), bool))  # fmt: skip
+
+
+def test_overlaps_are_areas_shared():
+    first, second = np.array([[0.0, 0, 10, 10]]), np.array([[5.0, 0, 15, 10], [20, 20, 30, 30], [0, 0, 10, 10]])
+    assert np.allclose(overlaps(first, second), [[1 / 3, 0, 1]])
+    assert overlaps(np.zeros((0, 4)), second).shape == (0, 3)
+
+
+def test_each_true_box_is_found_once_and_surest_first():
+    true = boxes(
+        [[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]], [0, 0, 1, 0], [True, True, True, False]
+    )
+    found = boxes([[0, 0, 10, 9], [0, 0, 10, 10], [40, 0, 50, 10], [60, 0, 70, 10]], [0, 0, 0, 0])
+    rights, taken = matched(true, found, 0)
+    # The second lies on the same object, the third on another class, the fourth on what does not count.
+    assert rights.tolist() == [True, False, False, False] and taken.tolist() == [True, False, False, False]
+    assert matched(true, boxes([], []), 1)[1].tolist() == [False] * 4
+
+
+def test_boxes_are_drawn_where_they_are_in_the_pages_size():
+    image = np.full((400, 800, 3), 100, np.uint8)
+    shown = drawn(image, [(np.array([200.0, 100, 400, 300]), RIGHT, 3), (np.array([0.0, 0, 100, 100]), WRONG, 1)])
+    assert shown.shape == (200, 400, 3)
+    assert shown[100, 101].tolist() == list(RIGHT) and shown[52, 150].tolist() == list(RIGHT)
+    assert shown[100, 150].tolist() == [100] * 3 and shown[0, 20].tolist() == list(WRONG)
+
+
+def test_the_page_holds_everything_and_escapes_names():
+    one = ObjectCase("a/b.png", np.full((40, 60, 3), 90, np.uint8), boxes([[1, 2, 30, 30]], [0]),
+                     boxes([[2, 2, 30, 31], [40, 0, 50, 10]], [0, 0]), 0.25)  # fmt: skip
+    found = ObjectCases("run", "m", "d", "test", 3, 0.4, ("a<b", "absent"), COLOURS, (0.4, float("nan")),
+                        (((one,), (one,)), ((), ())), 0.5)  # fmt: skip
+    text = page(found)
+    assert text.count("data:image/jpeg;base64,") == 8 and "a&lt;b" in text and "a<b" not in text
+    assert "1 right, 1 not there, 0 missed" in text and "absent" not in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text)
+
+
+def test_an_evaluated_training_gets_its_page(tmp_path):
+    words = ["train", "retinanet_smoke", "train.steps=2", "train.batch_size=4", "train.device=cpu", "data.test=0.05"]
+    assert RUN.invoke(app, [*words, "--out", str(tmp_path / "run")]).exit_code == 0
+    found = RUN.invoke(app, ["eval", str(tmp_path / "run"), "--page"])
+    assert found.exit_code == 0 and "test_cases.html" in found.output.replace("\n", "")
+    text = (tmp_path / "run" / "test_cases.html").read_text()
+    assert "on 8 images" in text and text.count("<h3>Best</h3>") == text.count('<h2 id="class-') > 0

@@ -1,0 +1,127 @@
+"""Several processes of one training, one of which may fail at a chosen moment."""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, multiprocessing
+
+from selectra.spec import Optim, Parallel, Run, Spec
+from selectra.spec import Train as TrainSection
+from selectra.tasks import Forecasting
+from selectra.train.loop import fit
+from selectra.train.parallel import joined
+from tests.train.tiny import TinyModel, windows
+
+# Processes are copies of one that has loaded all this, not new ones that load it each.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["tests.ops.split", "tests.train.processes", "selectra.mixers", "selectra.models", "selectra.train.snapshots",
+     "torch.distributed.fsdp"]
+)  # fmt: skip
+
+
+class Failing(TinyModel):
+    """Does something at its n-th forward pass in training."""
+
+    def __init__(self, dropout: float, at: int, act: Callable[[], Any] | None) -> None:
+        super().__init__(dropout)
+        self.at, self.act, self.passes = at, act, 0
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        self.passes += self.training
+        if self.act is not None and self.training and self.passes == self.at:
+            self.act()
+        return super().forward(x, **options)
+
+
+ACTS: dict[str, Callable[[], Any]] = {
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "dies": lambda: os._exit(1),
+    "stalls": lambda: time.sleep(600),
+    "limits": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
+    "fills": lambda: fill(Path(os.environ["TO_FILL"])),
+}
+
+
+def fill(path: Path) -> None:
+    """Write until there is no room."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
+
+
+def run_of(kind: str, timeout: float, **settings: Any) -> Run:
+    """Twelve steps; the last batch of a pass, of 2, is smaller than some numbers of processes."""
+    words: dict[str, Any] = {"steps": 12, "batch_size": 9, "eval_every": 4, "device": "cpu", **settings}
+    return Run(
+        model=Spec("tiny"), data=Spec("tiny"), task=Spec("tiny"), optim=Optim(lr=1e-2, warmup_steps=3),
+        train=TrainSection(**words), parallel=Parallel(kind=kind, timeout=timeout), name="tiny",
+    )  # fmt: skip
+
+
+def train(out: Path, run: Run, dropout: float, at: int = 0, act: str = "") -> None:
+    """Train in this process; 65 windows in batches of nine."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with joined(run.parallel, "cpu") as world:
+        model = Failing(dropout, at, ACTS.get(act))
+        fit(model, Forecasting(), windows(65), windows(30, 65), run, out, progress=False, world=world)
+
+
+def _start(
+    rank: int, n: int, port: int, said: Path, out: Path, run: Run, dropout: float, at: int, act: str
+) -> None:  # fmt: skip
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    found = {"error": "", "text": ""}
+    try:
+        # The last one fails.
+        train(out, run, dropout, at, act if rank == n - 1 else "")
+    except (RuntimeError, ValueError) as error:
+        found = {"error": type(error).__name__, "text": str(error)}
+    (said / f"{rank}.json").write_text(json.dumps({**found, "at": time.time()}))
+
+
+def together(
+    n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 60.0
+) -> list[dict[str, Any] | None]:
+    """Of each of n processes, in order of rank: an error's name and text, and when; None where one is gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as text:
+        said = Path(text)
+        words = [(rank, n, port, said, out, run, dropout, at, act) for rank in range(n)]
+        processes = [CONTEXT.Process(target=_start, args=each) for each in words]
+        for process in processes:
+            process.start()
+        # One that stalls is not waited for.
+        end = time.monotonic() + wait
+        for process in processes[:-1] if act == "stalls" else processes:
+            process.join(max(end - time.monotonic(), 0.1))
+        for process in processes:
+            process.kill()
+            process.join()
+        files = [said / f"{rank}.json" for rank in range(n)]
+        return [json.loads(file.read_text()) if file.is_file() else None for file in files]
+
+
+if __name__ == "__main__":
+    # Under torchrun: the folder; the first life of the last process ends in the middle.
+    import sys
+
+    folder = Path(sys.argv[1])
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    train(folder, run_of("ddp", 30), 0.1, at=11, act="dies" if last and first_life else "")
