@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import selectra.models  # noqa: F401
+from selectra.models.detector import Detector
 from selectra.registry import models
 from selectra.spec import Spec
 from selectra.train.parallel import World, recomputed
@@ -19,6 +20,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "image": {"n_classes": 5, "in_channels": 3, "img_size": (32, 32)},
     "video": {"n_classes": 5, "in_channels": 3, "img_size": (32, 32)},
     "language": {"vocab_size": 40},
+    "detection": {"n_classes": 3, "in_channels": 3},
     "segmentation": {"n_classes": 3, "in_channels": 3, "img_size": (32, 32)},
 }
 NAMES = [name for name in models.names() if name.endswith("_smoke")]
@@ -47,7 +49,11 @@ def inputs(kind: str) -> Tensor:
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     torch.manual_seed(1)
-    y = model(x)
+    if isinstance(model, Detector):
+        boxes, masks = torch.tensor([[2.0, 3.0, 20.0, 25.0]]), torch.ones(1, 32, 32, dtype=torch.uint8)
+        y = list(model(list(x), [{"boxes": boxes, "labels": torch.tensor([1]), "masks": masks}] * len(x)).values())
+    else:
+        y = model(x)
     sum(part.float().square().sum() for part in (y if isinstance(y, (tuple, list)) else [y])).backward()  # pyright: ignore[reportAttributeAccessIssue]
     return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
