@@ -36,11 +36,11 @@ from selectra.spec import Optim, Parallel, Run, Spec, Train
 from selectra.tasks import Classification, Forecasting, Language
 from selectra.train.batches import TrainingOrder, Windows
 from selectra.train.depth import training_mode
-from selectra.train.loop import Steps
 from selectra.train.parallel import World, joined, recomputed
 from selectra.train.progress import Clock, Display
 from selectra.train.record import Record, environment
 from selectra.train.state import State
+from selectra.train.steps import Steps
 from selectra.train.stop import StopFlag
 
 ROOT = Path(__file__).parents[1]

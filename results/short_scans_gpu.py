@@ -29,7 +29,7 @@ from selectra.registry import models as registered
 # Importing them registers the models.
 assert models
 # Kinds of kernels: whether short ones are taken, and up to how many steps these keep all states.
-KINDS = {"wide": (False, 0), "short": (True, short.WHOLE), "short, in segments": (True, 0)}
+KINDS = {"wide": (False, 0), "short": (True, 12), "short, in segments": (True, 0)}
 
 
 def take(kind: str) -> None:

@@ -23,11 +23,12 @@ class Split(StrEnum):
 
 
 class DataAction(StrEnum):
-    """What can be done with public sets."""
+    """What can be done with public sets, and with shards."""
 
     list = "list"
     get = "get"
     check = "check"
+    shards = "shards"
 
 
 class Benchmark(StrEnum):

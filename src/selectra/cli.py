@@ -20,7 +20,7 @@ from selectra.image_commands import explain, predict, refuse_page, write_cases
 from selectra.runs import find_run, folder_of, registries
 from selectra.spec import Spec, describe_problem, nearest
 from selectra.text_commands import tokenize
-from selectra.train.stop import DivergedError, StoppedError
+from selectra.train.stop import FAILED, StoppedError
 from selectra.usage import describe_usage, read_levels, read_lookback, with_options
 
 if TYPE_CHECKING:
@@ -86,6 +86,9 @@ def train(
         Path | None, typer.Option(help="Output folder; default: runs/NAME, or where the run.json lies.")
     ] = None,
     anew: Annotated[bool, typer.Option("--anew", help="Start from the beginning, over what the folder holds.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write for TensorBoard too, beside the record.")
+    ] = False,
 ) -> None:
     """Train a recipe, and go on where an earlier call stopped."""
     from selectra.train.job import train_job  # noqa: PLC0415
@@ -93,7 +96,7 @@ def train(
 
     console, run = _console(), find_run(name, changes or [])
     out = out or folder_of(name) or Path("runs") / run.name
-    fitted = train_job(run, out, console, resume=not anew)
+    fitted = train_job(run, out, console, resume=not anew, tensorboard=tensorboard)
     metrics = ", ".join(f"{key} {value:.4f}" for key, value in fitted.best.items())
     console.print(
         f"Done after {fitted.steps} steps and {duration(fitted.seconds)} (ended by: {fitted.stopped_by}). "
@@ -278,23 +281,32 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1".')] = "cpu",
     dtype: Annotated[str | None, typer.Option(help='Such as "bfloat16"; default: as the model is kept.')] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="On a GPU: replay a step as one CUDA graph.")] = False,
 ) -> None:
     """Continue texts with a language model, shown as they come."""
     from selectra.language.command import GenerateJob, generate_command  # noqa: PLC0415
 
     draws = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     stops = tuple(stop or ())
-    job = GenerateJob(folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype)
+    job = GenerateJob(
+        folder, tuple(prompts or ()), file, tokenizer, max_new_tokens, draws, stops, seed, device, dtype, graph
+    )
     generate_command(job, _console())
 
 
 @app.command("data")
 def data_(
-    action: Annotated[DataAction, typer.Argument(help="What to do with public sets.")] = DataAction.list,
-    names: Annotated[list[str] | None, typer.Argument(help="Sets, such as ETTh1 Weather; default: all.")] = None,
-    to: Annotated[Path | None, typer.Option(help="`get`: the folder; default: the user's cache.")] = None,
+    action: Annotated[
+        DataAction, typer.Argument(help="What to do with public sets, or index `shards`.")
+    ] = DataAction.list,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Sets, such as ETTh1 Weather; default: all. Shards.")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="`get`: the folder; default: the user's cache. `shards`: the index.")
+    ] = None,
 ) -> None:
-    """List the public forecasting sets, get one with a checksum, or check the copies on this machine."""
+    """List public forecasting sets, get one with a checksum, check the copies here, or index shards of images."""
     from selectra.data.command import data_command  # noqa: PLC0415
 
     data_command(action.value, names or [], to, _console())
@@ -357,7 +369,7 @@ def main(words: Sequence[str] | None = None) -> NoReturn:
     except usage_error as error:
         errors.print(f"error: {describe_usage(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(USER_ERROR) from error
-    except (ConfigError, DataError, BackendError, RankError, DivergedError, ValidationError) as error:
+    except (ConfigError, DataError, BackendError, RankError, *FAILED, ValidationError) as error:
         if "--debug" in words:
             raise
         problem = describe_problem(error) if isinstance(error, ValidationError) else error

@@ -153,6 +153,8 @@ class Train(Section):
     """CPU threads for PyTorch; None leaves its own choice."""
     workers: int = Field(default=0, ge=0)
     """Processes that prepare batches; 0 prepares them in the training process."""
+    load_timeout: Positive = 300.0
+    """Seconds that those processes may take for a batch that is waited for; then training ends with an error."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" is a CUDA device where there is one."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -1,6 +1,7 @@
 """What first use costs: the record and its table."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from rich.console import Console
 
 from selectra.bench import start, targets
+from selectra.errors import BackendError
 from selectra.ops.cuda import cache
 
 
@@ -49,3 +51,16 @@ def test_the_table_and_the_targets_take_medians() -> None:
     first, later = targets._of_start({"rows": rows})
     assert (first.found, first.met) == ("6.00 s (b)", False)
     assert (later.found, later.met) == ("0.15 s (a)", True)
+
+
+def hang(*_: str) -> tuple[float, int]:
+    time.sleep(60)
+    return 0.0, 0
+
+
+def test_a_first_call_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "LIMIT", 0.5)
+    monkeypatch.setattr(start, "first_call", hang)
+    monkeypatch.setattr(start, "METHOD", "fork")
+    with pytest.raises(BackendError, match=r"did not end within 0\.5 s"):
+        start.in_fresh_process(next(iter(start.PREPARE)), "cpu", "unused")

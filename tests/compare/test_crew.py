@@ -1,6 +1,8 @@
 """Several processes on one study, by torchrun or by the same command given twice: every cell is run once."""
 
+import multiprocessing
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from selectra.compare.crew import Crew
+from selectra.compare.crew import Crew, dismiss
 from selectra.compare.store import LEASE, SILENCE, Store
 from tests.compare.small import make_cells, write_series
 
@@ -106,3 +108,21 @@ def test_a_worker_whose_clock_is_wrong_keeps_its_cell(tmp_path: Path, monkeypatc
     now[0] += SILENCE + 1
     again = store.take()
     assert again is not None and again.key == taken.key
+
+
+def _stubborn(ready: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()  # type: ignore[attr-defined]
+    time.sleep(60)
+
+
+def test_a_helper_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selectra.compare.crew.FAREWELL", 0.5)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    helper = context.Process(target=_stubborn, args=(ready,))
+    helper.start()
+    assert ready.wait(10)
+    began = time.monotonic()
+    dismiss([helper])
+    assert not helper.is_alive() and time.monotonic() - began < 5

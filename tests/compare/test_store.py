@@ -165,3 +165,16 @@ def test_facts_are_remembered(filled: Path) -> None:
     store.close()
     assert Store(filled).recall("budget") == {"steps": 3}
     assert json.dumps(Store(filled).recall("budget")) == '{"steps": 3}'
+
+
+def test_a_file_that_another_holds_is_named_in_time(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selectra.compare.store.PATIENCE", 0.3)
+    store, other = Store(filled), sqlite3.connect(filled, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    for call in (store.take, lambda: Store(filled)):
+        with pytest.raises(DataError, match=r"has been held by another process for 0\.3 s; end that one"):
+            call()
+    assert time.monotonic() - began < 0.6 + 5
+    other.execute("ROLLBACK")
+    assert store.take() is not None

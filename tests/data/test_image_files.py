@@ -1,6 +1,7 @@
 """Images as they lie: folders, zip files, parquet, torchvision's sets, public sets; splits; what cannot be read."""
 
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from selectra.data.image_files import list_images
 from selectra.data.images import Images
 from selectra.errors import ConfigError, DataError
 from tests.data.pictures import CLASSES, encoded, names, pixels, write_folder, write_zip
+from tests.data.shards import serving, within
 
 
 def nested(tmp_path: Path) -> Path:
@@ -120,6 +122,20 @@ def test_torchvision_sets_by_name(tmp_path, monkeypatch):
     )
     with pytest.raises(DataError, match=r"torchvision has no set 'CIFAR11'. Did you mean 'CIFAR10'"):
         Images("torchvision:CIFAR11")
+
+
+def test_a_download_of_torchvisions_that_stalls_is_named_in_time(tmp_path, monkeypatch):
+    sets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setenv("SELECTRA_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("selectra.data.image_torchvision.PATIENCE", 0.5)
+    name = sets.FashionMNIST.resources[0][0]
+    (tmp_path / name).write_bytes(bytes(1000))
+    with serving(tmp_path, stall=name) as server:
+        monkeypatch.setattr(sets.FashionMNIST, "mirrors", [server.url("")])
+        with within(0.5 + 5), pytest.raises(DataError, match=r"FashionMNIST cannot be read .*timed out"):
+            Images("torchvision:FashionMNIST", download=True)
+    assert socket.getdefaulttimeout() is None
 
 
 def test_thirteen_bands(tmp_path):

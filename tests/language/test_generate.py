@@ -157,3 +157,28 @@ def test_prompts_are_padded_on_the_left():
     assert tokens.tolist() == [[1, 2, 3], [0, 0, 4]] and mask is not None
     assert mask.tolist() == [[True] * 3, [False, False, True]]
     assert padded([[1], [2]])[1] is None
+
+
+def test_a_recorded_step_takes_the_place_of_the_models_own(monkeypatch):
+    """What a graph does is tested on a GPU; here, that every token after the first goes through it."""
+    recorded: list[int] = []
+
+    class Replayed:
+        def __init__(self, model: LanguageModel, state: Any) -> None:
+            # Recorded when the prompts are read.
+            assert state.seen.tolist() == [5, 5]
+            self.model, self.state = model, state
+
+        def __call__(self, tokens: Tensor) -> Tensor:
+            recorded.append(tokens.shape[1])
+            return self.model.step_(tokens, self.state)
+
+    model, prompts = build("mamba_lm_smoke"), prompts_of(5, 5)
+    wanted = generate(model, prompts, max_new_tokens=6)
+    monkeypatch.setattr(module, "GraphedStep", Replayed)
+    assert generate(model, prompts, max_new_tokens=6, graphed=True) == wanted
+    assert recorded == [1] * 5
+    assert generate(model, prompts, max_new_tokens=1, graphed=True) == [row[:1] for row in wanted]
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="the model is on cpu; a CUDA graph needs it on a GPU"):
+        generate(model, prompts, max_new_tokens=2, graphed=True)

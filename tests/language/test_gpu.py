@@ -8,6 +8,7 @@ import torch
 
 import selectra.models  # noqa: F401
 from selectra.errors import ConfigError
+from selectra.language.generate import generate
 from selectra.language.graphed import GraphedStep
 from selectra.layers.moe import grouped_product
 from selectra.mixers.wkv import NOTHING, wkv, wkv_chunked
@@ -63,6 +64,16 @@ def test_a_graph_steps_as_the_model_does(name, dtype):
         wanted = model.step_(tokens[:, t : t + 1], states[0])
         assert torch.equal(graphed(tokens[:, t : t + 1]), wanted)
     assert states[1].seen.tolist() == [20, 20]
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("name", ["mamba_lm_smoke", "gpt_smoke"])
+def test_a_graph_generates_what_the_model_does(name):
+    model = build(name).to("cuda", torch.bfloat16)
+    prompts = [torch.randint(32, (7,)).tolist() for _ in range(2)]
+    wanted = generate(model, prompts, max_new_tokens=12)
+    assert generate(model, prompts, max_new_tokens=12, graphed=True) == wanted
 
 
 @pytest.mark.gpu

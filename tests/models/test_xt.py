@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from selectra.errors import ConfigError
-from selectra.layers.positions import sincos_grid
+from selectra.layers.positions import GridPositions, sincos_grid
 from selectra.models.xt import XT, Context, ContextHead
 from selectra.official import from_official, readers
 from selectra.registry import models
@@ -164,6 +164,32 @@ def test_positions_are_of_columns_and_rows():
     assert (table[:, 2, :4] == table[0, 2, :4]).all() and (table[1, :, 4:] == table[1, 0, 4:]).all()
     assert torch.allclose(table[2, 3, :2], torch.tensor([3.0, 0.03]).sin())
     assert torch.allclose(table[2, 3, 6:], torch.tensor([2.0, 0.02]).cos())
+    kept = GridPositions(8)
+    assert torch.equal(kept(3, 5, torch.device("cpu")), table) and torch.equal(
+        kept(5, 3, torch.device("cpu")), sincos_grid(8, 5, 3)
+    )
+    assert not kept.state_dict() and len(kept.kept) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", ["mamba", "hyper", "xl"])
+def test_a_cuda_graph_holds_a_forward_pass(context):
+    model = models.build(Spec("xt_smoke", context=context)).cuda().eval()
+    x = torch.randn(1, 3, 40, 56, device="cuda")
+    with torch.no_grad():
+        expected = model(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(x)
+        graph.replay()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_region_encoder_is_built_for_regions():
+    model = models.build(
+        Spec("xt_smoke", backbone=Spec("vim_smoke"), region=32), {"n_classes": 3, "img_size": (64, 96)}
+    )
+    assert model.backbone.grid == (4, 4) and model(torch.randn(1, 3, 64, 96)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ __all__ = ["emulated_gpu", "gpu"]
 @pytest.fixture(autouse=True)
 def taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows suffice."""
-    monkeypatch.setattr(short, "TAKEN", True)
+    monkeypatch.setattr(short, "MOST_STEPS", 64)
     monkeypatch.setattr(short, "FEWEST_ROWS", 1)
 
 

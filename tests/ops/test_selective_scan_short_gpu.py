@@ -24,7 +24,7 @@ def on_gpu(**arguments: Any) -> Any:
 @pytest.mark.parametrize("length", [1, 10, 20, 40, 64])
 def test_agrees_with_the_reference(length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """And twice the same bits."""
-    monkeypatch.setattr(short, "TAKEN", True)
+    monkeypatch.setattr(short, "MOST_STEPS", 64)
     monkeypatch.setattr(short, "FEWEST_ROWS", 1)
     cuda.forward_plans.clear()
     cuda.backward_plans.clear()
@@ -42,9 +42,10 @@ def test_agrees_with_the_reference(length: int, dtype: torch.dtype, monkeypatch:
 
 def test_sizes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls of one kind that need different amounts of shared memory take nothing from each other."""
-    monkeypatch.setattr(short, "TAKEN", True)
+    monkeypatch.setattr(short, "MOST_STEPS", 64)
     monkeypatch.setattr(short, "FEWEST_ROWS", 1)
     for length in (40, 10, 20, 40, 10):
-        tensors = {name: x.float().cuda().requires_grad_() for name, x in drawn(99, length, 16, 16).items()}
+        drawn_here = drawn(99, length, 16, 16)
+        tensors: dict[str, Any] = {name: x.float().cuda().requires_grad_() for name, x in drawn_here.items()}
         y: Any = selective_scan(**tensors, delta_softplus=True)
         assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), list(tensors.values())))

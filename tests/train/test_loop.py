@@ -20,7 +20,7 @@ from selectra.train.checkpoint import load_weights
 from selectra.train.evaluation import evaluate
 from selectra.train.loop import fit
 from selectra.train.parallel import World, joined, pick_device
-from selectra.train.progress import Clock, duration
+from selectra.train.progress import duration
 from selectra.train.stop import DivergedError
 from tests.train.tiny import TinyModel, TinyNaive, TinySolved, make_run, train, windows
 
@@ -208,16 +208,6 @@ def test_schedule(schedule, last):
             steps.step()
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert steps.get_last_lr()[0] == pytest.approx(last, abs=1e-12)
-
-
-def test_time_left_counts_evaluations():
-    clock = Clock(steps=100, eval_every=10, batches=(1, 30))
-    clock.step_times = [1.0] * 20
-    # Eight evaluations of 30 forward passes, at a third of a step each.
-    assert clock.left(20) == pytest.approx(80 + 8 * 10)
-    clock.eval_times = [5.0]
-    assert clock.left(20) == pytest.approx(80 + 8 * 5)
-    assert clock.left(95) == pytest.approx(5 + 5)
 
 
 def test_durations():

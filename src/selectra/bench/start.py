@@ -20,6 +20,7 @@ from torch import Tensor
 
 from selectra.bench.scan_table import markdown
 from selectra.bench.shapes import Case
+from selectra.errors import BackendError
 from selectra.mixers.s6 import S6
 from selectra.ops import selective_scan
 from selectra.ops.cuda import cache
@@ -28,6 +29,10 @@ from selectra.train.record import environment
 CASE = Case("start", 2, 256, 512)
 WIDTH, LENGTH = 128, 512
 ROUNDS = 5
+# Seconds for a first call, kernels compiled; more is a compiler or a driver that hangs.
+LIMIT = 600.0
+# Forked from a process that has imported this and never touched a GPU.
+METHOD = "forkserver"
 
 Record = dict[str, Any]
 Save = Callable[[Record], None]
@@ -60,11 +65,16 @@ def bench_start(device: torch.device, console: Console, save: Save, rounds: int 
 
 def in_fresh_process(name: str, device: str, folder: str) -> tuple[float, int]:
     """Seconds of the first call, and the compiled kernels on the disk after it."""
-    # Forked from a process that has imported this and never touched a GPU.
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(first_call, name, device, folder).result()
+        try:
+            return pool.submit(first_call, name, device, folder).result(LIMIT)
+        except TimeoutError as error:
+            # The pool would wait for it.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise BackendError(f"the first call of '{name}' on {device} did not end within {LIMIT:g} s") from error
 
 
 def first_call(name: str, device: str, folder: str) -> tuple[float, int]:

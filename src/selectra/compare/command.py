@@ -15,6 +15,7 @@ from rich.console import Console
 
 from selectra.compare.cells import Cell
 from selectra.compare.cost import measure_costs
+from selectra.compare.crew import dismiss
 from selectra.compare.forecasting import (
     BUDGET_TRIALS,
     LAST,
@@ -127,9 +128,7 @@ def _do(
         for helper in helpers:
             helper.join(None if until == inf else max(0.0, until - time.monotonic()) + GRACE)
     finally:
-        for helper in helpers:
-            helper.terminate()
-            helper.join()
+        dismiss(helpers)
 
 
 def _same_budget(store: Store, budget: Budget) -> None:

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from selectra.compare.cells import Cell
-from selectra.compare.crew import Crew
+from selectra.compare.crew import Crew, dismiss
 from selectra.compare.image_worker import packs_images, work_on_images
 from selectra.compare.match import meet
 from selectra.compare.measure import build_model, measure
@@ -250,9 +250,7 @@ def _work(
             work_on_cpu(store, until, progress, device=device, judge=judge)
         progress.watch(helpers, until)
     finally:
-        for helper in helpers:
-            helper.terminate()
-            helper.join()
+        dismiss(helpers)
 
 
 def _packs_rows(study: Study) -> bool:

@@ -1,11 +1,27 @@
 """The processes that torchrun started, as workers on one study."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from selectra.train.parallel import pick_device
+
+# Seconds that a process is given to end.
+FAREWELL = 10.0
+
+
+def dismiss(helpers: Sequence[Any]) -> None:
+    """End processes; one that does not end when asked to is killed."""
+    for helper in helpers:
+        helper.terminate()
+    for helper in helpers:
+        helper.join(FAREWELL)
+        if helper.is_alive():
+            helper.kill()
+            helper.join(FAREWELL)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,8 @@ class Power:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         if self.counter.there:
-            self._thread.join()
+            # A driver that does not answer must not hold up what was measured.
+            self._thread.join(10.0)
 
     def _watch(self) -> None:
         assert self.counter.read is not None

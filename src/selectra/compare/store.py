@@ -92,8 +92,16 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """All or nothing, and nobody else meanwhile."""
-        self._file.execute("BEGIN IMMEDIATE")
+        """All or nothing, and nobody else meanwhile; whoever holds the file for too long is an error."""
+        try:
+            self._file.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error):
+                raise
+            raise DataError(
+                f"'{self.path}' has been held by another process for {PATIENCE:g} s; end that one, or, on a disk of "
+                "another machine, bring the file to this one."
+            ) from error
         try:
             yield
         except BaseException:
@@ -157,7 +165,8 @@ class Store:
             yield
         finally:
             over.set()
-            thread.join()
+            # It may be waiting for the file, which has a limit of its own.
+            thread.join(PATIENCE + 5)
 
     def _beat(self) -> None:
         row = (self.worker, socket.gethostname(), os.getpid(), time.time())

@@ -2,6 +2,7 @@
 
 from selectra.data.clip_batches import ClipBatch as ClipBatch
 from selectra.data.clips import Clips as Clips
+from selectra.data.image_shards import ImageShards as ImageShards
 from selectra.data.images import ImageBatch as ImageBatch
 from selectra.data.images import Images as Images
 from selectra.data.mask_views import MaskBatch as MaskBatch

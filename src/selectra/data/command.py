@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from selectra.data.download import Limits
 from selectra.data.public import FOLDER_VARIABLE, Copies, folders, get, look, read_public
+from selectra.data.shard_index import index_of, shard_urls, write_index
 from selectra.data.sources import PUBLIC, PublicFile, PublicSet, public_set
 from selectra.data.splits import SPLITS
 from selectra.errors import ConfigError, DataError
@@ -21,8 +23,11 @@ def data_command(action: str, names: Sequence[str], to: Path | None, console: Co
 
     Raises:
         ConfigError: A combination that has no effect.
-        DataError: An unknown name, or a set that is missing, damaged or cannot be loaded.
+        DataError: An unknown name, or a set or shard that is missing, damaged or cannot be loaded.
     """
+    if action == "shards":
+        _index(names, to, console)
+        return
     if to is not None and action != "get":
         raise ConfigError(f"--to says where `selectra data get` puts files; `selectra data {action}` writes none.")
     sets = list(dict.fromkeys(public_set(name).name.lower() for name in names))
@@ -37,6 +42,17 @@ def data_command(action: str, names: Sequence[str], to: Path | None, console: Co
         _list([PUBLIC[name] for name in sets or PUBLIC], console)
         for name in sets:
             _describe(PUBLIC[name], console)
+
+
+def _index(shards: Sequence[str], to: Path | None, console: Console) -> None:
+    if to is None or not shards:
+        raise ConfigError("`selectra data shards SHARDS --to FILE.json` takes shards, as data.path does, and a file.")
+    index = index_of(shard_urls(shards), " ".join(shards), Limits(total=60.0))
+    write_index(index, to)
+    classes = "no classes" if index.classes is None else f"{len(index.classes)} classes"
+    console.print(
+        f"{len(index.shards):,} shards, {index.counts.sum():,} samples, {classes}: {escape(str(to))}", highlight=False
+    )
 
 
 def _list(sets: Sequence[PublicSet], console: Console) -> None:

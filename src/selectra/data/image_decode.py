@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
-from selectra.data.image_files import Listing
+from selectra.data.image_listing import Listing
 from selectra.errors import DataError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}

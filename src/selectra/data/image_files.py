@@ -10,17 +10,17 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from selectra.data.image_examples import digits, shapes
+from selectra.data.image_listing import Listing
+from selectra.data.image_torchvision import TORCHVISION, torchvision_set
 from selectra.data.public import FOLDER_VARIABLE, folders
-from selectra.data.vision import vision
 from selectra.errors import DataError
 from selectra.spec import nearest
 
@@ -37,38 +37,6 @@ PUBLIC = {
     "ucmerced": ("ucmerced128", "UC Merced land use at 128 x 128 pixels: ucmerced_128.zip"),
 }
 EXAMPLES = {"shapes": shapes, "digits": digits}
-TORCHVISION = "torchvision:"
-
-
-class Source(Protocol):
-    """What gives image number i: the bytes of a file, or pixels `(h, w, c)` or `(h, w)` as they are."""
-
-    def read(self, i: int) -> bytes | np.ndarray[Any, Any]: ...
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Images by number.
-
-    Args:
-        where: What was listed, for messages.
-        classes: Names of the classes, in the order of labels.
-        names: A name for every image, for messages.
-        labels: The class of every image.
-        parts: "train", "val" or "test" for every image; None where nobody has split them.
-        source: Reads them.
-        digest: Changes when an image is added, renamed or replaced.
-        ignored: Files that are no images.
-    """
-
-    where: str
-    classes: tuple[str, ...]
-    names: Sequence[str]
-    labels: np.ndarray[Any, Any]
-    parts: np.ndarray[Any, Any] | None
-    source: Source
-    digest: str
-    ignored: int = 0
 
 
 class Files:
@@ -137,20 +105,6 @@ class Arrays:
         return self.pixels[i]
 
 
-class Pairs:
-    """One or two sets of torchvision, one behind the other: pairs of a picture and a label."""
-
-    def __init__(self, sets: Sequence[Any]) -> None:
-        self.sets = sets
-
-    def read(self, i: int) -> np.ndarray[Any, Any]:
-        for each in self.sets:
-            if i < len(each):
-                return np.asarray(each[i][0])
-            i -= len(each)
-        raise IndexError(i)
-
-
 def list_images(path: str, download: bool = False) -> Listing:
     """List what `path` means: a public or an example set, a set of torchvision's, a folder, a zip or parquet file.
 
@@ -162,7 +116,7 @@ def list_images(path: str, download: bool = False) -> Listing:
     if path in PUBLIC:
         return _public(path)
     if path.startswith(TORCHVISION):
-        return _torchvision(path.removeprefix(TORCHVISION), download)
+        return torchvision_set(path.removeprefix(TORCHVISION), download)
     found = Path(path).expanduser()
     if found.is_dir() or (found.is_file() and found.suffix == ".zip"):
         if found.is_dir() and any(found.rglob("*.parquet")):
@@ -338,63 +292,3 @@ def _arrays(
     return Listing(
         where, tuple(classes), names, np.asarray(labels, np.int64), parts, Arrays(pixels), digest.hexdigest()[:16]
     )
-
-
-def _torchvision(name: str, download: bool) -> Listing:
-    """A set of torchvision's by its class name, in SELECTRA_DATA."""
-    sets = vision("torchvision.datasets")
-    kinds = [each for each in sets.__all__ if isinstance(getattr(sets, each), type)]
-    if name not in kinds:
-        raise DataError(f"torchvision has no set '{name}'.{nearest(name, kinds)}")
-    build = _Builder(getattr(sets, name), name, folders()[0], download)
-    both = build.parts()
-    labels = np.concatenate([_labels_of(each) for each in both.values()])
-    first = next(iter(both.values()))
-    classes = getattr(first, "classes", None) or getattr(first, "categories", None)
-    classes = [str(each) for each in classes] if classes is not None else [str(i) for i in range(labels.max() + 1)]
-    counts = [len(each) for each in both.values()]
-    digest = hashlib.sha256(f"{name} {counts}".encode() + labels.tobytes())
-    return Listing(
-        f"{TORCHVISION}{name}", tuple(classes), [f"image {i}" for i in range(len(labels))], labels,
-        np.repeat(np.array(list(both)), counts) if len(both) > 1 else None,
-        Pairs(list(both.values())), digest.hexdigest()[:16],
-    )  # fmt: skip
-
-
-class _Builder:
-    """Calls torchvision's constructors, which say "train" in two ways or not at all."""
-
-    def __init__(self, kind: Any, name: str, root: Path, download: bool) -> None:
-        import inspect  # noqa: PLC0415
-
-        self.kind, self.name, self.root = kind, name, root
-        self.takes = inspect.signature(kind).parameters
-        self.options = {"download": download} if "download" in self.takes else {}
-
-    def parts(self) -> dict[str, Any]:
-        """The official parts, or everything under one name."""
-        if "train" in self.takes:
-            return {"train": self._build(train=True), "test": self._build(train=False)}
-        if "split" in self.takes:
-            return {"train": self._build(split="train"), "test": self._build(split="test")}
-        return {"all": self._build()}
-
-    def _build(self, **part: Any) -> Any:
-        where = {"root": str(self.root)} if "root" in self.takes else {}
-        try:
-            return self.kind(**where, **part, **self.options)
-        except (RuntimeError, FileNotFoundError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            raise DataError(
-                f"torchvision's {self.name} cannot be read in '{self.root}': {reason} "
-                "data.download=true lets torchvision load it."
-            ) from error
-
-
-def _labels_of(part: Any) -> np.ndarray[Any, Any]:
-    """The labels, without decoding pictures where the set holds them."""
-    for name in ("targets", "labels", "_labels", "y"):
-        found = getattr(part, name, None)
-        if found is not None and len(found) == len(part):
-            return np.asarray(found, np.int64)
-    return np.array([int(part[i][1]) for i in range(len(part))], np.int64)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from selectra.data.image_files import Listing
+from selectra.data.image_listing import Listing
 from selectra.errors import DataError
 
 Rows = np.ndarray[Any, np.dtype[np.int64]]

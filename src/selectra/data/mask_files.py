@@ -16,7 +16,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from selectra.data import mask_coding as coding
-from selectra.data.image_files import PARTS, SUFFIXES, Mixed, Source, places
+from selectra.data.image_files import PARTS, SUFFIXES, Mixed, places
+from selectra.data.image_listing import Source
 from selectra.data.mask_coding import Coding
 from selectra.data.public import FOLDER_VARIABLE, folders
 from selectra.errors import ConfigError, DataError

@@ -13,7 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from selectra.data.coco_files import read_coco
-from selectra.data.image_files import Arrays, Mixed, Source, places
+from selectra.data.image_files import Arrays, Mixed, places
+from selectra.data.image_listing import Source
 from selectra.data.mask_files import found_root, hidden
 from selectra.data.object_truth import Entry, Mark, Problems
 from selectra.data.voc_files import read_voc

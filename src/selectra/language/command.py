@@ -44,6 +44,8 @@ class GenerateJob:
     """Where the model runs."""
     dtype: str | None = None
     """The model's type, if not its own."""
+    graphed: bool = False
+    """Whether a step is recorded as one CUDA graph."""
 
 
 def generate_command(job: GenerateJob, console: Console) -> list[str]:
@@ -77,7 +79,7 @@ def generate_command(job: GenerateJob, console: Console) -> list[str]:
 
     generate(
         model, ids, max_new_tokens=job.max_new_tokens, sampling=sampling, stop_tokens=ends, generator=generator,
-        on_token=on_token,
+        on_token=on_token, graphed=job.graphed,
     )  # fmt: skip
     rest = [writer.end() for writer in writers]
     if alone:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from selectra.errors import ConfigError, DataError
+from selectra.language.graphed import GraphedStep
 from selectra.language.model import LanguageModel, require_in_vocabulary
 from selectra.language.sampling import GREEDY, Sampling
 from selectra.language.stream import Stream
@@ -28,6 +29,7 @@ def generate(
     generator: torch.Generator | None = None,
     on_token: OnToken | None = None,
     chunk: int = PREFILL,
+    graphed: bool = False,
 ) -> list[list[int]]:
     """The tokens that follow each prompt.
 
@@ -40,13 +42,15 @@ def generate(
         generator: Of the draws, on the model's device.
         on_token: Told every new token with its row, as it comes; a row ends when it says True.
         chunk: Prompts are read in pieces of so many positions.
+        graphed: On a GPU: record a step as one CUDA graph once the prompts are read, and replay it for every token.
 
     Returns:
         The new tokens of every prompt, the one that ended it among them.
 
     Raises:
         DataError: An empty prompt, or a token id that is not in the vocabulary.
-        ConfigError: Prompt and answer together need more memory than there is, or are longer than the model takes.
+        ConfigError: Prompt and answer together need more memory than there is, or are longer than the model takes; or
+            a graph is asked for and the model is not on a GPU.
     """
     _require_prompts(model, prompts, max_new_tokens, chunk)
     tokens, mask = padded(prompts, model.embedding.weight.device)
@@ -56,6 +60,8 @@ def generate(
     logits = read_prompts(model, tokens, mask, state, chunk)
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
+    # A single token comes with the prompts' logits: nothing is recorded for it.
+    replayed = GraphedStep(model, state) if graphed and max_new_tokens > 1 else None
     for n in range(max_new_tokens):
         drawn = sampling.draw(logits[:, -1], generator)
         for row, token in enumerate(drawn.tolist()):
@@ -66,7 +72,8 @@ def generate(
                     open_rows.discard(row)
         if not open_rows or n == max_new_tokens - 1:
             break
-        logits = model.step_(drawn[:, None], state, n_logits=1)
+        tokens = drawn[:, None]
+        logits = model.step_(tokens, state, n_logits=1) if replayed is None else replayed(tokens)
     return answers
 
 

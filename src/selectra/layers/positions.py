@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from selectra.errors import ConfigError
 
@@ -28,8 +28,7 @@ def sincos_grid(d_model: int, height: int, width: int) -> Float[Tensor, "height 
     Raises:
         ConfigError: The channels cannot be divided so.
     """
-    if d_model % 4:
-        raise ConfigError(f"d_model={d_model}: positions by sines and cosines need a multiple of 4")
+    _require_quarters(d_model)
     rows, columns = _waves(d_model // 2, height), _waves(d_model // 2, width)
     table = np.concatenate(
         [
@@ -39,6 +38,45 @@ def sincos_grid(d_model: int, height: int, width: int) -> Float[Tensor, "height 
         axis=2,
     )
     return torch.from_numpy(table)
+
+
+def _require_quarters(d_model: int) -> None:
+    if d_model % 4:
+        raise ConfigError(f"d_model={d_model}: positions by sines and cosines need a multiple of 4")
+
+
+class GridPositions(nn.Module):
+    """`sincos_grid` on any device: what was copied there once stays, so that a CUDA graph can hold the rest.
+
+    Args:
+        d_model: Channels, a multiple of 4.
+
+    Raises:
+        ConfigError: The channels cannot be divided so.
+    """
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        _require_quarters(d_model)
+        self.d_model = d_model
+        # As long as the module lives, as a graph that reads them may.
+        self.kept: dict[tuple[int, torch.device], Tensor] = {}
+
+    def forward(self, height: int, width: int, device: torch.device) -> Float[Tensor, "height width d_model"]:
+        """The table, in float32."""
+        if torch.compiler.is_compiling():
+            return sincos_grid(self.d_model, height, width).to(device)
+        half = self.d_model // 2
+        rows, columns = self._waves(height, device), self._waves(width, device)
+        across, down = columns[None].expand(height, width, half), rows[:, None].expand(height, width, half)
+        return torch.cat([across, down], -1)
+
+    def _waves(self, count: int, device: torch.device) -> Tensor:
+        if (count, device) not in self.kept:
+            # Used in training, too, wherever it is made first.
+            with torch.inference_mode(False):
+                self.kept[count, device] = torch.from_numpy(_waves(self.d_model // 2, count)).to(device)
+        return self.kept[count, device]
 
 
 @lru_cache(maxsize=64)

@@ -36,7 +36,7 @@ from selectra.errors import ConfigError
 from selectra.layers.drop import DropPath, rising_rates
 from selectra.layers.image import require_image, start_linear
 from selectra.layers.norm import LayerNorm
-from selectra.layers.positions import sincos_grid
+from selectra.layers.positions import GridPositions
 from selectra.mixers import S6
 from selectra.mixers.hyper import HyperAttention
 from selectra.mixers.sizes import require_sizes
@@ -115,7 +115,7 @@ class Context(nn.Module):
         super().__init__()
         require_sizes(d_in=d_in, d_model=d_model, depth=depth, chunk=chunk)
         self.kind, self.chunk, self.d_model = kind, chunk, d_model
-        self.input_proj = nn.Linear(d_in, d_model)
+        self.input_proj, self.positions = nn.Linear(d_in, d_model), GridPositions(d_model)
         rates = rising_rates(drop_path, depth)
         self.layers = nn.ModuleList(
             MambaLayer(S6(d_model, d_state), LayerNorm(d_model), i % 2 == 0, rate)
@@ -132,7 +132,7 @@ class Context(nn.Module):
         """The grid and the class token behind the last layer."""
         height, width = grid.shape[1:3]
         x = self.input_proj(grid)
-        x = (x + sincos_grid(self.d_model, height, width).to(x)).flatten(1, 2)
+        x = (x + self.positions(height, width, x.device).to(x)).flatten(1, 2)
         tokens, cls = self._in_chunks(x) if self.kind == "xl" else self._at_once(x)
         return tokens.unflatten(1, (height, width)), cls
 

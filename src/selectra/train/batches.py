@@ -1,19 +1,19 @@
 """The order of the data: shuffled by seed and pass for training, every window exactly once for evaluation.
 
-A data set has a length and gives whole batches: `windows[list_of_indices]`.
+A data set has a length and gives whole batches, `windows[list_of_indices]`, or it is a `Stream`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 
 from selectra.errors import ConfigError, DataError
 from selectra.spec import Train
+from selectra.train.loader import load
 from selectra.train.parallel import World
-
-T = TypeVar("T")
+from selectra.train.streams import Stream, StreamOrder
 
 
 class Windows(Protocol):
@@ -24,21 +24,23 @@ class Windows(Protocol):
     def __getitem__(self, indices: list[int]) -> Any: ...
 
 
-def _same(batch: T) -> T:
-    return batch
+class Order(Protocol):
+    """What the loop asks of an order of training batches."""
+
+    windows: Any
+
+    def __len__(self) -> int: ...
+
+    def counts(self, position: int) -> bool: ...
+
+    def start_at(self, position: int) -> Iterator[Any]: ...
 
 
-def _load(windows: Windows, indices: Sequence[list[int]], workers: int) -> Iterator[Any]:
-    # Its own generator: making a loader must not draw from the generator that dropout uses, or a resumed run differs.
-    loader = DataLoader(
-        cast(Dataset[Any], windows),
-        batch_size=None,
-        sampler=indices,
-        collate_fn=_same,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
-    return iter(loader)
+def training_order(windows: Windows | Stream, train: Train, world: World) -> Order:
+    """The order of a split's batches: a stream has its own."""
+    if isinstance(windows, Stream):
+        return StreamOrder(windows, train, world)
+    return TrainingOrder(windows, train, world)
 
 
 class TrainingOrder:
@@ -59,6 +61,7 @@ class TrainingOrder:
                 f"take at least {world.size}, and best a multiple of it."
             )
         self.windows, self.workers, self.world = windows, train.workers, world
+        self.limit = train.load_timeout
         # Of one process: shares are taken from whole batches.
         self.sampler = DistributedSampler(
             cast(Dataset[Any], windows), num_replicas=1, rank=0, shuffle=True, seed=train.seed, drop_last=False
@@ -87,14 +90,16 @@ class TrainingOrder:
             # A split whose views differ from pass to pass is told which one comes.
             if hasattr(self.windows, "at_pass"):
                 self.windows.at_pass(epoch, self.sampler.seed)  # pyright: ignore[reportAttributeAccessIssue]
-            yield from _load(self.windows, self._shares()[skip:], self.workers)
+            yield from load(self.windows, self._shares()[skip:], self.workers, self.limit)
             epoch, skip = epoch + 1, 0
 
 
-def every_window_once(windows: Windows, batch_size: int, world: World, workers: int = 0) -> Iterator[Any]:
+def every_window_once(windows: Windows | Stream, batch_size: int, world: World, workers: int = 0) -> Iterator[Any]:
     """This process's share of all windows, in order; the shares overlap nowhere and miss nothing."""
+    if isinstance(windows, Stream):
+        return windows.once(batch_size, (world.rank, world.size))
     mine = range(world.rank, len(windows), world.size)
-    return _load(windows, list(BatchSampler(mine, batch_size, drop_last=False)), workers)
+    return load(windows, list(BatchSampler(mine, batch_size, drop_last=False)), workers)
 
 
 class Passes:

@@ -95,7 +95,7 @@ def build(run: Run) -> Built:
     return Built(data, model, tasks.build(run.task, data.facts).for_data(data), resolved)
 
 
-def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fitted:
+def train_job(run: Run, out: Path, console: Console, resume: bool = True, tensorboard: bool = False) -> Fitted:
     """Train a run into a folder, and say what came of it."""
     run = typed(run)
     check(run)
@@ -114,7 +114,7 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True) -> Fit
         fitted = fit(
             built.model, built.task, train, val, run, out,
             resume=resume, world=world, console=console, resolved=built.resolved,
-            data=describe_data(built.data),
+            data=describe_data(built.data), tensorboard=tensorboard,
         )  # fmt: skip
         if world.first and isinstance(built.model, LanguageModel):
             # What `selectra generate` reads, with the best weights.

@@ -17,10 +17,13 @@ from selectra.errors import ConfigError, DataError
 from selectra.ops.dispatch import OPS
 from selectra.registry import Resolved
 from selectra.spec import Run
+from selectra.train.board import FOLDER, Board
 from selectra.train.checkpoint import forget, replacing
 from selectra.train.parallel import World
 
 RECORD, RUN = "record.jsonl", "run.json"
+# Seconds for git's answer: a source tree on a disk that hangs is one without a commit.
+GIT = 10.0
 PACKAGES = ("selectra", "numpy", "pandas")
 
 
@@ -44,9 +47,9 @@ def _commit() -> str | None:
     here = Path(__file__)
     try:
         git = ["git", "-C", str(here.parent)]
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
-        answer = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True, timeout=GIT)
+        answer = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True, timeout=GIT)
+    except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip()
 
@@ -172,8 +175,8 @@ class Record:
     again and recorded once.
     """
 
-    def __init__(self, path: Path | None, length: int = 0) -> None:
-        self._file = None
+    def __init__(self, path: Path | None, length: int = 0, board: Board | None = None) -> None:
+        self._file, self._board = None, board
         if path is None:
             return
         found = path.stat().st_size if path.is_file() else 0
@@ -188,6 +191,8 @@ class Record:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+        if self._board is not None:
+            self._board.close()
 
     def write(self, event: str, **values: Any) -> None:
         """Add one line and hand it to the system at once."""
@@ -195,6 +200,14 @@ class Record:
             line = json.dumps({"event": event, **_writable(values)}, allow_nan=False)
             self._file.write(line.encode() + b"\n")
             self._file.flush()
+        if self._board is not None:
+            self._board.write(event, values)
+
+    def left_out(self, step: int, names: list[str]) -> int:
+        """Name samples that were left out, if there are any; how many."""
+        if names:
+            self.write("left_out", step=step, count=len(names), samples=names)
+        return len(names)
 
     def length(self) -> int:
         """Bytes that are safely on the disk."""
@@ -211,6 +224,7 @@ def open_record(
     resolved: Mapping[str, Mapping[str, Resolved]] | None = None,
     length: int = 0,
     data: Mapping[str, Any] | None = None,
+    board: tuple[bool, int] = (False, 0),
 ) -> Record:
     """Write run.json and open the record with its header; only the first process writes anything.
 
@@ -218,13 +232,14 @@ def open_record(
         length: Bytes of an existing record to keep: those written before the checkpoint that is resumed. At 0 this is
             a new training, and what an earlier one left goes first.
         data: What identifies the data, for run.json.
+        board: Whether TensorBoard's folder is written too, and how many steps are done.
     """
     if out is None or not world.first:
         return Record(None)
     if length == 0:
         # Weights of an earlier training must never lie beside the run.json of this one.
         forget(out)
-    record = Record(out / RECORD, length)
+    record = Record(out / RECORD, length, Board(out / FOLDER, board[1]) if board[0] else None)
     write_run(out, run, resolved, data)
     facts = {"run": run.name, "seed": run.train.seed, "processes": world.size, "device": str(world.device)}
     record.write("resumed" if length else "started", **facts, **environment())

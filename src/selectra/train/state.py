@@ -20,7 +20,7 @@ from selectra.errors import ConfigError
 from selectra.spec import Run
 from selectra.train import checkpoint
 from selectra.train.average import RunningMean
-from selectra.train.batches import TrainingOrder
+from selectra.train.batches import Order
 from selectra.train.optim import make_optimizer, make_schedule
 from selectra.train.parallel import World
 from selectra.train.precision import make_scaler
@@ -65,7 +65,7 @@ class State:
     """
 
     def __init__(
-        self, model: nn.Module, run: Run, order: TrainingOrder | None, out: Path | None, world: World,
+        self, model: nn.Module, run: Run, order: Order | None, out: Path | None, world: World,
         data: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.run, self.world, self.out, self.data = model, run, world, out, data

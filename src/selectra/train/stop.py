@@ -30,6 +30,18 @@ class DivergedError(ArithmeticError):
     """The loss or a gradient is no longer a finite number."""
 
 
+class StalledError(RuntimeError):
+    """What a training waits for has not come within its time limit, or cannot come any more."""
+
+
+class DeviceMemoryError(RuntimeError):
+    """The device's memory is full; the message says what to change."""
+
+
+# Ends of a training that a person must see to.
+FAILED = (DivergedError, StalledError, DeviceMemoryError)
+
+
 class StopFlag:
     """Whether a stop was asked for, here."""
 

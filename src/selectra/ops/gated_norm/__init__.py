@@ -10,7 +10,7 @@ gated_norm = Op(
     "gated_norm",
     prepare,
     [
-        Backend("cuda", cuda.refuse, cuda.run, only_when_asked=True),
+        Backend("cuda", cuda.refuse, cuda.run),
         Backend("portable", portable.refuse, portable.run),
     ],
     returns=Tensor,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from selectra.ops.dispatch import say_slow_path
 from selectra.ops.gated_norm.call import GatedCall
 
 
@@ -14,6 +15,8 @@ def refuse(call: GatedCall) -> str | None:
 
 def run(call: GatedCall) -> Tensor:
     """The gated and normalised sum."""
+    if call.y.is_cuda and not torch.compiler.is_compiling():
+        say_slow_path("gated_norm", "portable", call, "cuda")
     dtype = torch.promote_types(call.y.dtype, torch.float32)
     y = call.y.to(dtype)
     if call.x is not None and call.D is not None:

@@ -10,12 +10,14 @@ SOURCE = "selective_scan/scan_short.cu"
 THREADS, ROWS, LANES = 128, 8, 16
 SUM_THREADS, SUM_COLUMNS = 256, 32
 FLOAT_BYTES, STATE_FLOATS = 4, 4
-# Whether calls are given to these kernels.
-TAKEN = False
-# What these kernels are for: up to so many steps, channels of a group and states, from so many rows on.
-MOST_STEPS, FEWEST_STATES, FEWEST_ROWS = 64, 5, 2048
-# Steps of which B and C lie in shared memory in the forward; a backward of so many steps keeps all states.
-FORWARD_SEGMENT, WHOLE = 16, 12
+# Whether calls are given to these kernels; benchmarks switch it off.
+TAKEN = True
+# What these kernels are for: up to so many steps and from so many rows on, as far as they were measured.
+MOST_STEPS, FEWEST_STATES, FEWEST_ROWS = 40, 5, 8192
+# Steps of which B and C lie in shared memory in the forward.
+FORWARD_SEGMENT = 16
+# A backward of so many steps keeps all states: at ten, too, segments were faster, for more blocks find room.
+WHOLE = 0
 # Blocks of a multiprocessor: what registers allow, and its shared memory, with what each block costs besides.
 FORWARD_RESIDENT, BACKWARD_RESIDENT, BLOCK_BYTES = 5, 3, 1024
 

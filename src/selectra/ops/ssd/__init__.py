@@ -5,7 +5,7 @@ import functools
 from torch import Tensor
 
 from selectra.ops.dispatch import Backend, Op
-from selectra.ops.ssd import cuda, loop, portable, reference, registration
+from selectra.ops.ssd import cuda, portable, reference, registration
 from selectra.ops.ssd.call import prepare
 from selectra.ops.ssd.portable import CHUNK
 
@@ -13,8 +13,7 @@ ssd = Op(
     "ssd",
     prepare,
     [
-        Backend("cuda", cuda.refuse, functools.partial(registration.run, backend="cuda"), only_when_asked=True),
-        Backend("loop", loop.refuse, loop.run),
+        Backend("cuda", cuda.refuse, functools.partial(registration.run, backend="cuda")),
         Backend("portable", portable.refuse, functools.partial(registration.run, backend="portable")),
         Backend("reference", reference.refuse, reference.run, only_when_asked=True),
     ],

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from selectra.ops.autocast import keep_types_under_autocast
+from selectra.ops.dispatch import say_slow_path
 from selectra.ops.selective_scan.cuda import require_cuda
 from selectra.ops.ssd import cuda, portable
 from selectra.ops.ssd.call import SsdCall
@@ -74,7 +75,11 @@ def _whole(call: SsdCall, backend: str) -> tuple[Tensor, Tensor]:
     if 0 in call.x.shape:
         y, first = call.dt.new_zeros(call.x.shape), call.initial_state
         return y, call.dt.new_zeros(batch, heads, p, call.B.shape[3]) if first is None else first.clone()
-    return kernel.forward(call)
+    if backend == "portable" and call.x.is_cuda:
+        say_slow_path("ssd", backend, call, "cuda")
+    y, state = kernel.forward(call)
+    # A last chunk that was filled up left a part of a longer tensor.
+    return y.contiguous(), state
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:

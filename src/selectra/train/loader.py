@@ -1,0 +1,130 @@
+"""Batches from processes that prepare them: a fault in one is named, and a wait for them has a limit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from selectra.errors import ConfigError, DataError
+from selectra.train.stop import StalledError
+
+T = TypeVar("T")
+TIMED_OUT, DIED = "DataLoader timed out", "DataLoader worker (pid"
+
+
+@dataclass(frozen=True)
+class Made:
+    """A batch and the samples left out of it, or why there is none: an error keeps its own words on the way."""
+
+    batch: Any = None
+    left_out: tuple[str, ...] = ()
+    problem: Exception | None = None
+
+
+class _Whole(Dataset[Made]):
+    """A split that gives batches by lists of numbers."""
+
+    def __init__(self, windows: Any) -> None:
+        self.windows = windows
+
+    def __getitem__(self, indices: list[int]) -> Made:
+        try:
+            return Made(self.windows[indices], tuple(taken(self.windows)))
+        except (ConfigError, DataError) as error:
+            return Made(problem=error)
+
+
+class _Coming(IterableDataset[Made]):
+    """A stream of batches."""
+
+    def __init__(self, batches: IterableDataset[Any], windows: Any) -> None:
+        super().__init__()
+        self.batches, self.windows = batches, windows
+
+    def __iter__(self) -> Iterator[Made]:
+        if get_worker_info() is not None:
+            # A process begins with a copy of what the training process has not told yet.
+            taken(self.windows)
+        try:
+            for batch in self.batches:
+                yield Made(batch, tuple(taken(self.windows)))
+        except (ConfigError, DataError) as error:
+            yield Made(problem=error)
+
+
+def taken(windows: Any) -> list[str]:
+    """The samples that a split has left out since this was asked last; the names are taken from it."""
+    names = getattr(windows, "left_out", None) or []
+    found = list(names)
+    names.clear()
+    return found
+
+
+def _same(item: T) -> T:
+    return item
+
+
+def load(
+    split: Any, indices: Sequence[list[int]] | None, workers: int, limit: float = 0.0, names: Any = None
+) -> Iterator[Any]:
+    """Batches, prepared by so many processes.
+
+    Args:
+        split: What gives batches by lists of numbers; a stream of them where there are no `indices`.
+        limit: Seconds that a wait for a process may take; 0 for no limit, and without processes there is none.
+        names: Has the list `left_out`, to which the samples that processes leave out are added.
+
+    Raises:
+        StalledError: A process did not prepare a batch in time, or it has ended.
+        DataError: As the split raises it.
+    """
+    streamed = indices is None
+    # Its own generator: making a loader must not draw from the generator that dropout uses, or a resumed run differs.
+    loader = DataLoader(
+        cast(Dataset[Made], _Coming(split, names) if streamed else _Whole(split)),
+        batch_size=None,
+        sampler=indices,
+        collate_fn=_same,
+        num_workers=workers,
+        timeout=limit if workers else 0,
+        generator=torch.Generator(),
+    )
+    batches = iter(loader)
+    while True:
+        try:
+            made = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            _end(batches)
+            raise _named(error, workers, limit) from error
+        if made.left_out:
+            names.left_out.extend(made.left_out)
+        if made.problem is not None:
+            _end(batches)
+            raise made.problem
+        yield made.batch
+
+
+def _named(error: RuntimeError, workers: int, limit: float) -> RuntimeError:
+    said = str(error)
+    if said.startswith(TIMED_OUT):
+        return StalledError(
+            f"none of the {workers} processes that prepare batches gave the next one within {limit:g} s "
+            "(train.load_timeout). The disk or server that they read from does not answer, or one batch takes longer: "
+            "look there, raise train.load_timeout, or find the sample with train.workers=0."
+        )
+    if said.startswith(DIED):
+        return StalledError(
+            f"a process that prepares batches has ended: {said.partition(chr(10))[0]} Often the machine had no memory "
+            "left: lower train.workers or train.batch_size, and see the system's log."
+        )
+    return error
+
+
+def _end(batches: Any) -> None:
+    """End processes that hang: the loader itself would wait five seconds for each."""
+    for process in getattr(batches, "_workers", []):
+        process.terminate()
