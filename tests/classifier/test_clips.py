@@ -16,7 +16,7 @@ PLAIN = ["train.batch_size=6", "train.precision=float32", "train.device=cpu", "t
 
 def call(*words):
     found = RUN.invoke(app, [str(word) for word in words])
-    return found.exit_code, " ".join(found.output.split())
+    return found.exit_code, " ".join(f"{found.output} {found.exception!r}".split())
 
 
 def test_a_recipe_trains_is_evaluated_and_tells_clips(tmp_path):
