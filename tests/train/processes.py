@@ -60,7 +60,7 @@ def fill(path: Path) -> None:
             pass
 
 
-def run_of(kind: str, timeout: float, **settings: Any) -> Run:
+def run_of(kind: Any, timeout: float, **settings: Any) -> Run:
     """Twelve steps; the last batch of a pass, of 2, is smaller than some numbers of processes."""
     words: dict[str, Any] = {"steps": 12, "batch_size": 9, "eval_every": 4, "device": "cpu", **settings}
     return Run(
@@ -94,7 +94,7 @@ def _start(
 
 
 def together(
-    n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 60.0
+    n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 150.0
 ) -> list[dict[str, Any] | None]:
     """Of each of n processes, in order of rank: an error's name and text, and when; None where one is gone."""
     with socket.socket() as free:

@@ -127,7 +127,7 @@ def _meet(backend: str, limit: timedelta) -> None:
         distributed.init_process_group(backend, timeout=limit)
         return
     store, rank, size = next(iter(distributed.rendezvous("env://", timeout=limit)))
-    store = distributed.PrefixStore(f"restart-{restarts}", store)
+    store = distributed.PrefixStore(f"restart-{restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
