@@ -45,6 +45,7 @@ def test_sizes_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(short, "MOST_STEPS", 64)
     monkeypatch.setattr(short, "FEWEST_ROWS", 1)
     for length in (40, 10, 20, 40, 10):
-        tensors = {name: x.float().cuda().requires_grad_() for name, x in drawn(99, length, 16, 16).items()}
+        drawn_here = drawn(99, length, 16, 16)
+        tensors: dict[str, Any] = {name: x.float().cuda().requires_grad_() for name, x in drawn_here.items()}
         y: Any = selective_scan(**tensors, delta_softplus=True)
         assert all(x.isfinite().all() for x in torch.autograd.grad(y.sum(), list(tensors.values())))

@@ -200,6 +200,9 @@ def test_as_an_operator_of_pytorch() -> None:
     call = prepare(*[x for x in drawn(1, 9, 2, 1, 2, 3, F64)[:5] if x is not None])
     leaves = [None if x is None else x.requires_grad_() for x in call]
     torch.library.opcheck(torch.ops.selectra.ssd.default, (*leaves, "portable"))
+    # A batch of sequences that no chunk's length divides.
+    odd = prepare(*[x for x in drawn(2, 70, 2, 1, 2, 3, F32)[:5] if x is not None])
+    torch.library.opcheck(torch.ops.selectra.ssd.default, (*odd, "portable"))
     given = [x for x in leaves[:5] if x is not None]
     assert torch.autograd.gradcheck(lambda *given: torch.ops.selectra.ssd(*given, None, None, "portable"), given)
 

@@ -77,7 +77,9 @@ def _whole(call: SsdCall, backend: str) -> tuple[Tensor, Tensor]:
         return y, call.dt.new_zeros(batch, heads, p, call.B.shape[3]) if first is None else first.clone()
     if backend == "portable" and call.x.is_cuda:
         say_slow_path("ssd", backend, call, "cuda")
-    return kernel.forward(call)
+    y, state = kernel.forward(call)
+    # A last chunk that was filled up left a part of a longer tensor.
+    return y.contiguous(), state
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
