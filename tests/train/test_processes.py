@@ -100,11 +100,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_disk_is_named_and_loses_nothing(small_disk, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_loses_nothing(small_disk, tmp_path):
     whole, out = tmp_path / "whole", small_disk / "out"
     run = run_of("none", 30, eval_every=2)
     train(whole, run, 0.0)
-    monkeypatch.setenv("TO_FILL", str(small_disk / "filler"))
     (said,) = together(1, out, run, 0.0, 7, "fills")
     assert said and said["error"] == "DataError" and "No space left on device" in said["text"], said
     assert f"that of step {checkpoint.steps(out)[-1]} is whole" in said["text"]
