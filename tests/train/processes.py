@@ -9,6 +9,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ class Failing(TinyModel):
         return super().forward(x, **options)
 
 
-ACTS: dict[str, Callable[[], Any]] = {
-    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
-    "dies": lambda: os._exit(1),
-    "stalls": lambda: time.sleep(600),
-    "limits": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
-    "fills": lambda: fill(Path(os.environ["TO_FILL"])),
+ACTS: dict[str, Callable[[Path], Any]] = {
+    "term": lambda out: os.kill(os.getpid(), signal.SIGTERM),
+    "dies": lambda out: os._exit(1),
+    "stalls": lambda out: time.sleep(600),
+    "limits": lambda out: resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)),
+    "fills": lambda out: fill(out.with_name("filler")),
 }
 
 
@@ -60,7 +61,7 @@ def fill(path: Path) -> None:
             pass
 
 
-def run_of(kind: str, timeout: float, **settings: Any) -> Run:
+def run_of(kind: Any, timeout: float, **settings: Any) -> Run:
     """Twelve steps; the last batch of a pass, of 2, is smaller than some numbers of processes."""
     words: dict[str, Any] = {"steps": 12, "batch_size": 9, "eval_every": 4, "device": "cpu", **settings}
     return Run(
@@ -74,7 +75,7 @@ def train(out: Path, run: Run, dropout: float, at: int = 0, act: str = "") -> No
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with joined(run.parallel, "cpu") as world:
-        model = Failing(dropout, at, ACTS.get(act))
+        model = Failing(dropout, at, partial(ACTS[act], out) if act else None)
         fit(model, Forecasting(), windows(65), windows(30, 65), run, out, progress=False, world=world)
 
 
@@ -94,7 +95,7 @@ def _start(
 
 
 def together(
-    n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 60.0
+    n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 150.0
 ) -> list[dict[str, Any] | None]:
     """Of each of n processes, in order of rank: an error's name and text, and when; None where one is gone."""
     with socket.socket() as free:

@@ -82,7 +82,7 @@ def test_torchrun_starts_again_by_itself(tmp_path):
     words = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "tests.train.processes", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", *words]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120, capture_output=True)
+    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300, capture_output=True)
     lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines].count("resumed") == 1
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 13))
@@ -100,11 +100,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_disk_is_named_and_loses_nothing(small_disk, tmp_path, monkeypatch):
+def test_a_full_disk_is_named_and_loses_nothing(small_disk, tmp_path):
     whole, out = tmp_path / "whole", small_disk / "out"
     run = run_of("none", 30, eval_every=2)
     train(whole, run, 0.0)
-    monkeypatch.setenv("TO_FILL", str(small_disk / "filler"))
     (said,) = together(1, out, run, 0.0, 7, "fills")
     assert said and said["error"] == "DataError" and "No space left on device" in said["text"], said
     assert f"that of step {checkpoint.steps(out)[-1]} is whole" in said["text"]
@@ -156,6 +155,6 @@ def test_batch_norms_see_the_whole_batch():
             for rank in range(3):
                 assert torch.allclose(shares[rank], value[rank::3], atol=1e-12)
         else:
-            assert torch.allclose(sum(shares), value, atol=1e-12)
+            assert torch.allclose(torch.stack(shares).sum(0), value, atol=1e-12)
     for part in parts:
         assert torch.allclose(part[-2], mean, atol=1e-12) and torch.allclose(part[-1], var, atol=1e-12)

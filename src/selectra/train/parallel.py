@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -126,8 +127,8 @@ def _meet(backend: str, limit: timedelta) -> None:
     if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE", "1") != "1":
         distributed.init_process_group(backend, timeout=limit)
         return
-    store, rank, size = next(iter(distributed.rendezvous("env://", timeout=limit)))
-    store = distributed.PrefixStore(f"restart-{restarts}", store)
+    store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+    store = distributed.PrefixStore(f"restart-{restarts}", store)  # pyright: ignore[reportPrivateImportUsage]
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
 
 
