@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from selectra.report.read import whole
 from selectra.report.svg import COLORS, STYLE
@@ -36,12 +37,13 @@ def figure(points: list[Row]) -> Figure:
         shortest = heights.index(min(heights))
         columns[shortest].append(panel)
         heights[shortest] += len(panels[panel]) + 3
-    colors = {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
+    colors: Any = {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK,
               "ytick.color": INK, "grid.color": PALE, "figure.facecolor": "white", "axes.facecolor": "white",
               "savefig.facecolor": "white"}  # fmt: skip
     with mpl.rc_context({**STYLE, **colors}):
         drawn = Figure(figsize=(WIDTH, 0.7 + LINE_INCHES * max(heights)), layout="constrained")
-        for place, (sub, names) in enumerate(zip(drawn.subfigures(1, COLUMNS), columns, strict=True)):
+        halves: Any = drawn.subfigures(1, COLUMNS)
+        for place, (sub, names) in enumerate(zip(halves, columns, strict=True)):
             ratios = [len(panels[name]) + 1 for name in names]
             axes = sub.subplots(len(names), 1, squeeze=False, height_ratios=ratios)[:, 0] if names else []
             for ax, name in zip(axes, names, strict=True):
@@ -49,7 +51,7 @@ def figure(points: list[Row]) -> Figure:
             if len(names):
                 axes[-1].set_xlabel("Mamba better by, % of the rival's score (below zero: worse)")
             if place == 0 and names:
-                handles = [mpl.lines.Line2D([], [], color=color, marker=marker, label=words)  # pyright: ignore[reportAttributeAccessIssue]
+                handles = [Line2D([], [], color=color, marker=marker, label=words)
                            for color, marker, words in LOOKS.values()]  # fmt: skip
                 drawn.legend(handles=handles, loc="outside upper center", ncols=3, fontsize=9)
     return drawn
