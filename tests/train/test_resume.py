@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from selectra.errors import ConfigError, DataError
+from selectra.errors import ConfigError, DataError, RankError
 from selectra.train import checkpoint
+from selectra.train import state as state_module
+from selectra.train.parallel import _others_named
 from selectra.train.record import Record
 from selectra.train.state import State
-from selectra.train.stop import StoppedError
+from selectra.train.stop import StalledError, StoppedError
 from tests.train.tiny import TinyModel, train
 
 ROOT = Path(__file__).parents[2]
@@ -242,3 +244,80 @@ def test_an_error_leaves_the_former_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "whole"
     assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+class CrashError(Exception):
+    """Stands for whatever ends a process at a bad moment."""
+
+
+def test_what_was_read_is_not_written_again(tmp_path, monkeypatch, whole):
+    saved, save = [], State.save
+
+    def counted(self, record):
+        saved.append(self.at.step)
+        if len(saved) == 2:
+            raise CrashError
+        save(self, record)
+
+    monkeypatch.setattr(State, "save", counted)
+    with pytest.raises(CrashError):
+        train(tmp_path)
+    assert saved == [4, 8] and checkpoint.steps(tmp_path) == [4]
+    model, _ = train(tmp_path)
+    assert saved == [4, 8, 8, 12]
+    assert same_weights(model, whole[1])
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_loses_nothing(tmp_path, monkeypatch, whole):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            train(tmp_path)
+    (step,) = checkpoint.steps(tmp_path)
+    path = checkpoint.folder(tmp_path, step)
+    # As it is between the two changes of names.
+    path.rename(path.with_name(checkpoint.REPLACED + path.name))
+    model, _ = train(tmp_path)
+    assert [line["event"] for line in lines(tmp_path)].count("resumed") == 1
+    assert losses(tmp_path) == losses(whole[0])
+    assert same_weights(model, whole[1])
+
+
+def test_a_process_whose_files_are_all_missing_is_noticed(tmp_path, whole):
+    out = tmp_path / "copy"
+    shutil.copytree(whole[0], out)
+    for step in checkpoint.steps(out):
+        for file in checkpoint.folder(out, step).glob("__0*"):
+            file.unlink()
+    with pytest.raises(DataError, match="is missing"):
+        train(out)
+
+
+def test_how_steps_are_computed_is_not_taken_from_a_checkpoint(tmp_path, monkeypatch):
+    """FSDP2 on a GPU takes fused steps, whose counts lie on the device; DDP does not."""
+    with monkeypatch.context() as patch:
+        plain = state_module._without_tensors
+        patch.setattr(state_module, "_without_tensors", lambda group: plain(group) | {"fused": True})
+        stop_at(patch, 3, signal.SIGTERM)
+        with pytest.raises(StoppedError):
+            train(tmp_path)
+    found, resume = [], State.resume
+
+    def resumed(self):
+        length = resume(self)
+        found.extend(group["fused"] for group in self.optimizer.param_groups)
+        return length
+
+    monkeypatch.setattr(State, "resume", resumed)
+    train(tmp_path)
+    assert found and not any(found)
+
+
+@pytest.mark.parametrize("error", [StalledError("a loader timed out (train.load_timeout)"), StoppedError(3, "x/nccl")])
+def test_an_own_error_is_not_another_processs(monkeypatch, error):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(type(error)), _others_named(5):
+        raise error
+    with pytest.raises(RankError), _others_named(5):
+        raise RuntimeError("gloo: connection closed by peer")

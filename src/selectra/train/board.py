@@ -31,7 +31,7 @@ class Board:
                 "TensorBoard is not installed: pip install 'selectra[scale]', or leave --tensorboard out."
             ) from error
         # Step `first` itself is written.
-        self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None, flush_secs=10)
+        self._writer = SummaryWriter(str(folder), purge_step=first + 1, flush_secs=10)
         self._written = 0.0
 
     def write(self, event: str, values: Mapping[str, Any]) -> None:

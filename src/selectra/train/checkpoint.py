@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from selectra.errors import ConfigError, DataError
 
 CHECKPOINTS, WEIGHTS = "checkpoints", "model.safetensors"
+# Before the name of a checkpoint while another one of its step takes its place.
+REPLACED = ".old-"
 # What versions up to 0.2 wrote instead of the folder; it is read, and not written.
 CHECKPOINT, FORMAT = "checkpoint.pt", 1
 ADVICE = "Delete it to go on from the one before it, or from the start, or put a whole copy in its place."
@@ -36,6 +38,14 @@ def steps(out: Path) -> list[int]:
 def folder(out: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
     return out / CHECKPOINTS / f"step-{step:09d}"
+
+
+def recover(out: Path) -> None:
+    """Give a checkpoint its name back that was about to be replaced when the process was killed."""
+    for path in (out / CHECKPOINTS).glob(f"{REPLACED}step-*"):
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if not final.exists():
+            path.rename(final)
 
 
 def latest(out: Path) -> Path | None:

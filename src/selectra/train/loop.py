@@ -77,6 +77,7 @@ def fit(
     learns = any(p.requires_grad for p in model.parameters()) and not hasattr(model, "solve")
     if out is not None and world.first:
         checkpoint.writable_folder(out)
+        checkpoint.recover(out)
     order = training_order(train_windows, run.train, world) if learns else None
     if run.train.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

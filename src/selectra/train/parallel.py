@@ -17,9 +17,10 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from selectra.errors import ConfigError, RankError
+from selectra.errors import BackendError, ConfigError, RankError
 from selectra.ops.length_parallel import same_split
 from selectra.spec import Parallel
+from selectra.train.stop import DeviceMemoryError, StalledError, StoppedError
 
 # How gloo, NCCL and the store name the end or the silence of another process.
 OTHERS_FAILED = re.compile(r"gloo|nccl|ProcessGroup|connection (closed|reset|refused)|timed? ?out|broken pipe", re.I)
@@ -140,9 +141,8 @@ def _others_named(timeout: float) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        if isinstance(error, RankError) or not (
-            isinstance(error, distributed.DistError) or OTHERS_FAILED.search(str(error))
-        ):
+        own = isinstance(error, (RankError, BackendError, StoppedError, StalledError, DeviceMemoryError))
+        if own or not (isinstance(error, distributed.DistError) or OTHERS_FAILED.search(str(error))):
             raise
         rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
         reason = " ".join(str(error).split())[:200]

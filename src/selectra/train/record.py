@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from importlib import metadata
@@ -239,6 +240,7 @@ def open_record(
     if length == 0:
         # Weights of an earlier training must never lie beside the run.json of this one.
         forget(out)
+        shutil.rmtree(out / FOLDER, ignore_errors=True)
     record = Record(out / RECORD, length, Board(out / FOLDER, board[1]) if board[0] else None)
     write_run(out, run, resolved, data)
     facts = {"run": run.name, "seed": run.train.seed, "processes": world.size, "device": str(world.device)}

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from selectra.errors import DataError
-from selectra.train.checkpoint import CHECKPOINTS, damaged, folder, steps
+from selectra.train.checkpoint import CHECKPOINTS, REPLACED, damaged, folder, steps
 from selectra.train.parallel import World
 
 FORMAT = 2
@@ -119,6 +119,14 @@ def _synced(path: Path) -> None:
         os.close(number)
 
 
+def _drop(path: Path) -> None:
+    """Remove a checkpoint; it is never half there under its name."""
+    gone = path.with_name(f".gone-{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def _sum(path: Path) -> int:
     """The CRC-32 of a file."""
     found = 0
@@ -149,18 +157,23 @@ class _Writer(FileSystemWriter):
         here = Path(self.path)
         with (here / STATE).open("wb") as file:
             torch.save({"format": FORMAT, **self.state}, file)
-        self._write_sums(here / f"{SUMS}.json", {name: _sum(here / name) for name in (STATE, METADATA)})
+        lists = sorted(path.name for path in here.glob(f"*_{SUMS}.json"))
+        self._write_sums(here / f"{SUMS}.json", {name: _sum(here / name) for name in [STATE, METADATA, *lists]})
         for file in here.iterdir():
             _synced(file)
         _synced(here)
+        # Of the same step, by the same training before it was called again; `recover` gives it its name back where the
+        # new one did not get it.
+        before = self.final.with_name(REPLACED + self.final.name)
         if self.final.exists():
-            # Of the same step, by the same training before it was called again.
-            shutil.rmtree(self.final)
+            shutil.rmtree(before, ignore_errors=True)
+            self.final.rename(before)
         here.rename(self.final)
         _synced(self.final.parent)
+        shutil.rmtree(before, ignore_errors=True)
         out = self.final.parents[1]
         for step in steps(out)[: -self.keep]:
-            shutil.rmtree(folder(out, step))
+            _drop(folder(out, step))
 
     def _write_sums(self, path: Path, sums: Mapping[str, int]) -> None:
         with path.open("w") as file:
@@ -257,4 +270,8 @@ class Snapshot:
             name = (missing or sorted(other))[0]
             raise damaged(self.path, f"'{name}' is {'missing' if missing else f'{tuple(self.shape(name))}'}")
         alone = self.world.files is None
-        load(tensors, storage_reader=self.reader, process_group=self.world.files, no_dist=alone)
+        try:
+            load(tensors, storage_reader=self.reader, process_group=self.world.files, no_dist=alone)
+        except CheckpointException as error:
+            _, (cause, _) = min(error.failures.items())
+            raise damaged(self.path, " ".join(str(cause).split())[:300]) from error

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 
 StoppedBy = Literal["", "steps", "patience", "solved", "nothing to train"]
 # What may differ when a training goes on: nothing that is learnt depends on it, but for rounding.
-FREE = ("name", "train.keep", "train.save_every", "train.workers", "parallel.")
+FREE = {
+    "name", "train.keep", "train.save_every", "train.workers", "train.load_timeout", "train.threads", "train.device",
+    "data.args.timeout", "data.args.attempts",
+}  # fmt: skip
+# How steps are computed, which the kind of parallelism and the device say; not what.
+HOW = {"fused", "foreach", "capturable", "differentiable"}
 
 
 @dataclass
@@ -74,6 +79,7 @@ class State:
         # Models that learn nothing by gradient have no running mean.
         self.mean: RunningMean | None = None
         self._snapshots: Snapshots | None = None
+        self._saved_at = 0
         seed_everything(run.train.seed + world.rank)
         if order is not None:
             accumulate, passes = run.train.accumulate, run.train.epochs or 0.0
@@ -111,7 +117,7 @@ class State:
     @property
     def save_due(self) -> bool:
         """Whether this step ends with a checkpoint."""
-        return self.at.step > 0 and self.at.step % (self.run.train.save_every or self.eval_every) == 0
+        return self.at.step > self._saved_at and self.at.step % (self.run.train.save_every or self.eval_every) == 0
 
     @property
     def resume_command(self) -> str:
@@ -206,6 +212,7 @@ class State:
 
             self._snapshots = Snapshots(self.out, self.world, self.run.train.keep)
         self._snapshots.save(self.at.step, tensors, rest)
+        self._saved_at = self.at.step
 
     @property
     def save_failed(self) -> bool:
@@ -269,8 +276,11 @@ class State:
         if self.mean is not None:
             self.mean.load_state_dict({name: tensors[f"mean.{name}"] for name in self.mean.state_dict()})
         for group, stored in zip(self.optimizer.param_groups, saved["groups"], strict=True):
-            group.update(stored)
-        return self._resume_rest(saved)
+            group.update({key: value for key, value in stored.items() if key not in HOW})
+        length = self._resume_rest(saved)
+        # What was read is not written once more.
+        self._saved_at = self.at.step
+        return length
 
     def _resume_from_file(self, path: Path) -> int:
         """Go on from a checkpoint of one file, as earlier versions wrote it."""
@@ -331,7 +341,7 @@ def _refuse_another_run(out: Path, saved: str, run: Run) -> None:
     different = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
-        if not key.startswith(FREE) and before.get(key) != now.get(key)
+        if key not in FREE and not key.startswith("parallel.") and before.get(key) != now.get(key)
     ]
     if different:
         raise ConfigError(
