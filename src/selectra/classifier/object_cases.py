@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from selectra.classifier.cases import EACH, MANY, best_and_worst
 from selectra.report.object_cases import Boxes, ObjectCase, ObjectCases
+from selectra.tasks.detection import ObjectEvaluator
 from selectra.train.checkpoint import WEIGHTS, load_weights
 from selectra.train.job import build
 from selectra.train.parallel import pick_device
@@ -41,7 +42,7 @@ def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: tor
     windows.transform = None
     table, sides = np.full((len(windows), len(classes)), np.nan), []
     for i in range(len(windows)):
-        batch, evaluator = windows[[i]].to(device), built.task.evaluator()
+        batch, evaluator = windows[[i]].to(device), cast(ObjectEvaluator, built.task.evaluator())
         with torch.inference_mode(), autocast(device, run.train.precision):
             (found,) = model(batch.x)
         evaluator.add(batch.truths[0], found)
