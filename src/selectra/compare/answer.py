@@ -96,7 +96,7 @@ def _forecasting(found: Row, records: dict[str, Row]) -> None:
 
 
 def _sums(by_outcome: dict[str, list[str]]) -> str:
-    said = (("wins", "worse"), ("level", "level with it"), ("loses", "better"))
+    said = (("wins", "worse"), ("level", "not told apart from it"), ("loses", "better"))
     return "; ".join(f"{_words(by_outcome[key])} {words}" for key, words in said if by_outcome[key])
 
 
@@ -169,7 +169,9 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
 def _contest(found: Row, name: str, record: Row) -> None:
     """A study of Mamba against other kinds: its comparisons are claims like others."""
     bases, by_outcome = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), defaultdict(list)
-    for each in record["overall"]:
+    # Another Mamba is no rival; what is left is corrected for its own number.
+    rivals = [each for each in record["overall"] if record["kinds"].get(each["rival"]) != "mamba"]
+    for each in judged(rivals, record["higher_is_better"]):
         by_outcome[OUTCOMES[each["outcome"]]].append(each["rival"])
         if each["unit"] == "%":
             panel, names = f"{bases}, {record['metric']}", (record["subject"], each["rival"])

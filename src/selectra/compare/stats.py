@@ -13,10 +13,12 @@ CONFIDENCE = 0.95
 # Of all differences that a study looks at, the chance that one is called real and is none.
 ERROR_RATE = 0.05
 FEWEST = 3
+# Below so many pairs resampling them says little: three numbers have ten different means.
+RESAMPLED = 8
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """The mean of paired differences `ours - theirs`, and its bootstrap interval (BCa, 95 %) over the pairs.
+    """The mean of paired differences `ours - theirs`, and its 95 % interval over the pairs: BCa, or Student's where they are few.
 
     Raises:
         ConfigError: There are fewer than three pairs.
@@ -41,6 +43,9 @@ def _interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
     # Equal differences have no distribution to resample.
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max(initial=0.0):
         return float(differences.mean()), float(differences.mean())
+    if len(differences) < RESAMPLED:
+        low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, differences.mean(), stats.sem(differences))
+        return float(low), float(high)
     found = stats.bootstrap(
         (differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="BCa",
         random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]
@@ -58,8 +63,8 @@ def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> d
 
     The difference is that of logarithms in per cent, so that a pair of large values weighs no more than one of small
     ones; where a value is not above zero, it is the plain difference. `resolution` is the smallest difference that so
-    many pairs of this spread could just have shown, alone. With three pairs a bootstrap interval is hardly wider than
-    the pairs' own range; the t-test, which knows how few they are, is what a verdict rests on.
+    many pairs of this spread could just have shown, alone. The interval is a bootstrap's (BCa) from eight pairs on. Of
+    fewer it is Student's, as the test is: a bootstrap of three is hardly wider than their own range.
 
     Raises:
         ConfigError: There are fewer than three pairs.
@@ -68,9 +73,9 @@ def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> d
     relative = min(*ours, *theirs) > 0
     each = 100 * _differences(np.log(ours).tolist(), np.log(theirs).tolist()) if relative else raw
     sure = float(np.ptp(each)) <= 1e-9 * max(1.0, float(np.abs(each).max()))
-    low, high = _interval(each, seed)
     t = stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * float(np.std(each, ddof=1)) / np.sqrt(len(each))
     mean = float(each.mean())
+    low, high = _interval(each, seed)
     always = 0.0 if abs(mean) > 1e-9 else 1.0
     p_value = always if sure else float(cast(Any, stats.ttest_1samp(each, 0.0)).pvalue)
     return {
@@ -97,7 +102,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def judged(contrasts: Sequence[dict[str, Any]], higher_is_better: bool = False) -> list[dict[str, Any]]:
     """Contrasts that are looked at together, each with its adjusted p-value and an outcome: better, worse, level.
 
-    A difference counts where the adjusted p-value is below 0.05 and the bootstrap interval leaves zero out.
+    A difference counts where the adjusted p-value is below 0.05 and the interval leaves zero out.
     """
     found = []
     for each, p_adjusted in zip(contrasts, holm([each["p"] for each in contrasts]), strict=True):

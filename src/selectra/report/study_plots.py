@@ -63,7 +63,7 @@ def trainings(content: Row, rows: Sequence[Row], name: str) -> str:
 
 
 def differences(content: Row) -> str:
-    """How far the subject lies from each rival, with bootstrap intervals."""
+    """How far the subject lies from each rival, with intervals."""
     rows, (color, _) = content["overall"], looks(content)[content["subject"]]
     picture = Picture("differences", WIDTH, 1.1 + 0.34 * len(rows))
     for place, row in enumerate(rows):
