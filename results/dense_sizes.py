@@ -37,8 +37,6 @@ from selectra.train.precision import autocast
 from selectra.train.record import environment
 
 CARD, N_CLASSES, BATCH_SECONDS, FROM = 80e9, 11, 0.4, 2048
-# Seconds: a shorter first call is left out, as it compiles kernels.
-COLD = 8
 ENCODER = {"dims": (64, 128, 256, 512), "depths": (2, 2, 9, 2)}
 XT = Spec("xt_base", backbone=Spec("vmamba_tiny_s1l8", **ENCODER), region=256, at_once=16, d_model=768, context="mamba")
 BACKBONES = {
@@ -88,13 +86,14 @@ class Bench:
         return forward if mode == "forward" else step
 
     def measure(self, mode: str, side: int) -> dict[str, Any]:
-        """Seconds and peak memory; the first call is left out where there is time for more."""
+        """Seconds and peak memory; the first call compiles kernels and is never a time."""
         call = self.call(mode, side)
         self._clear()
         first = self._seconds(call)
         peak, reserved = self._peaks()
-        rounds = min(5, int(BATCH_SECONDS / first)) if first < COLD else 0
-        each = [self._seconds(call) for _ in range(max(1, rounds))] if first < COLD else [first]
+        again = self._seconds(call)
+        rounds = min(5, int(BATCH_SECONDS / again))
+        each = [again, *(self._seconds(call) for _ in range(rounds - 1))]
         middle = float(np.median(each))
         return {"seconds": middle, "calls": len(each), "first": first, "peak": peak, "reserved": reserved}
 
