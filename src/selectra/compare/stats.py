@@ -18,7 +18,7 @@ RESAMPLED = 8
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """The mean of paired differences `ours - theirs`, and its 95 % interval over the pairs: BCa, or Student's where they are few.
+    """The mean of paired differences `ours - theirs`, and its 95 % interval: BCa, or Student's of few pairs.
 
     Raises:
         ConfigError: There are fewer than three pairs.

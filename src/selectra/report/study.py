@@ -224,9 +224,9 @@ def reading(content: Row) -> list[str]:
         "It counts as real where a paired t-test, corrected by Holm's method for all comparisons of its group (over "
         f"all data; on single data sets), gives p below {content['error_rate']:g}, and the paired interval "
         f"leaves out zero: in at most {rate} of studies any difference of a group is called real that is none.",
-        "Intervals (95 %) are Student's below eight pairs, of which a bootstrap would say little more than their range, "
-        'and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so many seeds of this spread '
-        "can tell from chance, alone.",
+        "Intervals (95 %) are Student's below eight pairs, of which a bootstrap would say little more than their "
+        'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
+        "many seeds of this spread can tell from chance, alone.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
         "synchronised calls after a warm-up, with the interquartile range, in float32, eager"
         + (", with TF32." if any(row["cost"]["tf32"] for row in content["rows"]) else ", without TF32."),
