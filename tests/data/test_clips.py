@@ -2,6 +2,7 @@
 
 import importlib
 import zipfile
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -23,10 +24,34 @@ def ramp(length, height=32, width=48, first=0):
     return (level + torch.linspace(0, 20, width)).expand(length, 3, height, width).to(torch.uint8)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("a.avi", "mpeg4"), ("a.mkv", "ffv1"), ("a.mp4", "mpeg4"), ("a.npy", "")])
-def test_frames_are_those_that_were_written(tmp_path, name, codec):
+def write_late(path, frames, codec, b_frames=0, first=0):
+    """With frames that are stored before those that they follow, or a first one that is not shown at once."""
+    av = importlib.import_module("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width = frames.shape[2:]
+        stream.pix_fmt, stream.bit_rate, stream.codec_context.max_b_frames = "yuv420p", 400_000, b_frames
+        for i, each in enumerate(frames.permute(0, 2, 3, 1).contiguous().numpy()):
+            frame = av.VideoFrame.from_ndarray(each, format="rgb24")
+            frame.pts, frame.time_base = first + i, Fraction(1, 25)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "b_frames"),
+    [
+        ("a.avi", "mpeg4", 0), ("a.mkv", "ffv1", 0), ("a.mp4", "mpeg4", 0), ("a.npy", "", 0), ("a.wmv", "wmv2", 0),
+        ("a.mpg", "mpeg1video", 0), ("a.mpg", "mpeg2video", 0), ("a.avi", "mpeg4", 2), ("a.mp4", "mpeg4", 2),
+        ("a.mpg", "mpeg1video", 2), ("a.mpg", "mpeg2video", 2),
+    ],
+)  # fmt: skip
+def test_frames_are_those_that_were_written(tmp_path, name, codec, b_frames):
     frames = ramp(20)
-    write_clip(tmp_path / name, frames, codec=codec)
+    if b_frames:
+        write_late(tmp_path / name, frames, codec, b_frames)
+    else:
+        write_clip(tmp_path / name, frames, rate=25, codec=codec)
     video = Video(tmp_path / name, name)
     assert len(video) == 20
     wanted = [0, 19, 7, 7, 12]
@@ -127,6 +152,24 @@ def test_cut_off_files_are_named_and_left_out_where_asked(tmp_path, suffix, reas
     (root / "dark" / f"0.{suffix}").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match=f"dark/0.{suffix}"):
         clips_of(root, **sizes).video(0)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize(("suffix", "codec"), [("gif", "gif"), ("webm", "libvpx"), ("mkv", "ffv1"), ("mp4", "mpeg4")])
+def test_short_files_that_are_cut_off_are_refused(tmp_path, suffix, codec, share):
+    path = tmp_path / f"a.{suffix}"
+    write_clip(path, ramp(20), rate=25, codec=codec)
+    assert len(Video(path, path.name)) == 20
+    cut(path, share)
+    for content in (path, path.read_bytes()):
+        with pytest.raises(FaultyClipError, match=rf"'a.{suffix}' cannot be read"):
+            Video(content, path.name)
+
+
+def test_a_file_that_begins_late_is_whole(tmp_path):
+    for name, codec in (("a.mkv", "libvpx"), ("a.mp4", "mpeg4")):
+        write_late(tmp_path / name, ramp(20), codec, first=30)
+        assert (Video(tmp_path / name, name).frames([13]).int() - ramp(20)[[13]].int()).abs().max() <= 4
 
 
 def test_short_videos_are_named_left_out_or_held(tmp_path):

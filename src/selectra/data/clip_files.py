@@ -19,8 +19,15 @@ from selectra.errors import ConfigError, DataError
 
 SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".gif", ".npy"))
 ARRAY = ".npy"
-# Of a second: by how much the last frame may end before the time that a file says of itself.
-SLACK = 0.5
+# By FFmpeg's names, containers that hold the time of every frame and are searched by it. In others (AVI, ASF, MPEG
+# program streams) times are guessed or are those of decoding, so their frames are counted from the first on.
+BY_TIME = frozenset(("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "gif"))
+# Containers that hold no length of themselves: FFmpeg estimates one from what there is.
+SILENT = frozenset(("gif", "mpeg", "mpegvideo", "mpegts"))
+# By how much the last frame may end before the time that a file says of itself: frames, but at least so many seconds;
+# and seconds where the time between frames is not known, or the length said is that of another stream, too.
+SLACK_FRAMES, LEAST_SLACK, SLACK = 2, 0.05, 0.5
+GIF_END = b"\x3b"
 REMEDY = "Remove or replace it, or leave such files out with data.faulty=skip."
 Content = Path | bytes
 
@@ -52,7 +59,7 @@ class Clock:
     """When the frames of a video are shown.
 
     Args:
-        times: Of every frame, in the stream's ticks, rising.
+        times: Of every frame, in the stream's ticks, rising; numbers where frames are counted.
         seekable: Of the frames that can be decoded without those before them, rising.
     """
 
@@ -61,6 +68,27 @@ class Clock:
 
     def __len__(self) -> int:
         return len(self.times)
+
+
+class _Packets:
+    """What the packets of a stream say, in its ticks."""
+
+    def __init__(self) -> None:
+        self.times: list[int] = []
+        self.alone: list[int] = []
+        self.ends, self.count, self.decoded = 0, 0, 0
+
+    def add(self, packet: Any, decode: bool) -> None:
+        self.decoded += len(packet.decode()) if decode else 0
+        if packet.size == 0:
+            return
+        self.count += 1
+        if packet.pts is None:
+            return
+        self.times.append(packet.pts)
+        self.ends = max(self.ends, packet.pts + (packet.duration or 0))
+        if packet.is_keyframe:
+            self.alone.append(packet.pts)
 
 
 class Video:
@@ -103,30 +131,44 @@ class Video:
         return torch.from_numpy(np.stack([found[number] for number in numbers])).permute(0, 3, 1, 2)
 
     def _decoded(self, wanted: list[int]) -> dict[int, np.ndarray[Any, Any]]:
-        """Forwards from a frame that can be decoded alone, and on to the next such one where there is a gap."""
         av = pyav()
-        numbers = {int(time): i for i, time in enumerate(self.clock.times)}
-        found: dict[int, np.ndarray[Any, Any]] = {}
         try:
             with self._open() as container:
-                stream = container.streams.video[0]
-                while len(found) < len(wanted):
-                    first = next(number for number in wanted if number not in found)
-                    time = int(self.clock.times[first])
-                    place = int(np.searchsorted(self.clock.seekable, time, side="right")) - 1
-                    start = int(self.clock.seekable[max(0, place)])
-                    container.seek(start, stream=stream)
-                    before = len(found)
-                    for frame in container.decode(stream):
-                        number = numbers.get(frame.pts) if frame.pts is not None else None
-                        if number in wanted and number not in found and not frame.is_corrupt:
-                            found[number] = frame.to_ndarray(format="rgb24")
-                        if frame.pts is not None and self._beyond(frame.pts, wanted, found):
-                            break
-                    if len(found) == before:
-                        break
+                read = self._by_time if container.format.name in BY_TIME else self._by_order
+                return read(container, wanted)
         except (av.error.FFmpegError, EOFError) as error:
             raise self._faulty(str(error)) from error
+
+    def _by_order(self, container: Any, wanted: list[int]) -> dict[int, np.ndarray[Any, Any]]:
+        """Counted from the first frame on."""
+        found: dict[int, np.ndarray[Any, Any]] = {}
+        for number, frame in enumerate(container.decode(container.streams.video[0])):
+            if number in wanted and not frame.is_corrupt:
+                found[number] = frame.to_ndarray(format="rgb24")
+            if number >= wanted[-1]:
+                break
+        return found
+
+    def _by_time(self, container: Any, wanted: list[int]) -> dict[int, np.ndarray[Any, Any]]:
+        """Forwards from a frame that can be decoded alone, and on to the next such one where there is a gap."""
+        numbers = {int(time): i for i, time in enumerate(self.clock.times)}
+        found: dict[int, np.ndarray[Any, Any]] = {}
+        stream = container.streams.video[0]
+        while len(found) < len(wanted):
+            first = next(number for number in wanted if number not in found)
+            time = int(self.clock.times[first])
+            place = int(np.searchsorted(self.clock.seekable, time, side="right")) - 1
+            start = int(self.clock.seekable[max(0, place)])
+            container.seek(start, stream=stream)
+            before = len(found)
+            for frame in container.decode(stream):
+                number = numbers.get(frame.pts) if frame.pts is not None else None
+                if number in wanted and number not in found and not frame.is_corrupt:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                if frame.pts is not None and self._beyond(frame.pts, wanted, found):
+                    break
+            if len(found) == before:
+                break
         return found
 
     def _beyond(self, time: int, wanted: list[int], found: dict[int, Any]) -> bool:
@@ -138,35 +180,46 @@ class Video:
         return self.clock.times[left[0]] > time and self.clock.seekable[max(0, jump)] > time
 
     def _looked(self) -> Clock:
-        """Times of all frames, without decoding them."""
+        """Reads all packets; decodes them only where frames are counted."""
         av = pyav()
-        times, alone, ends = [], [], 0
         try:
             with self._open() as container:
                 if not container.streams.video:
                     raise self._faulty("it has no pictures")
-                stream = container.streams.video[0]
-                said = _said(stream)
+                stream, by_time, seen = container.streams.video[0], container.format.name in BY_TIME, _Packets()
+                said = _said(container, stream)
                 for packet in container.demux(stream):
-                    if packet.pts is None or packet.size == 0:
-                        continue
                     if packet.is_corrupt:
                         raise self._faulty("a part of it is damaged")
-                    times.append(packet.pts)
-                    ends = max(ends, packet.pts + (packet.duration or 0))
-                    if packet.is_keyframe:
-                        alone.append(packet.pts)
-                began, tick, count = min(times, default=0), stream.time_base or Fraction(1), stream.frames
+                    seen.add(packet, decode=not by_time)
+                self._require_whole(container, stream, seen, said)
         except (av.error.FFmpegError, EOFError) as error:
             raise self._faulty(str(error)) from error
-        if not times or not alone:
+        if not (seen.alone if by_time else seen.decoded):
             raise self._faulty("it has no frame")
-        held = float((ends - began) * tick)
-        if count > len(times):
-            raise self._faulty(f"it is cut off: it says {count} frames and holds {len(times)}")
-        if said is not None and held < said - SLACK:
-            raise self._faulty(f"it is cut off: it says {said:.1f} s and holds {held:.1f} s")
-        return Clock(np.unique(np.array(times, np.int64)), np.unique(np.array(alone, np.int64)))
+        if not by_time:
+            return Clock(np.arange(seen.decoded), np.zeros(1, np.int64))
+        return Clock(np.unique(np.array(seen.times, np.int64)), np.unique(np.array(seen.alone, np.int64)))
+
+    def _require_whole(self, container: Any, stream: Any, seen: _Packets, said: float | None) -> None:
+        if container.format.name == "gif":
+            if not self._tail().rstrip(b"\0").endswith(GIF_END):
+                raise self._faulty("it is cut off: a GIF's last byte is missing")
+            return
+        if stream.frames > seen.count:
+            raise self._faulty(f"it is cut off: it says {stream.frames} frames and holds {seen.count}")
+        # Matroska's time, which is text, counts from zero, others' from the first frame.
+        began = 0 if stream.duration is None else min(seen.times, default=0)
+        held = float((seen.ends - began) * (stream.time_base or Fraction(1)))
+        if said is not None and held < said - _slack(container, stream):
+            raise self._faulty(f"it is cut off: it says {said:.2f} s and holds {held:.2f} s")
+
+    def _tail(self, size: int = 4096) -> bytes:
+        if not isinstance(self.content, Path):
+            return self.content[-size:]
+        with self.content.open("rb") as file:
+            file.seek(max(0, self.content.stat().st_size - size))
+            return file.read()
 
     def _open(self) -> Any:
         source = str(self.content) if isinstance(self.content, Path) else io.BytesIO(self.content)
@@ -176,8 +229,18 @@ class Video:
         return FaultyClipError(f"'{self.name}' cannot be read as a video: {reason}. {REMEDY}")
 
 
-def _said(stream: Any) -> float | None:
-    """Seconds that the stream says of itself; Matroska has them as text."""
+def _slack(container: Any, stream: Any) -> float:
+    """Seconds."""
+    shared = container.format.name == "asf" and len(container.streams) > 1
+    if shared or not stream.average_rate:
+        return SLACK
+    return max(SLACK_FRAMES / float(stream.average_rate), LEAST_SLACK)
+
+
+def _said(container: Any, stream: Any) -> float | None:
+    """Seconds that the file says of this stream; Matroska has them as text."""
+    if container.format.name in SILENT:
+        return None
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     text = {key.upper(): value for key, value in stream.metadata.items()}.get("DURATION")
@@ -225,7 +288,7 @@ def write_clip(path: Path, frames: UInt8[Tensor, "t c h w"], rate: int = 10, cod
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = pixels.shape[1:3]
-        stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        stream.pix_fmt = {"ffv1": "bgr0", "gif": "rgb8"}.get(codec, "yuv420p")
         stream.bit_rate = max(400_000, 8 * pixels[0].size)
         for each in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(each, format="rgb24")))
