@@ -42,10 +42,14 @@ def read_coco(
         by_name[PurePosixPath(picture).name].append(picture)
     contents = {name: _sections(name, read(name)) for name in names}
     named = _classes(contents, classes)
-    entries: list[Entry] = []
+    entries: dict[str, Entry] = {}
     for name, content in contents.items():
-        entries += _entries(name, content, by_name, named, problems)
-    return named, entries, len(set(pictures) - {entry.file for entry in entries})
+        for entry in _entries(name, content, by_name, named, problems):
+            first = entries.setdefault(entry.file, entry)
+            # One image in two parts would be trained on and tested with; listed twice, each has half of its objects.
+            if first is not entry:
+                problems.meet("faulty", f"{entry.said} is listed already, as {first.said}.")
+    return named, list(entries.values()), len(set(pictures) - entries.keys())
 
 
 def _sections(name: str, content: bytes) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def _entries(
     categories = {each["id"]: str(each["name"]) for each in content["categories"]}
     # Categories that the user left out by naming others are no error.
     left_out = {number for number, word in categories.items() if word not in classes}
-    images = {image["id"]: image for image in content["images"]}
+    images = _images(name, content["images"])
     by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         number, of = annotation.get("id"), annotation.get("image_id")
@@ -121,6 +125,20 @@ def _entries(
         ]  # fmt: skip
         entries.append(Entry(file, f"'{file}' (image id {of} in '{name}')", known, part, tuple(marks)))
     return entries
+
+
+def _images(name: str, listed: Sequence[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Images by id."""
+    found: dict[Any, dict[str, Any]] = {}
+    for image in listed:
+        first = found.setdefault(image["id"], image)
+        if first is not image:
+            raise DataError(
+                f"'{name}' gives the id {image['id']!r} to two images, '{first.get('file_name')}' and "
+                f"'{image.get('file_name')}', so that nothing says whose their annotations are: number images anew, as "
+                "when several sets are joined."
+            )
+    return found
 
 
 def _box(
