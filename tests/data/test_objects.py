@@ -214,21 +214,6 @@ def test_damaged_files_of_coco_are_named(tmp_path):
         Objects(str(root))
 
 
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        ({"size": [HEIGHT, WIDTH], "counts": [10, 5]}, "run lengths add up to 15, and the image has 768 pixels"),
-        ({"size": [5, 5], "counts": [25]}, r"the mask is of size \[5, 5\], and the image \[24, 32\]"),
-        ([[1, 2, 3, 4]], "no list of polygons with three corners or more"),
-        (None, r"has an object without a mask, and data\.masks=true asks for masks"),
-    ],
-)
-def test_bad_masks_are_named(tmp_path, shape, message):
-    data = coco_with(tmp_path, lambda content, _: content["annotations"][2].update(segmentation=shape), masks=True)
-    with pytest.raises(DataError, match=rf"'images/train/000011\.png' \(image id 11 .*{message}"):
-        data.read(1)
-
-
 def test_bad_images_are_named_or_left_out(tmp_path):
     content, files = coco(8)
     files["images/train/000012.png"] = files["images/train/000012.png"][:200]

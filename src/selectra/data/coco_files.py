@@ -119,7 +119,8 @@ def _entries(
         said = f"image id {of} in '{name}' ('{file}')"
         marks = [
             Mark(box, numbers[categories[each["category_id"]]], float(each.get("area", box[2] * box[3])),
-                 bool(each.get("iscrowd", 0)), each.get("segmentation") or None)
+                 crowd=bool(each.get("iscrowd", 0)), shape=each.get("segmentation") or None,
+                 said=f"annotation {each.get('id')}")
             for each in by_image[of]
             if (box := _box(each, known, said, problems)) is not None
         ]  # fmt: skip
