@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, Literal
 
 import numpy as np
@@ -112,9 +112,15 @@ class Problems:
         self.counts[kind] += 1
 
 
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that fits into a float; JSON's whole numbers may be of any length."""
+    # Not true of NaN.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def wrong_box(box: Sequence[float], size: tuple[int, int] | None) -> str | None:
     """Why a box (left, top, width, height) cannot be learned, in words; None for a good one."""
-    if len(box) != 4 or not all(isinstance(value, (int, float)) and isfinite(value) for value in box):
+    if len(box) != 4 or not all(is_finite(value) for value in box):
         return f"is {list(box)}, not four numbers (left, top, width, height)"
     left, top, width, height = box
     shown = f"(left {left:g}, top {top:g}, width {width:g}, height {height:g})"
