@@ -10,6 +10,7 @@ from faster_coco_eval.core import mask as coding
 
 from selectra.data import Objects
 from selectra.errors import ConfigError, DataError
+from selectra.tasks.detection import coco_annotations
 from tests.data.pictures import encoded, pixels, write_folder, write_zip
 
 HEIGHT, WIDTH = 24, 32
@@ -148,9 +149,13 @@ def test_voc(tmp_path):
     _, truth = data.read(0)
     # Corners count pixels from 1, and the last is inside.
     assert truth.boxes.tolist() == [[2, 3, 10, 8], [15, 4, 13, 16]] and truth.areas.tolist() == [80, 208]
-    assert truth.crowd.tolist() == [False, True] and Objects(path, difficult=True).read(0)[1].crowd.sum() == 0
+    assert truth.crowd.tolist() == [False, True] and truth.ignored is not None
+    assert truth.ignored.tolist() == [False, True] and Objects(path, difficult=True).read(0)[1].crowd.sum() == 0
     batch = data.windows("train")[[0]].to("cpu")
     assert batch.targets[0]["labels"].tolist() == [data.classes.index("cat")]
+    # What evaluation gets: no crowd, inside of which anything would be excused.
+    assert [each["iscrowd"] for each in coco_annotations(truth)] == [0, 0]
+    assert [each["area"] for each in coco_annotations(truth)] == [80, 2e10]
 
 
 def test_voc_lists_that_say_train_and_val_together(tmp_path):

@@ -34,9 +34,10 @@ class Mark:
         box: Left, top, width and height in pixels.
         label: Number of its class.
         area: Pixels that it covers, by which metrics know small from large.
-        crowd: A region of many, or an object that does not count: nothing learns from it, and finding it is no error.
+        crowd: A region of many: nothing learns from it, and whatever is found inside of it is no error.
         shape: Its mask as COCO has it (polygons, or a run-length encoding), or pixels (h, w); None without one.
         said: How messages name it.
+        ignored: An object that does not count: nothing learns from it, and finding it once is no error.
     """
 
     box: tuple[float, float, float, float]
@@ -45,6 +46,7 @@ class Mark:
     crowd: bool = False
     shape: Any = None
     said: str = "an object"
+    ignored: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,9 @@ class Truth:
         boxes: Left, top, width and height (n, 4), in float64.
         labels: Numbers of the classes (n,).
         areas: Pixels (n,).
-        crowd: Whether nothing counts there (n,).
+        crowd: Whether nothing counts there: a crowd, or an object that is ignored (n,).
         masks: One for each; None where none are asked for.
+        ignored: Which of these are no crowds, but single objects (n,); None where all are crowds.
     """
 
     image: int
@@ -87,6 +90,7 @@ class Truth:
     areas: np.ndarray[Any, Any]
     crowd: np.ndarray[Any, Any]
     masks: tuple[Rle, ...] | None = None
+    ignored: np.ndarray[Any, Any] | None = None
 
 
 @dataclass
@@ -221,6 +225,7 @@ def truth_of(entry: Entry, number: int, size: tuple[int, int], masks: bool) -> T
         np.array([mark.box for mark in marks], np.float64).reshape(-1, 4),
         np.array([mark.label for mark in marks], np.int64),
         np.array([mark.area for mark in marks], np.float64),
-        np.array([mark.crowd for mark in marks], bool),
+        np.array([mark.crowd or mark.ignored for mark in marks], bool),
         tuple(encoded(mark.shape, size) for mark in marks) if masks else None,
+        np.array([mark.ignored for mark in marks], bool),
     )

@@ -47,7 +47,7 @@ class Objects:
         split_seed: Of these draws.
         keep: Hold images in memory, on the device that trains; or read them from disk every time.
         difficult: Whether objects that Pascal VOC marks as difficult count as others do; else nothing learns from them,
-            and finding them is no error.
+            and finding each once (at an overlap of the threshold, at least a half) is no error.
         degenerate: What to do with boxes without area, outside of their image, or not of four numbers: name the first
             and stop, or leave them out.
         unknown: Likewise with annotations of unknown classes.
