@@ -3,10 +3,23 @@
 import re
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from selectra.cli import app
-from selectra.report.object_cases import RIGHT, WRONG, Boxes, ObjectCase, ObjectCases, drawn, matched, overlaps, page
+from selectra.errors import ConfigError
+from selectra.report.object_cases import (
+    RIGHT,
+    WRONG,
+    Boxes,
+    ObjectCase,
+    ObjectCases,
+    drawn,
+    excused,
+    matched,
+    overlaps,
+    page,
+)
 
 RUN = CliRunner()
 COLOURS = ((200, 0, 0), (0, 200, 0))
@@ -29,9 +42,31 @@ def test_each_true_box_is_found_once_and_surest_first():
     )
     found = boxes([[0, 0, 10, 9], [0, 0, 10, 10], [40, 0, 50, 10], [60, 0, 70, 10]], [0, 0, 0, 0])
     rights, taken = matched(true, found, 0)
-    # The second lies on the same object, the third on another class, the fourth on what does not count.
+    # The second lies on the same object, the third on another class; the fourth, on what does not count, is no gain and
+    # no error.
+    assert excused(true, found, 0).tolist() == [False, False, False, True]
     assert rights.tolist() == [True, False, False, False] and taken.tolist() == [True, False, False, False]
     assert matched(true, boxes([], []), 1)[1].tolist() == [False] * 4
+
+
+def test_what_lies_in_a_region_that_does_not_count_is_no_error():
+    true = boxes([[0, 0, 10, 10], [20, 0, 60, 40]], [0, 0], [True, False])
+    # Right, inside, most of it inside, a quarter inside, inside but of another class, and beside.
+    corners = [[0, 0, 10, 10], [30, 10, 35, 15], [55, 0, 62, 10], [57, 10, 69, 20], [30, 10, 35, 15], [70, 0, 80, 10]]
+    found = boxes(corners, [0, 0, 0, 0, 1, 0])
+    assert excused(true, found, 0).tolist() == [False, True, True, False, False, False]
+    assert not excused(true, found, 1).any() and not excused(boxes([], []), found, 0).any()
+    one = ObjectCase("b.png", np.full((40, 80, 3), 90, np.uint8), true, found, 0.5)
+    text = page(ObjectCases("run", "m", "d", "test", 3, 0.4, ("a", "b"), COLOURS, (0.4, float("nan")),
+                            (((one,), ()), ((), ())), 0.5))  # fmt: skip
+    assert "1 right, 2 not there, 0 missed" in text
+
+
+def test_a_part_without_objects_that_count_is_said():
+    none = ObjectCases("run", "m", "d", "val", 3, float("nan"), ("a", "b"), COLOURS, (float("nan"),) * 2,
+                       (((), ()), ((), ())), 0.5)  # fmt: skip
+    with pytest.raises(ConfigError, match="no image of the part 'val' of 'd' has an object that counts"):
+        page(none)
 
 
 def test_boxes_are_drawn_where_they_are_in_the_pages_size():

@@ -28,11 +28,18 @@ from selectra.tasks import Detection
 CLASSES = ("a", "b")
 
 
-def truth(image: int, boxes: list[list[float]], labels: list[int], crowd: list[bool] | None = None) -> Any:
+def truth(
+    image: int,
+    boxes: list[list[float]],
+    labels: list[int],
+    crowd: list[bool] | None = None,
+    ignored: list[bool] | None = None,
+) -> Any:
     box = np.array(boxes, np.float64).reshape(-1, 4)
-    flags = np.array(crowd or [False] * len(labels), bool)
+    single = None if ignored is None else np.array(ignored, bool)
+    flags = np.array(crowd or ignored or [False] * len(labels), bool)
     return SimpleNamespace(image=image, size=(100, 120), boxes=box, labels=np.array(labels, np.int64),
-                           areas=box[:, 2] * box[:, 3], crowd=flags, masks=None)  # fmt: skip
+                           areas=box[:, 2] * box[:, 3], crowd=flags, masks=None, ignored=single)  # fmt: skip
 
 
 def found(boxes: list[list[float]], labels: list[int], scores: list[float]) -> dict[str, Tensor]:
@@ -134,6 +141,25 @@ def test_crowds_are_no_error_and_no_gain():
     there.crowd[1] = False
     strict.add(there, found([[10, 10, 30, 40], [55, 25, 20, 20]], [0, 0], [0.5, 0.9]))
     assert strict.compute()["map50 a"] < 0.3
+
+
+def test_an_ignored_object_excuses_one_that_finds_it_and_not_what_lies_inside():
+    """Pascal VOC's rule for difficult objects (its development kit): each is found at an overlap of a half."""
+    there = truth(0, [[10, 10, 30, 40], [60, 20, 20, 20]], [0, 0], ignored=[False, True])
+
+    def value(*beside: list[float]) -> float:
+        ours = evaluator()
+        scores = [0.5, *(0.9 - 0.1 * i for i in range(len(beside)))]
+        ours.add(there, found([[10, 10, 30, 40], *beside], [0] * len(scores), scores))
+        return ours.compute()["map50 a"]
+
+    assert value() == value([60, 20, 20, 11]) == pytest.approx(1.0)
+    assert value([61, 21, 6, 6], [68, 21, 6, 6], [61, 30, 6, 6]) == pytest.approx(0.25)
+    # Twice, one of them is wrong.
+    assert value([60, 20, 20, 20], [60, 20, 20, 19]) == pytest.approx(0.5)
+    alone = evaluator()
+    alone.add(truth(0, [[60, 20, 20, 20]], [0], ignored=[True]), found([[60, 20, 20, 20]], [0], [0.9]))
+    assert all(math.isnan(number) for number in alone.compute().values())
 
 
 def test_processes_add_up_in_any_order():

@@ -7,13 +7,15 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from selectra.data.image_files import PARTS, SUFFIXES
-from selectra.data.object_truth import Entry, Mark, Problems, wrong_box
+from selectra.data.object_truth import Entry, Mark, Problems, is_finite, wrong_box
 from selectra.errors import DataError
 from selectra.spec import nearest
 
+# Whole numbers by COCO's form; some tools write text.
+Id = int | str
 SECTIONS = ("images", "annotations", "categories")
 
 
@@ -42,10 +44,14 @@ def read_coco(
         by_name[PurePosixPath(picture).name].append(picture)
     contents = {name: _sections(name, read(name)) for name in names}
     named = _classes(contents, classes)
-    entries: list[Entry] = []
+    entries: dict[str, Entry] = {}
     for name, content in contents.items():
-        entries += _entries(name, content, by_name, named, problems)
-    return named, entries, len(set(pictures) - {entry.file for entry in entries})
+        for entry in _entries(name, content, by_name, named, problems):
+            first = entries.setdefault(entry.file, entry)
+            # One image in two parts would be trained on and tested with; listed twice, each has half of its objects.
+            if first is not entry:
+                problems.meet("faulty", f"{entry.said} is listed already, as {first.said}.")
+    return named, list(entries.values()), len(set(pictures) - entries.keys())
 
 
 def _sections(name: str, content: bytes) -> dict[str, Any]:
@@ -64,16 +70,19 @@ def _sections(name: str, content: bytes) -> dict[str, Any]:
 
 def _classes(contents: dict[str, dict[str, Any]], wanted: Sequence[str]) -> list[str]:
     """Names of the classes by category id, the same in all files; or those that are asked for, in their order."""
-    by_id: dict[int, str] = {}
+    by_id: dict[Id, str] = {}
     for name, content in contents.items():
         for category in content["categories"]:
+            if not isinstance(category, dict) or not _is_id(category.get("id")) or not category.get("name"):
+                raise DataError(f"'{name}' has the category {_cut(category)}; a category has an id (a number) and "
+                                "a name. Correct it.")  # fmt: skip
             known = by_id.setdefault(category["id"], str(category["name"]))
             if known != str(category["name"]):
                 raise DataError(
-                    f"'{name}' calls category {category['id']} '{category['name']}', and another file of the set "
+                    f"'{name}' calls category {category['id']} '{category['name']}', and elsewhere the set calls it "
                     f"'{known}'; bring them to one list."
                 )
-    every = [by_id[number] for number in sorted(by_id)]
+    every = [by_id[number] for number in sorted(by_id, key=_order)]
     absent = [name for name in wanted if name not in every]
     if absent:
         raise DataError(f"data.classes names '{absent[0]}', which no category has; there are {every}."
@@ -84,58 +93,109 @@ def _classes(contents: dict[str, dict[str, Any]], wanted: Sequence[str]) -> list
 def _entries(
     name: str, content: dict[str, Any], by_name: dict[str, list[str]], classes: Sequence[str], problems: Problems
 ) -> list[Entry]:
-    categories = {each["id"]: str(each["name"]) for each in content["categories"]}
+    categories: dict[Id, str] = {each["id"]: str(each["name"]) for each in content["categories"]}
     # Categories that the user left out by naming others are no error.
     left_out = {number for number, word in categories.items() if word not in classes}
-    images = {image["id"]: image for image in content["images"]}
-    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    images = _images(name, content["images"], problems)
+    by_image: dict[Id, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
-        number, of = annotation.get("id"), annotation.get("image_id")
-        if of not in images:
+        if not isinstance(annotation, dict):
+            problems.meet("faulty", f"'{name}' has the annotation {_cut(annotation)}, which is no record of fields.")
+            continue
+        number, of, category = (annotation.get(key) for key in ("id", "image_id", "category_id"))
+        if not _is_id(of) or of not in images:
             problems.meet(
-                "faulty", f"annotation {number} in '{name}' is of image id {of}, which the file does not list."
+                "faulty", f"annotation {number} in '{name}' is of image id {_cut(of)}, which the file does not list."
             )
-        elif annotation.get("category_id") not in categories:
+        elif not _is_id(category) or category not in categories:
             problems.meet(
                 "unknown",
-                f"annotation {number} of image id {of} in '{name}' has category id {annotation.get('category_id')}, "
+                f"annotation {number} of image id {of} in '{name}' has category id {_cut(category)}, "
                 f"which the file does not name; its categories are {_shown(categories)}.",
             )
-        elif annotation["category_id"] not in left_out:
+        elif category not in left_out:
             by_image[of].append(annotation)
     numbers, part, entries = {word: i for i, word in enumerate(classes)}, part_of(name), []
-    for of in sorted(images):
+    for of in sorted(images, key=_order):
         file = _file(images[of], by_name, name, part)
         if file is None:
             problems.meet("faulty", f"image id {of} in '{name}' is the file '{images[of].get('file_name')}', which is "
                                     "not there.")  # fmt: skip
             continue
-        size = (images[of].get("height"), images[of].get("width"))
-        known = (int(size[0]), int(size[1])) if None not in size else None
+        height, width = images[of].get("height"), images[of].get("width")
+        known = None if height is None or width is None else (int(height), int(width))
         said = f"image id {of} in '{name}' ('{file}')"
-        marks = [
-            Mark(box, numbers[categories[each["category_id"]]], float(each.get("area", box[2] * box[3])),
-                 bool(each.get("iscrowd", 0)), each.get("segmentation") or None)
-            for each in by_image[of]
-            if (box := _box(each, known, said, problems)) is not None
-        ]  # fmt: skip
-        entries.append(Entry(file, f"'{file}' (image id {of} in '{name}')", known, part, tuple(marks)))
+        read = [_mark(each, numbers[categories[each["category_id"]]], known, said, problems) for each in by_image[of]]
+        marks = tuple(mark for mark in read if mark is not None)
+        entries.append(Entry(file, f"'{file}' (image id {of} in '{name}')", known, part, marks))
     return entries
 
 
-def _box(
-    annotation: dict[str, Any], size: tuple[int, int] | None, of: str, problems: Problems
-) -> tuple[float, float, float, float] | None:
-    box = annotation.get("bbox")
+def _images(name: str, listed: Sequence[Any], problems: Problems) -> dict[Id, dict[str, Any]]:
+    """Images by id, those whose fields are of the right types."""
+    found: dict[Id, dict[str, Any]] = {}
+    for image in listed:
+        if not isinstance(image, dict) or not _is_id(image.get("id")):
+            problems.meet("faulty", f"'{name}' lists the image {_cut(image)}; an image has an id, a whole number.")
+            continue
+        first = found.setdefault(image["id"], image)
+        if first is not image:
+            raise DataError(
+                f"'{name}' gives the id {image['id']!r} to two images, '{first.get('file_name')}' and "
+                f"'{image.get('file_name')}', so that nothing says whose their annotations are: number images anew, as "
+                "when several sets are joined."
+            )
+    for of, image in list(found.items()):
+        sides = {side: image.get(side) for side in ("height", "width")}
+        wrong = next((side for side, value in sides.items() if not (value is None or _is_length(value))), None)
+        if wrong is not None:
+            problems.meet("faulty", f"image id {of} in '{name}' has {wrong} {_cut(sides[wrong])}, no whole number "
+                                    "of pixels.")  # fmt: skip
+            del found[of]
+    return found
+
+
+def _mark(
+    annotation: dict[str, Any], label: int, size: tuple[int, int] | None, of: str, problems: Problems
+) -> Mark | None:
+    """An annotation of a known class; None, and a problem met, where its fields cannot be used."""
+    box, said = annotation.get("bbox"), f"annotation {annotation.get('id')}"
     wrong = "is not there" if not isinstance(box, list) else wrong_box(box, size)
-    if wrong is None:
-        left, top, width, height = box  # pyright: ignore[reportGeneralTypeIssues]
-        return left, top, width, height
-    problems.meet("degenerate", f"the box of annotation {annotation.get('id')} of {of} {wrong}.")
-    return None
+    if wrong is not None:
+        problems.meet("degenerate", f"the box of {said} of {of} {wrong}.")
+        return None
+    left, top, width, height = box  # pyright: ignore[reportGeneralTypeIssues]
+    area, crowd = annotation.get("area"), annotation.get("iscrowd", 0)
+    area = width * height if area is None else area
+    if not is_finite(area) or area < 0:
+        problems.meet("faulty", f"{said} of {of} has area {_cut(area)}, not pixels in a number from 0 on.")
+        return None
+    if crowd not in (0, 1):
+        problems.meet("faulty", f"{said} of {of} has iscrowd {_cut(crowd)}, not 0 or 1.")
+        return None
+    shape = annotation.get("segmentation") or None
+    return Mark((left, top, width, height), label, float(area), crowd=bool(crowd), shape=shape, said=said)
 
 
-def _shown(categories: dict[int, str]) -> str:
+def _is_id(value: Any) -> TypeGuard[Id]:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _order(value: Id) -> tuple[bool, Id]:
+    """Sorts ids, numbers before text."""
+    return isinstance(value, str), value
+
+
+def _is_length(value: Any) -> bool:
+    return is_finite(value) and value > 0 and value == int(value)
+
+
+def _cut(value: Any) -> str:
+    """A value as messages show it."""
+    return repr(value)[:60]
+
+
+def _shown(categories: dict[Id, str]) -> str:
     first = [f"{number} {word}" for number, word in list(categories.items())[:6]]
     return ", ".join(first) + (f" and {len(categories) - 6} more" if len(categories) > 6 else "")
 

@@ -14,7 +14,7 @@ from selectra.data.images import IMAGENET, MOST_HELD
 from selectra.data.mask_coding import distinct_colours
 from selectra.data.masks import FaultyError, decoded, split_rows
 from selectra.data.object_files import Layout, ObjectListing, list_objects, shapes
-from selectra.data.object_truth import Policy, Problems, Truth, truth_of
+from selectra.data.object_truth import Policy, Problems, Truth, check_masks, truth_of
 from selectra.data.object_views import ObjectAugment, ObjectViews, Rows
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets
@@ -47,7 +47,7 @@ class Objects:
         split_seed: Of these draws.
         keep: Hold images in memory, on the device that trains; or read them from disk every time.
         difficult: Whether objects that Pascal VOC marks as difficult count as others do; else nothing learns from them,
-            and finding them is no error.
+            and finding each once (at an overlap of the threshold, at least a half) is no error.
         degenerate: What to do with boxes without area, outside of their image, or not of four numbers: name the first
             and stop, or leave them out.
         unknown: Likewise with annotations of unknown classes.
@@ -93,6 +93,10 @@ class Objects:
         if drawn and classes:
             raise ConfigError(f"classes={classes}: the drawn set has its own, {self.listing.classes}; leave it out.")
         self.masks, self.faulty = masks, faulty
+        # Where annotations do not say an image's size, its masks are checked when it is read.
+        for entry in self.listing.entries if masks else ():
+            if entry.size is not None:
+                check_masks(entry, entry.size)
         taken = self._taken(only)
         same: dict[str, Rows] = dict.fromkeys(("train", "val", "test"), taken)
         self.rows = same if overfit else self._split(taken, val, test, split_seed)
@@ -170,6 +174,8 @@ class Objects:
                 f"{entry.said} is {size[1]} x {size[0]} pixels, and its annotations are of one of {entry.size[1]} x "
                 f"{entry.size[0]}: replace one of them, or leave such images out with data.faulty=skip."
             )
+        if self.masks and entry.size is None:
+            check_masks(entry, size)
         return torch.from_numpy(pixels).permute(2, 0, 1), truth_of(entry, row, size, self.masks)
 
     def readable(self, part: str) -> Rows:

@@ -125,4 +125,4 @@ def _mark(
         problems.meet("degenerate", f"a box of '{name}' in '{note}' {wrong}.")
         return None
     ignored = not difficult and _text(thing, "difficult") == "1"
-    return Mark(box, classes.index(name), box[2] * box[3], crowd=ignored)
+    return Mark(box, classes.index(name), box[2] * box[3], ignored=ignored)

@@ -10,6 +10,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw
 
+from selectra.errors import ConfigError
 from selectra.report.cases import LONGER, embedded
 from selectra.report.read import whole
 
@@ -103,6 +104,17 @@ def matched(true: Boxes, found: Boxes, number: int) -> tuple[Pixels, Pixels]:
     return rights, taken
 
 
+def excused(true: Boxes, found: Boxes, number: int) -> Pixels:
+    """Which of the found boxes of a class lie, by half of their own area, on one of its objects that does not count."""
+    there = true.boxes[(true.labels == number) & ~true.counts].astype(float)
+    boxes = found.boxes.astype(float)
+    low = np.maximum(boxes[:, None, :2], there[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], there[None, :, 2:])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    shares = (high - low).clip(0).prod(2) / np.maximum(areas, 1e-9)[:, None]
+    return (found.labels == number) & (shares >= SAME).any(1)
+
+
 def drawn(image: Pixels, lines: list[tuple[Pixels, tuple[int, int, int], int]]) -> Pixels:
     """The image in the page's size under boxes of some colour and width."""
     picture = Image.fromarray(image)
@@ -125,7 +137,7 @@ def _panels(case: ObjectCase, number: int, found: ObjectCases) -> dict[str, Any]
 
     rights, taken = matched(case.true, case.found, number)
     missed = (case.true.labels == number) & case.true.counts & ~taken
-    wrong = (case.found.labels == number) & ~rights
+    wrong = (case.found.labels == number) & ~rights & ~excused(case.true, case.found, number)
     difference = [(case.true.boxes[i], MISSED, THICK) for i in np.flatnonzero(missed)]
     difference += [(case.found.boxes[i], WRONG, THICK) for i in np.flatnonzero(wrong)]
     difference += [(case.found.boxes[i], RIGHT, THICK) for i in np.flatnonzero(rights)]
@@ -146,7 +158,16 @@ def _panels(case: ObjectCase, number: int, found: ObjectCases) -> dict[str, Any]
 
 
 def page(found: ObjectCases) -> str:
-    """The page as HTML; everything is in it."""
+    """The page as HTML; everything is in it.
+
+    Raises:
+        ConfigError: No image of the part has an object that counts.
+    """
+    if np.isnan(found.values).all():
+        raise ConfigError(
+            f"no image of the part '{found.part}' of '{found.data}' has an object that counts, so that no class has a "
+            "best or worst image: a page needs a part with annotated objects."
+        )
     environment = Environment(
         loader=PackageLoader("selectra", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

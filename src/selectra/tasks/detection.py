@@ -19,6 +19,9 @@ INSIDE = 0.5
 # What COCO's tools call the kinds of overlap, and what their metrics' names begin with here.
 KINDS = {"bbox": "", "segm": "mask_"}
 NAMES = {"AP_all": "map", "AP_50": "map50", "AP_75": "map75"}
+# COCO's tools ignore an object whose area is beyond all of their ranges, which end at 1e10, and with it the one that
+# finds it; of a crowd they ignore whatever is inside, however often and small.
+BEYOND = 2e10
 
 
 class Known(Protocol):
@@ -38,6 +41,8 @@ class Known(Protocol):
     def crowd(self) -> Any: ...
     @property
     def masks(self) -> Sequence[Any] | None: ...
+    @property
+    def ignored(self) -> Any: ...
 
 
 class AnnotatedImages(Protocol):
@@ -54,13 +59,14 @@ class AnnotatedImages(Protocol):
 
 def coco_annotations(truth: Known) -> list[dict[str, Any]]:
     """An image's objects in COCO's words; images and categories count from 1, and annotations are numbered later."""
+    ignored = np.zeros(len(truth.labels), bool) if truth.ignored is None else truth.ignored
     return [
         {
             "image_id": truth.image + 1,
             "category_id": int(truth.labels[i]) + 1,
             "bbox": [float(value) for value in truth.boxes[i]],
-            "area": float(truth.areas[i]),
-            "iscrowd": int(truth.crowd[i]),
+            "area": BEYOND if ignored[i] else float(truth.areas[i]),
+            "iscrowd": int(truth.crowd[i] and not ignored[i]),
             **({} if truth.masks is None else {"segmentation": truth.masks[i]}),
         }
         for i in range(len(truth.labels))
@@ -139,7 +145,7 @@ class ObjectEvaluator:
         return found
 
     def _of(self, kind: str) -> dict[str, float]:
-        if not any(not each["iscrowd"] for each in self.annotations):
+        if not any(not each["iscrowd"] and each["area"] < BEYOND for each in self.annotations):
             return dict.fromkeys(NAMES.values(), float("nan"))
         measured = self.measured(kind)
         # COCO's tools say -1 where there is nothing to measure.
