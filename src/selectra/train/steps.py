@@ -12,6 +12,7 @@ from selectra.train.batch_norms import together
 from selectra.train.batches import Order, Windows
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
+from selectra.train.loader import naming_ended
 from selectra.train.meter import Meter
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import wait_for_gradients, wrap
@@ -42,13 +43,14 @@ class Steps:
         self.stop = False
 
     def go(self) -> None:
-        # What was due when the training was interrupted comes first.
-        if not self.state.at.stopped_by:
-            self.after_step()
-        while not self.state.at.stopped_by:
-            loss = self.one_step()
-            self.display.step(self.state.at.step, loss, self.meter.rate, self.meter.wait)
-            self.after_step()
+        with naming_ended(self.state.run.train.workers):
+            # What was due when the training was interrupted comes first.
+            if not self.state.at.stopped_by:
+                self.after_step()
+            while not self.state.at.stopped_by:
+                loss = self.one_step()
+                self.display.step(self.state.at.step, loss, self.meter.rate, self.meter.wait)
+                self.after_step()
 
     def one_step(self) -> float:
         """One optimizer step; returns its loss over all processes."""
