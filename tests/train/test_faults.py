@@ -52,6 +52,12 @@ def test_a_loader_that_hangs_is_named_in_time(workers):
         train(lambda: time.sleep(60), workers=workers, load_timeout=1.5)
 
 
+def test_a_loader_that_hangs_in_an_evaluation_is_named_in_time():
+    run, val = make_run(workers=1, load_timeout=1.5), Faulty(lambda: time.sleep(8))
+    with within(1.5 + 5), pytest.raises(StalledError, match=r"prepare batches gave the next one within 1\.5 s"):
+        fit(TinyModel(), Forecasting(), windows(64), val, run, progress=False)
+
+
 def test_a_loader_that_is_killed_is_named():
     with within(10), pytest.raises(StalledError, match=r"has ended: .*lower train\.workers or train\.batch_size"):
         train(lambda: os._exit(9), workers=2)
@@ -165,6 +171,24 @@ def test_the_advice_does_not_name_what_is_done_already(tmp_path):
     with pytest.raises(DeviceMemoryError) as caught:
         fit(Full(True), Forecasting(), windows(64), None, run, progress=False)
     assert "bfloat16" not in str(caught.value) and "train.batch_size=0" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "way"),
+    [(9, "train.batch_size=3 with train.accumulate=6 "), (7, "train.batch_size=1 with "), (1, "")],
+)
+def test_a_batch_is_cut_into_equal_parts_only(batch_size, way):
+    run = make_run(batch_size=batch_size, accumulate=2)
+    with pytest.raises(DeviceMemoryError) as caught:
+        fit(Full(True), Forecasting(), windows(64), None, run, progress=False)
+    assert way in str(caught.value) and ("with train.accumulate" in str(caught.value)) == bool(way)
+
+
+def test_batch_norms_make_a_smaller_batch_another_gradient():
+    model = Full(True)
+    model.also = torch.nn.BatchNorm1d(3)
+    with pytest.raises(DeviceMemoryError, match=r"train\.batch_size=8 with train\.accumulate=2;"):
+        fit(model, Forecasting(), windows(64), None, make_run(), progress=False)
 
 
 def test_what_was_saved_before_the_memory_was_full_is_gone_on_with(tmp_path):

@@ -57,6 +57,9 @@ class _Coming(IterableDataset[Made]):
         try:
             for batch in self.batches:
                 yield Made(batch, tuple(taken(self.windows)))
+            # Behind the last batch, too.
+            if names := taken(self.windows):
+                yield Made(left_out=tuple(names))
         except (ConfigError, DataError) as error:
             yield Made(problem=error)
 
@@ -114,7 +117,8 @@ def load(
         if made.problem is not None:
             _end(batches)
             raise made.problem
-        yield made.batch
+        if made.batch is not None:
+            yield made.batch
 
 
 @contextlib.contextmanager

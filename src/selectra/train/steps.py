@@ -128,8 +128,9 @@ class Steps:
         state, began = self.state, time.monotonic()
         if self.val:
             metrics = evaluate(
-                state.measured, self.task, self.val, state.run.train.batch_size, state.world, self.precision
-            )
+                state.measured, self.task, self.val, state.run.train.batch_size, state.world, self.precision,
+                workers=state.run.train.workers, limit=state.run.train.load_timeout,
+            )  # fmt: skip
             seconds = time.monotonic() - began
             best = state.note(metrics, self.task.score(metrics))
             self.record.write("metrics", step=state.at.step, split="val", best=best, seconds=seconds, **metrics)
