@@ -60,8 +60,8 @@ class Steps:
         draws, seen = Draws(world.device), []
         with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
-                seen.append(batch := self.meter.take().to(world.device))
                 self.together.counts = self.order.counts(state.at.position + i)
+                seen.append(batch := self.meter.take(self.together.counts))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
                     loss = loss if self.together.counts else nothing_of(loss)
@@ -69,9 +69,10 @@ class Steps:
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
         said = [
-            torch.tensor(float(each), device=world.device).double() for each in (self.flag.asked, state.save_failed)
+            torch.tensor(float(each), device=world.device).double()
+            for each in (self.meter.samples, self.flag.asked, state.save_failed)
         ]
-        *totals, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
+        *totals, samples, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
         if failed:
             state.saved()
         totals = dict(zip(sums, totals, strict=True))
@@ -89,7 +90,7 @@ class Steps:
         self.stop = stop > 0
         if first:
             self.record.write("backends", step=state.at.step, **self.watch.found())
-        more = self.meter.step(seconds)
+        more = self.meter.step(seconds, samples)
         self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds, **more)
         state.at.seconds += seconds
         return means["loss"]
@@ -115,6 +116,8 @@ class Steps:
         if state.evaluation_due and not self.stop:
             self.validate()
         if self.stop or at.stopped_by or state.save_due:
+            # Behind the checkpoint nobody would name them again.
+            self.name_left_out()
             began = time.monotonic()
             state.save(self.record)
             self.display.clock.took("checkpoint", time.monotonic() - began, at.step)
@@ -137,5 +140,10 @@ class Steps:
             self.display.clock.took("evaluation", seconds, state.at.step)
             self.display.evaluated(state.at.step, metrics, best)
             state.at.seconds += seconds
-        self.display.left_out(self.record.left_out(state.at.step, left_out(self.splits, state.world)))
+        self.name_left_out()
         state.end_if_due()
+
+    def name_left_out(self) -> None:
+        """Tell of the samples that any process has left out since this was told last."""
+        names = left_out(self.splits, self.state.world)
+        self.display.left_out(self.record.left_out(self.state.at.step, names))
