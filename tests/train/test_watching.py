@@ -28,6 +28,7 @@ class Slow:
 
     def __init__(self, pause):
         self.windows, self.pause = windows(64), pause
+        self.left_out: list[str] = []
 
     def __len__(self):
         return len(self.windows)
