@@ -230,6 +230,16 @@ def test_a_shard_that_ends_before_the_index_does_is_named_or_left_out(folder, tm
         assert len(windows.left_out) == 5 and all("part-0002.tar" in each for each in windows.left_out)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_give_every_sample_of_an_evaluation_once_and_name_what_they_leave_out(tmp_path, workers):
+    good = {f"s{i}": {"png": image_of(i), "cls": b"1"} for i in range(16)}
+    path = write_shard(tmp_path / "bad.tar", {**good, "broken": {"png": b"no", "cls": b"1"}})
+    windows = ImageShards(str(path), val=str(path), n_classes=2, img_size=8, corrupt="skip").windows("val")
+    batches = list(every_window_once(windows, 4, World(), workers, 60.0))
+    assert [len(batch) for batch in batches] == [4] * 4
+    assert len(windows.left_out) == 1 and "'broken'" in windows.left_out[0]
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

@@ -91,6 +91,19 @@ def test_neither_batch_size_nor_processes_change_a_metric(size, batch_size):
     assert evaluators[0].compute() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(("batch_size", "most"), [(16, 4), (3, 1)])
+def test_processes_share_a_batch_of_an_evaluation(batch_size, most):
+    sizes = []
+
+    class Counting(TinyNaive):
+        def forward(self, x, **options):
+            sizes.append(len(x))
+            return super().forward(x, **options)
+
+    evaluate(Counting(), Forecasting(), windows(30), batch_size, _Alone(1, 4))
+    assert max(sizes) == most and sum(sizes) == 8
+
+
 class _Alone(World):
     """One of several processes, before their sums are brought together."""
 

@@ -14,6 +14,7 @@ from selectra.train.loop import fit
 from selectra.train.meter import Meter
 from selectra.train.parallel import World
 from selectra.train.record import Record
+from selectra.train.state import State
 from tests.train.tiny import TinyModel, make_run, windows
 
 
@@ -27,6 +28,7 @@ class Slow:
 
     def __init__(self, pause):
         self.windows, self.pause = windows(64), pause
+        self.left_out: list[str] = []
 
     def __len__(self):
         return len(self.windows)
@@ -45,12 +47,49 @@ def test_the_record_says_how_fast_a_step_was_and_what_it_took(tmp_path):
         assert line["norm"] > 0 and 0.01 < line["memory"] < 100
 
 
+class Read(list):
+    """A batch that is read where it is asked for."""
+
+    def __init__(self, samples, reads):
+        super().__init__(samples)
+        self.reads = reads
+
+    def to(self, _):
+        time.sleep(0.05)
+        return self
+
+
 def test_a_step_does_not_count_the_last_ones_data():
-    meter = Meter(iter([[1, 2, 3], [4]]), World(size=4))
+    meter = Meter(iter([Read([1, 2, 3], False), Read([4], False)]), World(size=4))
     meter.take()
-    assert meter.step(2.0)["rate"] == pytest.approx(6.0)
+    assert meter.samples == 3 and meter.step(2.0, 5)["rate"] == pytest.approx(2.5)
+    meter.take(counts=False)
+    assert meter.samples == 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_waiting_is_for_what_is_read_and_not_for_a_transfer(reads):
+    meter = Meter(iter([Read([1], reads)]), World())
     meter.take()
-    assert meter.step(2.0)["rate"] == pytest.approx(2.0)
+    assert (meter.step(0.1, 1)["wait"] > 0.4) == reads  # pyright: ignore[reportOptionalOperand]
+
+
+def test_samples_are_named_before_a_checkpoint_is_saved(tmp_path):
+    data = Slow(0.0)
+    data.left_out = ["sample 7"]
+    run = make_run(steps=3, eval_every=100, save_every=1)
+    steps = State.save
+    with pytest.MonkeyPatch.context() as patch:
+        named = []
+
+        def save(self, record):
+            named.append("left_out" in (tmp_path / "record.jsonl").read_text())
+            steps(self, record)
+
+        patch.setattr(State, "save", save)
+        patch.setattr("selectra.train.loader.taken", lambda _: [])
+        fit(TinyModel(), Forecasting(), data, None, run, tmp_path, progress=False)
+    assert named[0]
 
 
 def test_a_terminal_is_told_the_speed_and_of_waiting():
@@ -102,8 +141,7 @@ def test_a_record_line_waits_for_no_device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("a device was waited for"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     world = World(device=torch.device("cuda", 0))
-    meter = Meter(iter([[1]]), world)
-    meter.take()
+    meter = Meter(iter([]), world)
     with Record(tmp_path / "record.jsonl") as record:
-        record.write("step", step=1, **meter.step(0.5))
+        record.write("step", step=1, **meter.step(0.5, 1))
     assert json.loads((tmp_path / "record.jsonl").read_text())["memory"] == 3.0

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -124,6 +124,8 @@ class Waiting:
     views: ObjectViews
     index: list[int]
     epoch: int
+    reads: ClassVar[bool] = True
+    """Whether `to` may read files, which a training waits for."""
 
     def to(self, device: torch.device | str) -> ObjectBatch:
         """The batch, made on that device."""

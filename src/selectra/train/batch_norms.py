@@ -75,14 +75,18 @@ class Apart(contextlib.nullcontext[None]):
     counts = True
 
 
+def has_batch_norms(model: nn.Module) -> bool:
+    """Whether a model's output for one example depends, in training, on the others of its batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def together(model: nn.Module, world: World, compiled: bool) -> Together | Apart:
     """What the steps of a training run in, so that batch norms see all of a batch.
 
     Raises:
         ConfigError: The model is compiled, and what it makes of batch norms cannot be reached.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if world.size == 1 or not norms:
+    if world.size == 1 or not has_batch_norms(model):
         return Apart()
     if compiled:
         raise ConfigError(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import BatchSampler, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 from selectra.errors import ConfigError, DataError
 from selectra.spec import Train
@@ -94,12 +94,38 @@ class TrainingOrder:
             epoch, skip = epoch + 1, 0
 
 
-def every_window_once(windows: Windows | Stream, batch_size: int, world: World, workers: int = 0) -> Iterator[Any]:
-    """This process's share of all windows, in order; the shares overlap nowhere and miss nothing."""
+def of_each(batch_size: int, world: World) -> int:
+    """How many windows of such a batch over all processes each takes at once where nothing is learned from them."""
+    return max(1, batch_size // world.size)
+
+
+def every_window_once(
+    windows: Windows | Stream, batch_size: int, world: World, workers: int = 0, limit: float = 0.0
+) -> Iterator[Any]:
+    """This process's share of all windows; the shares overlap nowhere and miss nothing.
+
+    Args:
+        batch_size: Of this process.
+        workers: Processes that prepare them, each of a stream a part of it.
+        limit: Seconds that a wait for those may take; 0 for no limit.
+    """
     if isinstance(windows, Stream):
-        return windows.once(batch_size, (world.rank, world.size))
+        return load(_Once(windows, batch_size, (world.rank, world.size)), None, workers, limit, windows)
     mine = range(world.rank, len(windows), world.size)
-    return load(windows, list(BatchSampler(mine, batch_size, drop_last=False)), workers)
+    return load(windows, list(BatchSampler(mine, batch_size, drop_last=False)), workers, limit)
+
+
+class _Once(IterableDataset[Any]):
+    """One process's share of a stream; a loader's worker makes a part of it."""
+
+    def __init__(self, windows: Stream, batch_size: int, share: tuple[int, int]) -> None:
+        super().__init__()
+        self.windows, self.batch_size, self.share = windows, batch_size, share
+
+    def __iter__(self) -> Iterator[Any]:
+        worker, (rank, size) = get_worker_info(), self.share
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        return self.windows.once(self.batch_size, (rank * parts + part, size * parts))
 
 
 class Passes:

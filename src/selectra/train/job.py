@@ -192,7 +192,10 @@ def evaluate_job(
             raise DataError(f"the split '{split}' has no windows.")
         size = batch_size or run.train.batch_size
         model, evaluator = built.model.to(world.device), built.task.evaluator()
-        metrics = evaluate(model, built.task, windows, size, world, run.train.precision, evaluator)
+        workers, limit = run.train.workers, run.train.load_timeout
+        metrics = evaluate(
+            model, built.task, windows, size, world, run.train.precision, evaluator, workers=workers, limit=limit
+        )
         if world.first:
             details = getattr(evaluator, "details", dict)()
             _write_metrics(out, split, {"windows": len(windows), "metrics": metrics, **details}, world)

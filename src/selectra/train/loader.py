@@ -1,5 +1,11 @@
 """Batches from processes that prepare them: a fault in one is named, and a wait for them has a limit."""
 
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -11,6 +17,7 @@ from selectra.errors import ConfigError, DataError
 from selectra.train.stop import StalledError
 
 T = TypeVar("T")
+STOPS, SENDERS_KNOWN = {signal.SIGINT, signal.SIGTERM}, hasattr(signal, "sigwaitinfo")
 TIMED_OUT, DIED = "DataLoader timed out", "DataLoader worker (pid"
 
 
@@ -50,6 +57,9 @@ class _Coming(IterableDataset[Made]):
         try:
             for batch in self.batches:
                 yield Made(batch, tuple(taken(self.windows)))
+            # Behind the last batch, too.
+            if names := taken(self.windows):
+                yield Made(left_out=tuple(names))
         except (ConfigError, DataError) as error:
             yield Made(problem=error)
 
@@ -90,8 +100,10 @@ def load(
         num_workers=workers,
         timeout=limit if workers else 0,
         generator=torch.Generator(),
+        worker_init_fn=_hear_the_training_alone,
     )
-    batches = iter(loader)
+    with _stops_held():
+        batches = iter(loader)
     while True:
         try:
             made = next(batches)
@@ -105,7 +117,58 @@ def load(
         if made.problem is not None:
             _end(batches)
             raise made.problem
-        yield made.batch
+        if made.batch is not None:
+            yield made.batch
+
+
+@contextlib.contextmanager
+def naming_ended(workers: int) -> Iterator[None]:
+    """Inside the block the end of a process that prepares batches has its name, also while none of them is waited for.
+
+    PyTorch's handler of SIGCHLD raises wherever the main thread happens to be.
+
+    Raises:
+        StalledError: A process that prepares batches has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(DIED):
+            raise
+        raise _named(error, workers, 0.0) from error
+
+
+def _hear_the_training_alone(_: int) -> None:
+    """A process that prepares batches leaves stops to the training, and ends when the training says so.
+
+    A cluster sends SIGTERM to every process, a terminal SIGINT: the training, which saves, still needs its batches.
+    Where signals do not tell who sent them (macOS, Windows) they end the process as ever.
+    """
+    training = multiprocessing.parent_process()
+    if training is None or not SENDERS_KNOWN:
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def hear() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=hear, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _stops_held() -> Iterator[None]:
+    """Inside the block no stop arrives: forked processes begin so, and the training hears of it after."""
+    # What a server of forks inherits would stay with all its processes, also with those of others.
+    if not SENDERS_KNOWN or multiprocessing.get_start_method() != "fork":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _named(error: RuntimeError, workers: int, limit: float) -> RuntimeError:
@@ -126,5 +189,13 @@ def _named(error: RuntimeError, workers: int, limit: float) -> RuntimeError:
 
 def _end(batches: Any) -> None:
     """End processes that hang: the loader itself would wait five seconds for each."""
-    for process in getattr(batches, "_workers", []):
+    processes = getattr(batches, "_workers", [])
+    for process in processes:
         process.terminate()
+    until = time.monotonic() + 1.0
+    for process in processes:
+        process.join(max(until - time.monotonic(), 0.0))
+        # One that hangs outside of Python does not hear; PyTorch's handler of SIGCHLD tells what is known.
+        with contextlib.suppress(RuntimeError):
+            process.kill()
+            process.join(1.0)

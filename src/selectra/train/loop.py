@@ -15,7 +15,7 @@ from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Task
 from selectra.train import checkpoint
-from selectra.train.batches import Windows, training_order
+from selectra.train.batches import Windows, of_each, training_order
 from selectra.train.memory import naming_full_memory
 from selectra.train.parallel import World, pick_device, recomputed
 from selectra.train.progress import Clock, Display
@@ -100,7 +100,7 @@ def fit(
                 raise StoppedError(0, state.resume_command, flag.by_hand)
             record.write("metrics", step=0, split="val", best=True, **state.at.best)
         else:
-            n_eval = ceil(len(val_windows) / run.train.batch_size) if val_windows else 0
+            n_eval = ceil(len(val_windows) / (world.size * of_each(run.train.batch_size, world))) if val_windows else 0
             saves = None if out is None else run.train.save_every or state.eval_every
             clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval), saves, state.at.step)
             early = run.train.patience is not None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from selectra.train.batch_norms import has_batch_norms
 from selectra.train.state import State
 from selectra.train.stop import DeviceMemoryError
 
@@ -44,10 +45,14 @@ def _advice(state: State, said: str) -> str:
     run, size = state.run, state.world.size
     train, each = run.train, -(-run.train.batch_size // size)
     ways = []
-    if each > 1:
-        half = size * (each // 2)
-        steps = train.accumulate * -(-train.batch_size // half)
-        ways.append(f"train.batch_size={half} with train.accumulate={steps} (the same gradient)")
+    whole = train.batch_size
+    # Only parts that are equal make the same steps; every process has a share of each, and a smaller one.
+    smaller = [part for part in range(size, whole) if whole % part == 0 and -(-part // size) < each]
+    if smaller:
+        part = smaller[-1]
+        # Batch norms take their mean and variance over fewer examples.
+        same = "" if has_batch_norms(state.model) else " (the same gradient)"
+        ways.append(f"train.batch_size={part} with train.accumulate={train.accumulate * (whole // part)}{same}")
     if not train.recompute:
         ways.append("train.recompute=true (less memory, more time)")
     if train.precision == "float32":

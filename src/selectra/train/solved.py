@@ -14,7 +14,11 @@ def solve(state: State, task: Task, train: Windows, val: Windows | None) -> None
     if find is not None:
         find(Passes(train, state.run.train.batch_size, state.world.device))
     if val:
-        metrics = evaluate(state.model, task, val, state.run.train.batch_size, state.world, state.run.train.precision)
+        given = state.run.train
+        metrics = evaluate(
+            state.model, task, val, given.batch_size, state.world, given.precision, workers=given.workers,
+            limit=given.load_timeout,
+        )  # fmt: skip
         state.note(metrics, task.score(metrics))
     state.keep()
     state.at.seconds = time.monotonic() - began

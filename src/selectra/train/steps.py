@@ -12,6 +12,7 @@ from selectra.train.batch_norms import together
 from selectra.train.batches import Order, Windows
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
+from selectra.train.loader import naming_ended
 from selectra.train.meter import Meter
 from selectra.train.optim import clip, require_finite, scale_gradients
 from selectra.train.parallel import wait_for_gradients, wrap
@@ -42,13 +43,14 @@ class Steps:
         self.stop = False
 
     def go(self) -> None:
-        # What was due when the training was interrupted comes first.
-        if not self.state.at.stopped_by:
-            self.after_step()
-        while not self.state.at.stopped_by:
-            loss = self.one_step()
-            self.display.step(self.state.at.step, loss, self.meter.rate, self.meter.wait)
-            self.after_step()
+        with naming_ended(self.state.run.train.workers):
+            # What was due when the training was interrupted comes first.
+            if not self.state.at.stopped_by:
+                self.after_step()
+            while not self.state.at.stopped_by:
+                loss = self.one_step()
+                self.display.step(self.state.at.step, loss, self.meter.rate, self.meter.wait)
+                self.after_step()
 
     def one_step(self) -> float:
         """One optimizer step; returns its loss over all processes."""
@@ -58,8 +60,8 @@ class Steps:
         draws, seen = Draws(world.device), []
         with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
-                seen.append(batch := self.meter.take().to(world.device))
                 self.together.counts = self.order.counts(state.at.position + i)
+                seen.append(batch := self.meter.take(self.together.counts))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
                     loss = loss if self.together.counts else nothing_of(loss)
@@ -67,9 +69,10 @@ class Steps:
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
         said = [
-            torch.tensor(float(each), device=world.device).double() for each in (self.flag.asked, state.save_failed)
+            torch.tensor(float(each), device=world.device).double()
+            for each in (self.meter.samples, self.flag.asked, state.save_failed)
         ]
-        *totals, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
+        *totals, samples, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
         if failed:
             state.saved()
         totals = dict(zip(sums, totals, strict=True))
@@ -87,7 +90,7 @@ class Steps:
         self.stop = stop > 0
         if first:
             self.record.write("backends", step=state.at.step, **self.watch.found())
-        more = self.meter.step(seconds)
+        more = self.meter.step(seconds, samples)
         self.record.write("step", step=state.at.step, **means, norm=norm, lr=state.rate, seconds=seconds, **more)
         state.at.seconds += seconds
         return means["loss"]
@@ -113,6 +116,8 @@ class Steps:
         if state.evaluation_due and not self.stop:
             self.validate()
         if self.stop or at.stopped_by or state.save_due:
+            # Behind the checkpoint nobody would name them again.
+            self.name_left_out()
             began = time.monotonic()
             state.save(self.record)
             self.display.clock.took("checkpoint", time.monotonic() - began, at.step)
@@ -126,13 +131,19 @@ class Steps:
         state, began = self.state, time.monotonic()
         if self.val:
             metrics = evaluate(
-                state.measured, self.task, self.val, state.run.train.batch_size, state.world, self.precision
-            )
+                state.measured, self.task, self.val, state.run.train.batch_size, state.world, self.precision,
+                workers=state.run.train.workers, limit=state.run.train.load_timeout,
+            )  # fmt: skip
             seconds = time.monotonic() - began
             best = state.note(metrics, self.task.score(metrics))
             self.record.write("metrics", step=state.at.step, split="val", best=best, seconds=seconds, **metrics)
             self.display.clock.took("evaluation", seconds, state.at.step)
             self.display.evaluated(state.at.step, metrics, best)
             state.at.seconds += seconds
-        self.display.left_out(self.record.left_out(state.at.step, left_out(self.splits, state.world)))
+        self.name_left_out()
         state.end_if_due()
+
+    def name_left_out(self) -> None:
+        """Tell of the samples that any process has left out since this was told last."""
+        names = left_out(self.splits, self.state.world)
+        self.display.left_out(self.record.left_out(self.state.at.step, names))
