@@ -172,6 +172,7 @@ def test_positions_are_of_columns_and_rows():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("context", ["mamba", "hyper", "xl"])
 def test_a_cuda_graph_holds_a_forward_pass(context):
     model = models.build(Spec("xt_smoke", context=context)).cuda().eval()
