@@ -40,6 +40,18 @@ RUNS = {
         ),
         Spec("masks", crop=32), Spec("segmentation", dice=0.5), {},
     ),
+    "clip_classification": (
+        Spec("videomamba_smoke"), Spec("moving_shapes", n_frames=4, side=16, train=120, val=20, test=20),
+        Spec("clip_classification"), {},
+    ),
+    **{
+        name: (
+            Spec(f"{name}_smoke", backbone=Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=4, d_state=2)),
+            Spec("objects", crop=32, zoom=(0.5, 1.0), flip=0.5, masks=name == "mask_rcnn"), Spec("detection"),
+            {"accumulate": 2} if name == "fcos" else {},
+        )
+        for name in ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
+    },
 }  # fmt: skip
 console = Console(width=150)
 

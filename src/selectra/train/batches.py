@@ -43,6 +43,11 @@ def training_order(windows: Windows | Stream, train: Train, world: World) -> Ord
     return TrainingOrder(windows, train, world)
 
 
+def agreed(batch: Any, world: World) -> Any:
+    """A share of a batch, with what it has to know of the others' shares; all processes ask for that together."""
+    return batch.agreed(world.most) if world.size > 1 and hasattr(batch, "agreed") else batch
+
+
 class TrainingOrder:
     """Batches of this process, pass after pass, from any position on.
 
