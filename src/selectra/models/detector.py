@@ -126,8 +126,7 @@ class Detector(nn.Module):
             ConfigError: It trains masks, and there are none.
         """
         if not self.training:
-            found = self.network(list(images))
-            return [{**each, "labels": each["labels"] - self.first_label} for each in found]
+            return self._found(images)
         targets = targets or ()
         if self.masks and not all("masks" in target for target in targets):
             raise ConfigError(
@@ -139,6 +138,15 @@ class Detector(nn.Module):
             list(images), [{**target, "labels": target["labels"] + self.first_label} for target in targets]
         )
         return (losses, self.counts()) if counted else losses
+
+    def _found(self, images: Sequence[Tensor]) -> list[Found]:
+        """Of each image what would be found if it were alone: together are those that are padded alike."""
+        sizes = [self.network.transform.padded(image) for image in images]
+        found: dict[int, Found] = {}
+        for size in dict.fromkeys(sizes):
+            rows = [i for i, other in enumerate(sizes) if other == size]
+            found |= zip(rows, self.network([images[i] for i in rows]), strict=True)
+        return [{**found[i], "labels": found[i]["labels"] - self.first_label} for i in range(len(images))]
 
     def _follow(self, targets: Sequence[Found]) -> None:
         """Let sizes and draws be those that the targets say."""

@@ -65,13 +65,21 @@ def sizes(short_side: int | None, long_side: int | None, divisible: int) -> nn.M
         def normalize(self, image: Tensor) -> Tensor:
             return image
 
-        def resize(self, image: Tensor, target: Found | None = None) -> tuple[Tensor, Found | None]:
+        def sides(self, image: Tensor) -> list[int]:
+            """Height and width to which an image is brought."""
             if self.training or short_side is None:
-                return image, target
+                return list(image.shape[1:])
             ratio = short_side / min(image.shape[1:])
             if long_side is not None:
                 ratio = min(ratio, long_side / max(image.shape[1:]))
-            size = [max(1, round(side * ratio)) for side in image.shape[1:]]
+            return [max(1, round(side * ratio)) for side in image.shape[1:]]
+
+        def padded(self, image: Tensor) -> tuple[int, ...]:
+            """The same with what is beside an image that stands alone."""
+            return tuple(-(-side // divisible) * divisible for side in self.sides(image))
+
+        def resize(self, image: Tensor, target: Found | None = None) -> tuple[Tensor, Found | None]:
+            size = self.sides(image)
             if size == list(image.shape[1:]):
                 return image, target
             return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0], target
