@@ -3,6 +3,7 @@
 The target: 4 gloo processes give the loss curve of one to 1e-6 over 50 steps. Every task's small model is trained by
 `selectra train` alone, then by torchrun with DistributedDataParallel and with fully_shard (FSDP2). The batch of 18 does
 not divide by four, and the last batch of a pass is shorter still. Nothing is dropped out: each process draws its own.
+Detection has a row for every detector: their losses count images, positions, proposals and masks.
 Differences are relative to the loss of one process; the record is written after every training.
 """
 
