@@ -42,7 +42,7 @@ RUNS = {
         Spec("masks", crop=32), Spec("segmentation", dice=0.5), {},
     ),
     "clip_classification": (
-        Spec("videomamba_smoke"), Spec("moving_shapes", n_frames=4, side=16, train=120, val=20, test=20),
+        Spec("videomamba_clip_smoke"), Spec("moving_shapes", n_frames=3, train=115, val=20, test=20),
         Spec("clip_classification"), {},
     ),
     **{

@@ -208,7 +208,8 @@ def test_images_from_disk_are_mixed_with_the_next_of_their_batch(kind, tmp_path)
     amounts = {"mixup": 0.0, "cutmix": 0.0, kind: 1.0}
     windows: Any = from_disk(tmp_path, **amounts).windows("train")
     plain: Any = from_disk(tmp_path / "plain", mixup=0.0, cutmix=0.0).windows("train")
-    windows.at_pass(3, 11), plain.at_pass(3, 11)
+    for split in (windows, plain):
+        split.at_pass(3, 11)
     rows = list(range(len(windows)))
     batch, own, other = windows[rows], plain[rows], plain[[*rows[1:], 0]]
     differ = [i for i in rows if own.y[i] != other.y[i]]
