@@ -43,6 +43,11 @@ def training_order(windows: Windows | Stream, train: Train, world: World) -> Ord
     return TrainingOrder(windows, train, world)
 
 
+def agreed(batch: Any, world: World) -> Any:
+    """A share of a batch, with what it has to know of the others' shares; all processes ask for that together."""
+    return batch.agreed(world.most) if world.size > 1 and hasattr(batch, "agreed") else batch
+
+
 class TrainingOrder:
     """Batches of this process, pass after pass, from any position on.
 
@@ -78,9 +83,16 @@ class TrainingOrder:
         size = len(self.windows) - (len(self) - 1) * self.batches.batch_size if short else self.batches.batch_size
         return self.world.rank < size
 
-    def _shares(self) -> list[list[int]]:
-        rank, size = self.world.rank, self.world.size
-        return [batch[rank::size] or batch[:1] for batch in self.batches]
+    def _shares(self) -> list[list[Any]]:
+        shares = []
+        for batch in self.batches:
+            least, more = divmod(len(batch), self.world.size)
+            begin, end = (rank * least + min(rank, more) for rank in (self.world.rank, self.world.rank + 1))
+            # What mixes examples needs of each the one that follows in the batch: at most one beyond the share.
+            mixes = getattr(self.windows, "mixes", False)
+            items = list(zip(batch, [*batch[1:], batch[0]], strict=True)) if mixes else batch
+            shares.append(items[begin:end] or items[:1])
+        return shares
 
     def start_at(self, position: int) -> Iterator[Any]:
         """All batches after the first `position`, without end."""
