@@ -14,7 +14,7 @@ from selectra import length_parallel
 from selectra.errors import ConfigError, RankError
 from selectra.mixers import SSD, CausalAttention, CrossScan2d, EinFFT, SelectiveChannel
 from selectra.ops import causal_conv1d, selective_scan
-from selectra.ops.length_parallel.scan import FIRST_END, end_length
+from selectra.ops.length_parallel.ends import FIRST_END, end_length
 from selectra.ops.selective_scan.call import prepare
 from tests.ops.cases import Case, assert_close, conv_case, run, scan_case
 from tests.ops.split import cuts, parts, together
