@@ -2,10 +2,10 @@
 
 The state behind a part is linear in the state before it: `exp(A sum(delta)) h + s`, where s is the state that the part
 alone leaves. Each process finds `sum(delta)` and s, all tell each other these, each walks from the first part to its
-own and scans its part from the state that it finds there. Backward is the same the other way: the gradient of the state
-before a part is `exp(A sum(delta)) g + e`, where g is that of the state behind it and e what the part's own outputs add.
-With the true state before a part and the true gradient of the state behind it, the scan's own backward gives this
-part's share of every gradient.
+own and scans its part from the state that it finds there. Backward is the same the other way: the gradient of the
+state before a part is `exp(A sum(delta)) g + e`, where g is that of the state behind it and e what the part's own
+outputs add. With the true state before a part and the true gradient of the state behind it, the scan's own backward
+gives this part's share of every gradient.
 
 On a GPU finding s and e is a pass that the scan's kernels make anyway (`selective_scan/halves.py`), and nothing waits
 for the host; elsewhere an end of the part is scanned (`ends.py`). What was told in the forward is kept where it is
@@ -161,9 +161,7 @@ def _hear(link: Link, call: ScanCall, state: Tensor, steps: Tensor) -> _Heard:
 
 
 @torch.no_grad()
-def _hear_back(
-    link: Link, call: ScanCall, steps: Tensor, effect: Tensor, dfinal: Tensor | None
-) -> tuple[Tensor, bool]:
+def _hear_back(link: Link, call: ScanCall, steps: Tensor, effect: Tensor, dfinal: Tensor | None) -> tuple[Tensor, bool]:
     """The gradient of the state behind this part, and whether the part is the first in scan order.
 
     Args:
