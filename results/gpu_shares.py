@@ -38,7 +38,7 @@ def shares(call: Callable[[], Any]) -> dict[str, Any]:
     finally:
         torch._C._autograd._profiler_enabled = enabled  # pyright: ignore[reportAttributeAccessIssue]
     events = found.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
-    on_gpu = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
+    on_gpu = [e for e in events if e.device_type().name == "CUDA"]
     return summary([(e.name(), e.start_ns() / 1e9, e.duration_ns() / 1e9) for e in on_gpu])
 
 

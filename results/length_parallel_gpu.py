@@ -106,9 +106,6 @@ def timed(model: MambaLM, length: Link, sizes: dict[str, Any], device: torch.dev
     )
     if device.type == "cuda":
         found["GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        model.zero_grad(set_to_none=True)
-        distributed.barrier()
-        found["shares"] = shares(lambda: one_pass(model, length, batch, sizes))
     return found
 
 
@@ -145,10 +142,16 @@ def worker(rank: int, n: int, folder: str, sizes: dict[str, Any], kind: str) -> 
         backend, init_method=f"file://{folder}/store", rank=rank, world_size=n, timeout=datetime.timedelta(seconds=120)
     )
     model = model_of(sizes, device)
+    path = Path(folder, f"{rank}.json")
     with length_parallel(timeout=100) as length, recomputed(model, True):
         found = timed(model, length, sizes, device)
-    path = Path(folder, f"{rank}.json")
-    path.write_text(json.dumps(found))
+        path.write_text(json.dumps(found))
+        if kind == "cuda":
+            model.zero_grad(set_to_none=True)
+            batch = batch_of(length, sizes, device)
+            distributed.barrier()
+            found["shares"] = shares(lambda: one_pass(model, length, batch, sizes))
+            path.write_text(json.dumps(found))
     if n > 1:
         alone = [distributed.new_group([i]) for i in range(n)][rank]
         check = checked(alone, min(40_000, sizes["tokens"]), device)
@@ -158,23 +161,27 @@ def worker(rank: int, n: int, folder: str, sizes: dict[str, Any], kind: str) -> 
 
 def measured(n: int, sizes: dict[str, Any], device: str) -> dict[str, Any]:
     """One row of the record."""
+    row: dict[str, Any] = {"processes": n}
     with tempfile.TemporaryDirectory() as folder:
         try:
             start_processes(worker, (n, folder, sizes, device), n, start_method="spawn")
         except (ProcessRaisedException, ProcessExitedException) as error:
-            return {"processes": n, "problem": str(error).strip().splitlines()[-1]}
-        found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(n)]
+            row["problem"] = str(error).strip()[-2000:]
+        paths = [Path(folder, f"{rank}.json") for rank in range(n)]
+        if not all(path.exists() for path in paths):
+            return row
+        found = [json.loads(path.read_text()) for path in paths]
     slowest = [max(times) for times in zip(*(one["seconds"] for one in found), strict=True)]
-    row = {"processes": n, "seconds": slowest, "median seconds": statistics.median(slowest)}
+    row |= {"seconds": slowest, "median seconds": statistics.median(slowest)}
     return row | {"loss": found[0]["losses"][0], "gradient norm": found[0]["gradient norm"], "each": found}
 
 
 def compared(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """More processes against one."""
-    one, found = next((row for row in rows if row["processes"] == 1 and "problem" not in row), None), {}
+    one, found = next((row for row in rows if row["processes"] == 1 and "seconds" in row), None), {}
     for row in rows if one is not None else ():
         assert one is not None
-        if row is one or "problem" in row:
+        if row is one or "seconds" not in row:
             continue
         against: dict[str, Any] = {"times as fast": one["median seconds"] / row["median seconds"]}
         against["loss differs by"] = abs(row["loss"] - one["loss"]) / abs(one["loss"])

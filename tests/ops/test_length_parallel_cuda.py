@@ -18,7 +18,7 @@ from selectra.ops.length_parallel import kept
 from selectra.ops.length_parallel.link import Link
 from selectra.ops.length_parallel.scan import split_scan
 from selectra.ops.selective_scan import cuda, halves, reference, registration, wide
-from selectra.ops.selective_scan.call import prepare
+from selectra.ops.selective_scan.call import ScanCall, prepare
 from selectra.ops.selective_scan.faults import faults
 from tests.ops import cases
 from tests.ops.emulator.fixture import EmulatedGpu, emulated_gpu
@@ -108,7 +108,7 @@ def one_part(
         mine = {k: parts(x, borders)[seat.rank].clone() if k in ALONG else x for k, x in tensors.items()}
         leaves = {k: x.to(dtype if k in ALONG else torch.float32).requires_grad_() for k, x in mine.items()}
         more = {"mask": parts(flags["mask"], borders)[seat.rank].clone()} if "mask" in flags else {}
-        call = prepare(**leaves, **{"delta_softplus": True, "return_final_state": True} | flags | more)
+        call = call_of(leaves, flags | more)
         assert halves.takes(call)
         if twice:
             memory = kept.Kept()
@@ -130,6 +130,11 @@ def one_part(
         return {"y": y.detach(), "final_state": state.detach()}, dict(zip(leaves, grads, strict=True))
 
 
+def call_of(leaves: dict[str, Tensor], flags: dict[str, Any]) -> ScanCall:
+    arguments: dict[str, Any] = {**leaves, "delta_softplus": True, "return_final_state": True, **flags}
+    return prepare(**arguments)
+
+
 def weights(shape: torch.Size, seed: int) -> Tensor:
     """Numbers of few digits, which all types hold."""
     generator = torch.Generator().manual_seed(seed)
@@ -145,7 +150,7 @@ def compare(
     with ThreadPoolExecutor(table.size) as pool:
         found = list(pool.map(lambda seat: one_part(seat, tensors, flags, borders, dtype, twice), seats))
     leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    call = prepare(**leaves, **{"delta_softplus": True, "return_final_state": True} | flags)
+    call = call_of(leaves, flags)
     y, state = reference.run(call)
     loss = (y * weights(y.shape, 0)).sum() + (state * weights(state.shape, 1)).sum()
     grads = torch.autograd.grad(loss, list(leaves.values()))
@@ -156,10 +161,10 @@ def compare(
         assert torch.equal(found[0][0]["final_state"], found[rank][0]["final_state"])
     outputs = {"y": torch.cat([one[0]["y"] for one in found], 1), "final_state": found[0][0]["final_state"]}
     cases.assert_close(outputs, truth, 4 * torch.finfo(dtype).eps if half else cases.FLOAT32_OUTPUT, "outputs")
-    whole = {
-        name: torch.cat([one[1][name] for one in found], 1) if name in ALONG else sum(one[1][name] for one in found)
-        for name in leaves
-    }
+    whole = {}
+    for name in leaves:
+        pieces = [grads[name] for _, grads in found]
+        whole[name] = torch.cat(pieces, 1) if name in ALONG else torch.stack(pieces).sum(0)
     cases.assert_close(whole, of_grads, 4 * torch.finfo(dtype).eps if half else cases.FLOAT32_GRADIENT, "gradients")
     return table
 

@@ -129,9 +129,9 @@ class _Halves(torch.autograd.Function):
         effect = halves.backward_effect(call, dy)
         outgoing, first = _hear_back(ctx.link, call, steps, effect.state, dfinal)
         *grads, before = halves.backward(call, dy, effect, outgoing, checkpoints)
-        if call.initial_state is not None:
-            grads.append(before if first else torch.zeros_like(before))
-        return None, None, None, *[None if x is None else g for x, g in zip(call.tensors, (*grads, None), strict=False)]
+        # Of what all hold alike each has a share.
+        grads.append(before if first else torch.zeros_like(outgoing))
+        return None, None, None, *(None if x is None else grad for x, grad in zip(call.tensors, grads, strict=True))
 
 
 def _begun(link: Link, call: ScanCall) -> _Heard:

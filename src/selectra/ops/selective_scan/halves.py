@@ -177,7 +177,8 @@ def _words(plan: Plan, call: ScanCall) -> list[int]:
 
 
 def _pointers(call: ScanCall) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in call[: len(INPUT_PLACES)]]
+    tensors: tuple[Any, ...] = call[: len(INPUT_PLACES)]
+    return [0 if x is None else x.data_ptr() for x in tensors]
 
 
 def _interval(call: ScanCall) -> int:
