@@ -57,9 +57,13 @@ class Link:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         if not trained:
             return
+        # Here the host waits anyway: within the limit, not in the copies.
+        self.settle()
         found = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+        self.sum_(found, "sum_gradients")
+        self.settle()
         grads: list[Tensor] = []
-        for parameter, n_found in zip(trained, self.sum_(found, "sum_gradients").tolist(), strict=True):
+        for parameter, n_found in zip(trained, found.tolist(), strict=True):
             if n_found:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
