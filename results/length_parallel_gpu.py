@@ -146,13 +146,13 @@ def worker(rank: int, n: int, folder: str, sizes: dict[str, Any], kind: str) -> 
     with length_parallel(timeout=100) as length, recomputed(model, True):
         found = timed(model, length, sizes, device)
         path.write_text(json.dumps(found))
-        if kind == "cuda":
+        if kind == "cuda" and not sizes["only_times"]:
             model.zero_grad(set_to_none=True)
             batch = batch_of(length, sizes, device)
             distributed.barrier()
             found["shares"] = shares(lambda: one_pass(model, length, batch, sizes))
             path.write_text(json.dumps(found))
-    if n > 1:
+    if n > 1 and not sizes["only_times"]:
         alone = [distributed.new_group([i]) for i in range(n)][rank]
         check = checked(alone, min(40_000, sizes["tokens"]), device)
         path.write_text(json.dumps(found | {"a small model in float32 against one": check}))
@@ -202,13 +202,15 @@ def main(
     most: Annotated[int, typer.Option(help="Processes; --least, twice as many, ... up to this are measured.")] = 2,
     least: Annotated[int, typer.Option(help="Processes to begin with; from 1 on all are set beside one.")] = 1,
     bf16: Annotated[bool, typer.Option(help="Whether products and activations are bfloat16.")] = True,
+    only_times: Annotated[bool, typer.Option(help="Neither the profiler nor the small model.")] = False,
 ) -> None:
     """Measure, print and write."""
     sizes = {"tokens": tokens, "depth": depth, "d_model": d_model, "passes": passes, "bf16": bf16}
+    sizes["only_times"] = only_times
     command = f"python results/length_parallel_gpu.py --device {device} --tokens {tokens} --depth {depth}"
     command += (
         f" --d-model {d_model} --passes {passes} --most {most} --least {least} {'--bf16' if bf16 else '--no-bf16'}"
-        f" --out {out.name}"
+        f"{' --only-times' if only_times else ''} --out {out.name}"
     )
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     record: dict[str, Any] = {"command": command, "date": date, **environment(), **sizes, "rows": []}
