@@ -2,7 +2,7 @@
 
 from selectra.compare.study import Budget, Study, Tuning
 from selectra.recipes.studies.language_recall import RATES, remembering
-from selectra.recipes.studies.language_shared import SMALL, TITLE, TUNED, families
+from selectra.recipes.studies.language_shared import REMEMBERING, TITLE, TUNED, families
 from selectra.registry import studies
 from selectra.spec import Spec
 
@@ -19,7 +19,7 @@ def language_copying() -> Study:
         name="language_copying",
         question="Does Mamba copy what it has read as well as a Transformer of the same size?",
         bases=tuple(remembering(f"{length} letters", Spec("copying", length=length), steps=1000) for length in LENGTHS),
-        variants=families(SMALL),
+        variants=families(REMEMBERING),
         subject="mamba",
         subject_title=TITLE,
         declared=TUNED,

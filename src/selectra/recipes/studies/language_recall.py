@@ -1,7 +1,7 @@
 """Associative recall by how much there is to remember: six families of equal size."""
 
 from selectra.compare.study import Budget, Study, Tuning
-from selectra.recipes.studies.language_shared import SMALL, TITLE, TUNED, families
+from selectra.recipes.studies.language_shared import REMEMBERING, TITLE, TUNED, families
 from selectra.registry import studies
 from selectra.spec import Optim, Run, Spec, Train
 
@@ -22,12 +22,12 @@ def language_recall() -> Study:
         name="language_recall",
         question="Does Mamba recall what it has read as well as a Transformer of the same size?",
         bases=tuple(remembering(f"{pairs} pairs", Spec("recall", pairs=pairs, keys=64), steps=1500) for pairs in PAIRS),
-        variants=families(SMALL),
+        variants=families(REMEMBERING),
         subject="mamba",
         subject_title=TITLE,
         declared=TUNED,
         tuning=Tuning(values={"optim.lr": RATES}),
-        budget=Budget(quantity="params", amount=420_000, align=8),
+        budget=Budget(quantity="params", amount=430_000, align=8),
         metric="accuracy",
         higher_is_better=True,
     )
