@@ -5,14 +5,14 @@ from collections import Counter
 import pytest
 import torch
 
-from selectra.data.recall import Copying, Generated, Recall
+from selectra.data.recall import Copying, Generated, Recall, Split
 from selectra.data.text import IGNORED
 from selectra.errors import ConfigError
 
-PARTS = ("train", "val", "test")
+PARTS: tuple[Split, ...] = ("train", "val", "test")
 
 
-def rows(data: Generated, part: str) -> list[tuple[list[int], list[int]]]:
+def rows(data: Generated, part: Split) -> list[tuple[list[int], list[int]]]:
     """Inputs and targets of every example of a part."""
     windows = data.windows(part)
     batch = windows[list(range(len(windows)))]

@@ -113,7 +113,7 @@ def _parts(
 def _shares(largest: int, mixed: bool) -> dict[int, float]:
     """Of training's examples by size: half have size 2, a quarter 4, and so on, and the rest the largest."""
     smaller = [2**i for i in range(1, largest.bit_length()) if 2**i < largest] if mixed else []
-    return {size: 1 / size for size in smaller} | {largest: 1 - sum(1 / size for size in smaller)}
+    return {**{size: 1 / size for size in smaller}, largest: 1.0 - sum(1 / size for size in smaller)}
 
 
 @datasets.register("copying", kind="language", source="arXiv:2402.01032")
