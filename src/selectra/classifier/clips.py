@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from selectra.classifier.from_run import kind_of, read_trained
+from selectra.classifier.left_behind import kind_of, read_trained
 from selectra.classifier.predicting import Prediction
 from selectra.data.clip_batches import Sampling
 from selectra.data.clip_files import SUFFIXES, FaultyClipError, ShortClipError, Video

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from rich.table import Table
 from torch import Tensor, nn
 
-from selectra.classifier.from_run import colours_of, read_trained
+from selectra.classifier.left_behind import colours_of, read_trained
 from selectra.classifier.reading import UnreadableError, read_image, standardised
 from selectra.classifier.segmenting import named_once
 from selectra.errors import ConfigError, DataError

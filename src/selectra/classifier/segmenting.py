@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selectra.classifier.from_run import colours_of, read_trained
+from selectra.classifier.left_behind import colours_of, read_trained
 from selectra.classifier.reading import UnreadableError, read_image, standardised
 from selectra.errors import ConfigError, DataError
 from selectra.report.overlay import Overlay
