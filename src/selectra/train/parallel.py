@@ -47,11 +47,16 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes; with one process the tensor itself."""
-        if self.size == 1:
-            return tensor
+        return self._over_all(tensor, distributed.ReduceOp.SUM) if self.size > 1 else tensor
+
+    def most(self, tensor: Tensor) -> Tensor:
+        """The greatest numbers of all processes; with one process the tensor itself."""
+        return self._over_all(tensor, distributed.ReduceOp.MAX) if self.size > 1 else tensor
+
+    def _over_all(self, tensor: Tensor, how: Any) -> Tensor:
         # gloo works on CPU tensors and nccl on CUDA ones.
         total = tensor.to(self.device, copy=True)
-        distributed.all_reduce(total)
+        distributed.all_reduce(total, how)
         return total.to(tensor.device)
 
     def gather(self, item: Any) -> list[Any]:

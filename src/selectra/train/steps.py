@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectra.tasks.task import Loss, Task, nothing_of
+from selectra.tasks.task import Loss, Task
 from selectra.train.batch_norms import together
-from selectra.train.batches import Order, Windows
+from selectra.train.batches import Order, Windows, agreed
 from selectra.train.depth import training_mode
+from selectra.train.deterministic import deterministic
 from selectra.train.evaluation import evaluate
 from selectra.train.loader import naming_ended
 from selectra.train.meter import Meter
@@ -43,7 +44,8 @@ class Steps:
         self.stop = False
 
     def go(self) -> None:
-        with naming_ended(self.state.run.train.workers):
+        train, device = self.state.run.train, self.state.world.device
+        with naming_ended(train.workers), deterministic(train.deterministic, device):
             # What was due when the training was interrupted comes first.
             if not self.state.at.stopped_by:
                 self.after_step()
@@ -61,10 +63,10 @@ class Steps:
         with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
                 self.together.counts = self.order.counts(state.at.position + i)
-                seen.append(batch := self.meter.take(self.together.counts))
+                seen.append(batch := agreed(self.meter.take(self.together.counts), world))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
-                    loss = loss if self.together.counts else nothing_of(loss)
+                    loss = (loss if self.together.counts else loss.nothing()).shared(world.sum)
                     state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
