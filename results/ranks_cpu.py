@@ -3,6 +3,7 @@
 The target: 4 gloo processes give the loss curve of one to 1e-6 over 50 steps. Every task's small model is trained by
 `selectra train` alone, then by torchrun with DistributedDataParallel and with fully_shard (FSDP2). The batch of 18 does
 not divide by four, and the last batch of a pass is shorter still. Nothing is dropped out: each process draws its own.
+Detection has a row for every detector: their losses count images, positions, proposals and masks.
 Differences are relative to the loss of one process; the record is written after every training.
 """
 
@@ -40,6 +41,18 @@ RUNS = {
         ),
         Spec("masks", crop=32), Spec("segmentation", dice=0.5), {},
     ),
+    "clip_classification": (
+        Spec("videomamba_clip_smoke"), Spec("moving_shapes", n_frames=3, train=115, val=20, test=20),
+        Spec("clip_classification"), {},
+    ),
+    **{
+        name: (
+            Spec(f"{name}_smoke", backbone=Spec("vmamba_smoke", dims=(8, 16), depths=(1, 1), patch_size=4, d_state=2)),
+            Spec("objects", crop=32, zoom=(0.5, 1.0), flip=0.5, masks=name == "mask_rcnn"), Spec("detection"),
+            {"accumulate": 2} if name == "fcos" else {},
+        )
+        for name in ("retinanet", "fcos", "faster_rcnn", "mask_rcnn")
+    },
 }  # fmt: skip
 console = Console(width=150)
 

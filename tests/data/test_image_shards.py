@@ -83,6 +83,24 @@ def test_processes_together_see_the_batches_of_one(folder, size):
         assert sorted(i for part in parts for i in part) == sorted(alone)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_processes_mix_what_one_mixes(folder, size):
+    """Partners lie in the same lane, which one process has all of."""
+    data = shards(folder, mixup=0.4, cutmix=1.0, crop=2)
+
+    def rows(rank, size):
+        batches = training_order(data.windows("train"), TRAIN, World(rank, size)).start_at(0)
+        made = [next(batches) for _ in range(4)]
+        return [[(*x.flatten().tolist(), *t.tolist()) for x, t in zip(b.x, b.target, strict=True)] for b in made]
+
+    shares, whole = [rows(rank, size) for rank in range(size)], rows(0, 1)
+    for alone, *parts in zip(whole, *shares, strict=True):
+        assert sorted(row for part in parts for row in part) == sorted(alone)
+    assert sum(0.01 < row[-3] < 0.99 for batch in whole for row in batch) > 5
+    with pytest.raises(ConfigError, match=r"mix images of one lane, of which a batch of 7 over 4 lanes has one.* 8"):
+        training_order(data.windows("train"), TRAIN.model_copy(update={"batch_size": 7}), World())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_any_position_is_gone_on_from(folder, workers):
     data, train = shards(folder), TRAIN.model_copy(update={"workers": workers})

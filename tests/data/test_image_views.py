@@ -11,6 +11,9 @@ from torch.utils.data import DataLoader
 from selectra.data.image_draws import beta, beta_table, keys, mixed, uniforms
 from selectra.data.image_views import Augment, Held
 from selectra.data.images import HeldImages, Images
+from selectra.spec import Train
+from selectra.train.batches import TrainingOrder
+from selectra.train.parallel import World
 from tests.data.pictures import names, write_folder
 
 ALL: dict[str, Any] = {"crop": 3, "flip": 0.5, "flip_vertical": 0.5, "erase": 0.7, "mixup": 0.4, "cutmix": 1.0}
@@ -198,6 +201,49 @@ def test_images_from_disk_without_mixing_do_not_see_their_batch(tmp_path):
     off = {"crop": 0, "flip": 0.0, "randaugment": None, "erase": 0.0, "mixup": 0.0, "cutmix": 0.0}
     plain: Any = from_disk(tmp_path, **off).windows("train")
     assert torch.allclose(plain[[2]].x[0] / 2 + 0.5, plain.images.read(int(plain.rows[2])).float() / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_images_from_disk_are_mixed_with_the_next_of_their_batch(kind, tmp_path):
+    amounts = {"mixup": 0.0, "cutmix": 0.0, kind: 1.0}
+    windows: Any = from_disk(tmp_path, **amounts).windows("train")
+    plain: Any = from_disk(tmp_path / "plain", mixup=0.0, cutmix=0.0).windows("train")
+    for split in (windows, plain):
+        split.at_pass(3, 11)
+    rows = list(range(len(windows)))
+    batch, own, other = windows[rows], plain[rows], plain[[*rows[1:], 0]]
+    differ = [i for i in rows if own.y[i] != other.y[i]]
+    assert len(differ) >= 1
+    for i in differ:
+        share = batch.target[i, own.y[i]]
+        assert float(batch.target[i, other.y[i]]) == pytest.approx(1 - float(share), abs=1e-6)
+        if kind == "mixup":
+            assert torch.allclose(batch.x[i], torch.lerp(other.x[i], own.x[i], share), atol=1e-5)
+        else:
+            kept, cut = ((batch.x[i] == each.x[i]).all(0) for each in (own, other))
+            assert (kept | cut).all() and float((~cut).float().mean()) <= float(share) + 1e-6
+            assert float((~kept).float().mean()) <= 1 - float(share) + 1e-6
+    assert 0 < float(batch.target.max(1).values.min()) < 0.95
+    # Of a part of a batch images and partners are named.
+    pieces = [windows[[(0, 1)]], windows[[(1, 2), (2, 3)]]]
+    assert torch.equal(torch.cat([each.x for each in pieces]), batch.x[:3])
+    assert torch.equal(torch.cat([each.target for each in pieces]), batch.target[:3])
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_processes_mix_what_one_mixes(size, tmp_path):
+    """12 images in batches of seven: the last one has five, and the images that follow lie in other shares, too."""
+    train = Train(steps=1, batch_size=7, seed=5)
+
+    def rows(rank: int, size: int) -> list[list[Any]]:
+        batches = TrainingOrder(windows, train, World(rank, size)).start_at(0)
+        return [[(*x.flatten().tolist(), *t.tolist()) for x, t in zip(b.x, b.target, strict=True)]
+                for b in (next(batches) for _ in range(4))]  # fmt: skip
+
+    windows: Any = from_disk(tmp_path).windows("train")
+    shares = [rows(rank, size) for rank in range(size)]
+    for alone, *parts in zip(rows(0, 1), *shares, strict=True):
+        assert [row for part in parts for row in part] == alone
 
 
 @pytest.mark.gpu

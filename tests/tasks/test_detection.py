@@ -5,7 +5,7 @@ import json
 import math
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,14 +204,11 @@ class Batch:
 
 
 class Losses(nn.Module):
-    """Gives fixed losses."""
+    """Gives fixed losses, of which the last is a mean over five masks."""
 
-    def forward(self, images: Any, targets: Any) -> dict[str, Tensor]:
-        return {
-            "classification": torch.tensor(2.0),
-            "bbox_regression": torch.tensor(1.0),
-            "loss_mask": torch.tensor(4.0),
-        }
+    def forward(self, images: Any, targets: Any, counted: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        losses = {"classification": 2.0, "bbox_regression": 1.0, "loss_mask": 4.0}
+        return {name: torch.tensor(value) for name, value in losses.items()}, {"loss_mask": torch.tensor(5)}
 
 
 def test_losses_count_by_images_and_weights():
@@ -221,19 +218,58 @@ def test_losses_count_by_images_and_weights():
         "classification": 6.0, "bbox_regression": 1.5, "loss_mask": 3.0}  # fmt: skip
 
 
-def test_retinanets_sums_are_right_over_batches():
-    data = Objects("shapes", crop=48)
+def shared(shares: Sequence[Any]) -> list[Any]:
+    """What as many processes make of their shares of a batch."""
+    said: list[Tensor] = []
+    for share in shares:
+        share.shared(lambda own: said.append(own) or own)
+    return [share.shared(lambda _: torch.stack(said).sum(0)) for share in shares]
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "fcos", "faster_rcnn", "mask_rcnn"])
+def test_shares_of_a_batch_give_its_loss_and_gradient(detector):
+    """Images differ in size and in what is on them, one has nothing, and a process without a share counts for none."""
+    data = Objects("shapes", masks=True, standard="half")
     windows = data.windows("train")
-    model = models.build(Spec("retinanet_smoke"), data.facts).double().train()
-    task = Detection().for_data(data)
+    model = models.build(Spec(f"{detector}_smoke"), data.facts).double().train()
+    task = Detection(box=0.5, mask=2.0).for_data(data)
+    whole: Any = windows[[0, 1, 2, 3]].to("cpu")
+    sizes = ((48, 64), (32, 31), (20, 28), (32, 30))
+    images = tuple(image[:, :height, :width] for image, (height, width) in zip(whole.images, sizes, strict=True))
+    empty = {name: value if name == "key" else value[:0] for name, value in whole.targets[1].items()}
+    whole = replace(whole, images=images, targets=(whole.targets[0], empty, *whole.targets[2:]))
 
-    def loss(rows: list[int]) -> Any:
-        batch = windows[rows].to("cpu")
-        return task.loss(model, Batch([image.double() for image in batch.x], batch.targets))
+    def loss(rows: slice) -> Any:
+        part = replace(whole, images=whole.images[rows], targets=whole.targets[rows])
+        part = part.agreed(lambda own: torch.maximum(own, torch.tensor([48, 64])))
+        return task.loss(model, Batch([image.double() for image in part.x], part.targets))
 
-    whole, parts = loss([0, 1, 2]), [loss([0]), loss([1, 2])]
-    assert torch.allclose(whole.sum, parts[0].sum + parts[1].sum)
-    assert float(whole.count) == 3
+    def gradient(losses: Sequence[Any]) -> Tensor:
+        model.zero_grad()
+        torch.stack([each.sum for each in losses]).sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (one,) = shared([loss(slice(4))])
+    parts = shared([loss(slice(1, 4)), loss(slice(1)), loss(slice(1)).nothing()])
+    assert float(one.count) == sum(float(part.count) for part in parts) == 4
+    for name, value in one.parts.items():
+        assert float(value) == pytest.approx(sum(float(part.parts[name]) for part in parts), rel=1e-6), name
+    assert one.sum.item() == pytest.approx(sum(float(value) for value in one.parts.values()), rel=1e-6)
+    expected = gradient([one])
+    # torchvision computes parts of the two-stage detectors in float32, whatever it is given.
+    assert torch.allclose(gradient(parts), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_of_one_process_losses_are_torchvisions():
+    data = Objects("shapes", masks=True)
+    batch: Any = data.windows("train")[[0, 1]].to("cpu")
+    model: Any = models.build(Spec("mask_rcnn_smoke"), data.facts).train()
+    given = model(batch.x, batch.targets)
+    loss = Detection().for_data(data).loss(model, batch)
+    for found in (loss, *shared([loss])):
+        assert {name: float(value) / 2 for name, value in found.parts.items()} == pytest.approx(
+            {name: float(value) for name, value in given.items()}
+        )
 
 
 @pytest.mark.parametrize("arguments", [{"box": -1.0}, {"mask": -0.5}])

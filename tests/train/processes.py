@@ -15,19 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, multiprocessing
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from selectra.spec import Optim, Parallel, Run, Spec
 from selectra.spec import Train as TrainSection
 from selectra.tasks import Forecasting
 from selectra.train.loop import fit
 from selectra.train.parallel import joined
+from tests.ops import split as _split  # noqa: F401
 from tests.train.tiny import TinyModel, windows
 
-# Processes are copies of one that has loaded all this, not new ones that load it each.
+# Processes are copies of one that has loaded all this, not new ones that load it each. There is one for all tests, and
+# the last list counts: `split`, which is imported above, has a shorter one.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["tests.ops.split", "tests.train.processes", "selectra.mixers", "selectra.models", "selectra.train.snapshots",
-     "torch.distributed.fsdp"]
+    ["tests.ops.split", "tests.train.processes", "tests.train.trainings", "selectra.mixers", "selectra.models",
+     "selectra.train.snapshots", "torch.distributed.fsdp"]
 )  # fmt: skip
 
 
@@ -79,37 +82,50 @@ def train(out: Path, run: Run, dropout: float, at: int = 0, act: str = "") -> No
         fit(model, Forecasting(), windows(65), windows(30, 65), run, out, progress=False, world=world)
 
 
-def _start(
-    rank: int, n: int, port: int, said: Path, out: Path, run: Run, dropout: float, at: int, act: str
-) -> None:  # fmt: skip
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}  # fmt: skip
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    found = {"error": "", "text": ""}
+def _one(out: Path, run: Run, dropout: float, at: int, act: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"error": "", "text": ""}
     try:
         # The last one fails.
-        train(out, run, dropout, at, act if rank == n - 1 else "")
+        train(out, run, dropout, at, act if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) else "")
     except (RuntimeError, ValueError) as error:
         found = {"error": type(error).__name__, "text": str(error)}
-    (said / f"{rank}.json").write_text(json.dumps({**found, "at": time.time()}))
+    return {**found, "at": time.time()}
 
 
 def together(
     n: int, out: Path, run: Run, dropout: float = 0.0, at: int = 0, act: str = "", wait: float = 150.0
 ) -> list[dict[str, Any] | None]:
     """Of each of n processes, in order of rank: an error's name and text, and when; None where one is gone."""
+    # One that stalls is not waited for.
+    return spawned(n, _one, out, run, dropout, at, act, wait=wait, awaited=n - 1 if act == "stalls" else n)
+
+
+def _start(rank: int, n: int, port: int, said: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    (said / f"{rank}.json").write_text(json.dumps(work(*args)))
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def spawned(n: int, work: Callable[..., Any], *args: Any, wait: float = 150.0, awaited: int | None = None) -> list[Any]:
+    """What `work(*args)` gives in each of n processes, in order of rank; None where one is gone.
+
+    Args:
+        awaited: How many of them, the first ones, are waited for.
+    """
     with tempfile.TemporaryDirectory() as text:
-        said = Path(text)
-        words = [(rank, n, port, said, out, run, dropout, at, act) for rank in range(n)]
-        processes = [CONTEXT.Process(target=_start, args=each) for each in words]
+        said, port = Path(text), free_port()
+        processes = [CONTEXT.Process(target=_start, args=(rank, n, port, said, work, args)) for rank in range(n)]
         for process in processes:
             process.start()
-        # One that stalls is not waited for.
         end = time.monotonic() + wait
-        for process in processes[:-1] if act == "stalls" else processes:
+        for process in processes[:awaited]:
             process.join(max(end - time.monotonic(), 0.1))
         for process in processes:
             process.kill()
@@ -118,11 +134,36 @@ def together(
         return [json.loads(file.read_text()) if file.is_file() else None for file in files]
 
 
-if __name__ == "__main__":
-    # Under torchrun: the folder; the first life of the last process ends in the middle.
-    import sys
+def life(out: Path) -> None:
+    """One life of a process of a training: the first one of the last process ends in the middle."""
+    mark = out / "ended"
+    fails = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1 and not mark.exists()
+    if fails:
+        mark.touch()
+    train(out, run_of("ddp", 30, save_every=2), 0.0, at=7, act="dies" if fails else "")
 
-    folder = Path(sys.argv[1])
-    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    train(folder, run_of("ddp", 30), 0.1, at=11, act="dies" if last and first_life else "")
+
+def agent(rank: int, hosts: int, port: int, out: Path) -> None:
+    """What `torchrun --nnodes HOSTS --nproc-per-node 2/HOSTS --max-restarts 1` does on one host."""
+    settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if hosts > 1 else {}
+    os.environ |= settings
+    config = LaunchConfig(
+        hosts, hosts, 2 // hosts, run_id="training", rdzv_backend="c10d", rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs={"is_host": rank == 0, "timeout": 60}, max_restarts=1, monitor_interval=0.1, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, life)(out)
+
+
+def on_hosts(hosts: int, out: Path, wait: float = 120.0) -> list[int | None]:
+    """How the agents of so many hosts ended, which train `life` in two processes."""
+    port = free_port()
+    agents = [CONTEXT.Process(target=agent, args=(rank, hosts, port, out)) for rank in range(hosts)]
+    for each in agents:
+        each.start()
+    end = time.monotonic() + wait
+    for each in agents:
+        each.join(max(end - time.monotonic(), 0.1))
+    ended = [each.exitcode for each in agents]
+    for each in agents:
+        each.kill()
+    return ended

@@ -1,19 +1,23 @@
 """Two gloo processes train as one does."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train import tiny_images
-from tests.train.tiny import train
+from tests.train.processes import free_port, spawned
+from tests.train.trainings import TRAININGS, every
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.dist
+# By training: how many steps and evaluations, and what is compared beside the steps' losses and norms.
+EXPECTED = {
+    "series": (12, 3, ("mse", "mae")),
+    "images": (6, 2, ("top1", "loss")),
+    "images, accumulated": (6, 2, ("top1", "loss")),
+    "objects": (2, 1, ("map", "mask_map50")),
+}
 
 
 def read(out: Path, event: str) -> list[dict]:
@@ -21,36 +25,29 @@ def read(out: Path, event: str) -> list[dict]:
     return [line for line in found if line["event"] == event]
 
 
-def in_two_processes(*words: str) -> None:
-    """Run a module of the tests as two processes that torchrun starts."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*launcher, "-m", *words], env=environment, cwd=ROOT, check=True, timeout=120, capture_output=True)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All trainings in two processes that are started once."""
+    folder = tmp_path_factory.mktemp("two")
+    assert spawned(2, every, folder, [free_port() for _ in TRAININGS]) == [None, None]
+    return folder
 
 
-@pytest.mark.dist
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    in_two_processes("tests.train.tiny", str(two), "0", "0.0")
-    train(one, dropout=0.0)
-    assert read(two, "started")[0]["processes"] == 2
-    for event, key in (("step", "loss"), ("step", "norm"), ("metrics", "mse"), ("metrics", "mae")):
-        expected = [line[key] for line in read(one, event)]
-        assert len(expected) in (3, 12)
-        assert [line[key] for line in read(two, event)] == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.dist
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_see_the_images_of_one_as_one_sees_them(accumulate, tmp_path):
-    """Views and mixtures follow from seed, pass and image, so that they are those of one process; the mean, too."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    in_two_processes("tests.train.tiny_images", str(two), str(accumulate))
-    tiny_images.train(one, accumulate=accumulate)
-    assert read(two, "started")[0]["processes"] == 2
-    for event, key in (("step", "loss"), ("step", "norm"), ("metrics", "top1"), ("metrics", "loss")):
-        expected = [line[key] for line in read(one, event)]
-        assert len(expected) == (11 if event == "step" else 3)
-        assert [line[key] for line in read(two, event)] == pytest.approx(expected, rel=1e-6, abs=1e-6), key
-    here, there = (load_file(out / "model.safetensors") for out in (one, two))
-    assert all(torch.allclose(value, there[name], rtol=1e-5, atol=1e-6) for name, value in here.items())
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_processes_give_the_losses_of_one(name, two, tmp_path):
+    """Views, mixtures and samples follow from seed, pass and image, so that they are those of one process; the mean
+    of weights, too.
+    """
+    steps, evaluations, metrics = EXPECTED[name]
+    TRAININGS[name](tmp_path)
+    assert read(two / name, "started")[0]["processes"] == 2
+    for event, keys, count in (("step", ("loss", "norm"), steps), ("metrics", metrics, evaluations)):
+        for key in keys:
+            expected = [line[key] for line in read(tmp_path, event)]
+            assert len(expected) == count
+            assert [line[key] for line in read(two / name, event)] == pytest.approx(expected, rel=1e-6, abs=1e-6), key
+    here, there = (load_file(out / "model.safetensors") for out in (tmp_path, two / name))
+    # AdamW makes whole steps of what rounding leaves of gradients that are zero, which that model has.
+    assert name == "objects" or all(
+        torch.allclose(value, there[key], rtol=1e-5, atol=1e-6) for key, value in here.items()
+    )

@@ -1,10 +1,8 @@
 """Several processes: other numbers of them go on, one that fails is named in time, and restarts lose nothing."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +15,8 @@ from torch.nn import functional as F
 from selectra.train import checkpoint
 from selectra.train.batch_norms import Together
 from tests.ops.split import together as in_group
-from tests.train.processes import run_of, together, train
+from tests.train.processes import on_hosts, run_of, together, train
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.dist
 
 
@@ -78,14 +75,18 @@ def test_a_process_that_stalls_is_named_within_the_limit(tmp_path):
     assert first["at"] - last_step < 3 + 5
 
 
-def test_torchrun_starts_again_by_itself(tmp_path):
-    words = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "tests.train.processes", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", *words]
-    subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=300, capture_output=True)
-    lines = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_torchrun_starts_again_by_itself(hosts, tmp_path):
+    """Two processes of one host, or one of each of two: one ends, all start again, and the losses are one process's."""
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    out.mkdir()
+    assert on_hosts(hosts, out) == [0] * hosts
+    train(alone, run_of("none", 30, save_every=2), 0.0)
+    lines = [json.loads(line) for line in (out / "record.jsonl").read_text().splitlines()]
+    assert [line["processes"] for line in lines if line["event"] in ("started", "resumed")] == [2, 2]
     assert [line["event"] for line in lines].count("resumed") == 1
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 13))
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-6, abs=1e-6)
 
 
 @pytest.fixture

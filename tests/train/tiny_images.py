@@ -1,6 +1,5 @@
-"""A training of images that takes seconds, importable by tests and runnable as one of several processes."""
+"""A training of images that takes seconds, importable by tests and by processes of theirs."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,3 @@ def train(out: Path | None, **settings: Any) -> Fitted:
         model = models.build(run.model, images.facts)
         assert isinstance(model, torch.nn.Module)
         return fit(model, task, images.windows("train"), images.windows("val"), run, out, progress=False, world=world)
-
-
-if __name__ == "__main__":
-    # The folder, and how many batches make a step.
-    train(Path(sys.argv[1]), accumulate=int(sys.argv[2]))

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from selectra.data.image_draws import keys
-from selectra.data.image_views import CROP_RATIO, ERASED_RATIO, ERASED_SHARE, Augment
+from selectra.data.image_draws import keys, uniforms
+from selectra.data.image_views import (
+    CROP_RATIO,
+    ERASED_RATIO,
+    ERASED_SHARE,
+    N_MIXING,
+    Augment,
+    mix,
+    mixing_tables,
+)
 from selectra.data.vision import vision
 
 
@@ -31,8 +39,8 @@ class ReadableImages(Protocol):
 class OneByOne:
     """A part whose images are read every time.
 
-    Every image is changed by draws of its own, from a generator seeded by the training's seed, the pass and the image;
-    a mixture, as torchvision has it, is one for a batch, seeded by the batch's first image.
+    Every image is changed by draws of its own, from a generator seeded by the training's seed, the pass and the image,
+    and so is it mixed with its partner: the image that follows it in the batch.
 
     Args:
         images: Where from.
@@ -48,6 +56,9 @@ class OneByOne:
         self.epoch, self.seed = 0, 0
         self.n_classes = len(images.listing.classes)
         self.steps = None if augment is None else Steps(augment, images.size)
+        self.mixes = augment is not None and augment.mixes
+        """Whether an image's view has a part of another's: then lists of numbers may be pairs of image and partner."""
+        self.tables = {} if augment is None else mixing_tables(augment)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,15 +67,36 @@ class OneByOne:
         """Views of pass `number` of a training with this seed come next."""
         self.epoch, self.seed = number, seed
 
-    def __getitem__(self, indices: list[int]) -> Any:
-        mean, std = (each[:, None, None] for each in self.images.mean_std)
-        x = torch.stack([self._one(i) for i in indices]).sub_(mean).div_(std)
-        y = torch.from_numpy(self.images.listing.labels[self.rows[indices]])
-        if self.augment is None or self.steps is None:
+    def __getitem__(self, indices: Sequence[int] | Sequence[tuple[int, int]]) -> Any:
+        """A batch.
+
+        Args:
+            indices: Numbers of images. Where these are a part of a batch that is mixed, pairs of an image and its
+                partner, which may lie beyond the part; else the partner is the next, and the last one's the first.
+        """
+        pairs = paired(indices)
+        own, others = ([pair[i] for pair in pairs] for i in (0, 1))
+        views = {i: self._view(i) for i in dict.fromkeys([*own, *others] if self.mixes else own)}
+        x, y = torch.stack([views[i] for i in own]), self._labels(own)
+        if not self.mixes or self.augment is None:
             return self.make(x, y)
-        with self._drawing(indices[0], mixing=1):
-            x = self.steps.erase_each(x, lambda i: self._drawing(indices[i], mixing=2))
-            return self.make(*_mixed(self.augment, self.n_classes, x, y))
+        key = keys(self.seed + 2**32, self.epoch, torch.tensor(own))
+        other = torch.stack([views[i] for i in others])
+        x, share = mix(x, other, uniforms(key, N_MIXING), self.augment, self.tables)
+        first, second = (functional.one_hot(each, self.n_classes).float() for each in (y, self._labels(others)))
+        return self.make(x, y, torch.lerp(second, first, share[:, None]))
+
+    def _labels(self, indices: Sequence[int]) -> Int64[Tensor, " b"]:
+        return torch.from_numpy(self.images.listing.labels[self.rows[indices]])
+
+    def _view(self, i: int) -> Float[Tensor, "c h w"]:
+        """An image as it is before it is mixed, standardised."""
+        mean, std = (each[:, None, None] for each in self.images.mean_std)
+        x = self._one(i).sub_(mean).div_(std)
+        if self.steps is None or self.steps.erase is None:
+            return x
+        with self._drawing(i, mixing=2):
+            return self.steps.erase(x)
 
     def _one(self, i: int) -> Tensor:
         row = int(self.rows[i])
@@ -76,6 +108,14 @@ class OneByOne:
 
     def _drawing(self, i: int, mixing: int = 0) -> Any:
         return _Seeded(int(keys(self.seed + mixing * 2**32, self.epoch, torch.tensor([i]))[0]))
+
+
+def paired(indices: Sequence[int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Every image of a batch with the one that follows it; pairs as they are."""
+    return [
+        each if isinstance(each, tuple) else (each, following)
+        for each, following in zip(indices, [*indices[1:], *indices[:1]], strict=True)
+    ]  # pyright: ignore[reportReturnType]
 
 
 class _Seeded:
@@ -110,29 +150,4 @@ class Steps:
         self.change = v2.Compose(steps) if steps else torch.nn.Identity()
         ratio = (1 / ERASED_RATIO, ERASED_RATIO)
         self.erase = v2.RandomErasing(augment.erase, scale=ERASED_SHARE, ratio=ratio) if augment.erase else None
-
-    def erase_each(self, x: Tensor, drawing: Callable[[int], Any]) -> Tensor:
         """Boxes filled with the mean colour, behind standardisation."""
-        if self.erase is None:
-            return x
-        erased = []
-        for i, image in enumerate(x):
-            with drawing(i):
-                erased.append(self.erase(image))
-        return torch.stack(erased)
-
-
-def _mixed(augment: Augment, n_classes: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The batch blended with itself in another order, or with boxes of it, by torchvision."""
-    if not augment.mixes:
-        return x, y, None
-    v2 = vision("torchvision.transforms.v2")
-    kinds = [
-        kind(alpha=alpha, num_classes=n_classes)
-        for kind, alpha in ((v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix))
-        if alpha > 0
-    ]
-    mixed, target = v2.RandomChoice(kinds)(x, y)
-    assert isinstance(target, Tensor)
-    # A single image mixes with itself.
-    return mixed, y, target if target.dim() == 2 else functional.one_hot(y, n_classes).float()

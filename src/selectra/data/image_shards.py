@@ -15,7 +15,7 @@ from selectra.data.download import Limits
 from selectra.data.image_decode import CorruptError, decode, fitted
 from selectra.data.image_files import SUFFIXES
 from selectra.data.image_listing import Listing
-from selectra.data.image_one import OneByOne
+from selectra.data.image_one import OneByOne, paired
 from selectra.data.image_views import Augment, ImageBatch
 from selectra.data.images import IMAGENET
 from selectra.data.shard_index import CLASS, Index, find_shards
@@ -216,7 +216,13 @@ class ShardWindows:
 
     def batches_in_pass(self, batch_size: int, size: int, workers: int) -> int:
         """Batches of a pass for each of `size` processes, `batch_size` over all of them."""
+        across = self.data.lanes[0]
         check_lanes(self.data.lanes, size, workers, batch_size, len(self))
+        if self.views.mixes and batch_size < 2 * across:
+            raise ConfigError(
+                f"data.mixup and data.cutmix mix images of one lane, of which a batch of {batch_size} over {across} "
+                f"lanes has one: take train.batch_size of at least {2 * across}, or fewer lanes with data.lanes."
+            )
         return n_batches(len(self), batch_size, size)
 
     def one_pass(
@@ -247,12 +253,19 @@ class ShardWindows:
                 waiting = []
         yield from self.some(waiting)
 
-    def some(self, reads: Sequence[Read]) -> Iterator[ImageBatch]:
-        """A batch of what can be read of some samples; none where nothing can."""
-        kept = [number for read in reads if (number := self._keep(read)) is not None]
+    def some(self, reads: Sequence[Read], lanes: Sequence[int] | None = None) -> Iterator[ImageBatch]:
+        """A batch of what can be read of some samples; none where nothing can.
+
+        Args:
+            lanes: Where each comes from: images are mixed with the next of their lane, which one process has all of.
+        """
+        kept = [(number, lane) for read, lane in zip(reads, lanes or [0] * len(reads), strict=True)
+                if (number := self._keep(read)) is not None]  # fmt: skip
+        by_lane = {lane: [number for number, other in kept if other == lane] for _, lane in kept}
+        following = {pair[0]: pair for numbers in by_lane.values() for pair in paired(numbers)}
         try:
             if kept:
-                yield self.views[kept]
+                yield self.views[[following[number] for number, _ in kept]]
         finally:
             self.present.content.clear()
             self.names.keys.clear()
@@ -322,7 +335,7 @@ class _InOrder(IterableDataset[ImageBatch]):
                 reader = readers[turn, across] = LaneReader(self.windows.reader, self.order, lane, begin)
             assert reader.given == begin
             reads.append(reader.take())
-        for batch in self.windows.some(reads):
+        for batch in self.windows.some(reads, [across for across, _ in wanted]):
             return batch
         reason = self.windows.left_out[-1]
         raise DataError(f"no sample of batch {number} can be read: {reason} Only a larger train.batch_size helps.")

@@ -111,8 +111,7 @@ class Held:
 
     def with_tables(self, augment: Augment) -> Held:
         """The same with what mixing draws from."""
-        tables = {name: beta_table(a) for name in ("mixup", "cutmix") if (a := getattr(augment, name)) > 0}
-        return Held(self.pixels, self.labels, self.mean, self.std, self.n_classes, tables)
+        return Held(self.pixels, self.labels, self.mean, self.std, self.n_classes, mixing_tables(augment))
 
     def batch(
         self, index: Int64[Tensor, " b"], augment: Augment | None, seed: int, epoch: Int64[Tensor, ""] | int
@@ -143,7 +142,7 @@ class Held:
         u = uniforms(key, N_DRAWS + N_MIXING)[:, N_DRAWS:]
         partner = (u[:, 0] * len(self.pixels)).long()
         other = self._one(partner, keys(seed, epoch, partner), augment)
-        x, share = _mix(x, other, u, augment, self.tables)
+        x, share = mix(x, other, u, augment, self.tables)
         own, second = (functional.one_hot(self.labels[i], self.n_classes).float() for i in (index, partner))
         return x, torch.lerp(second, own, share[:, None])
 
@@ -213,10 +212,23 @@ def _erased(x: Float[Tensor, "b c h w"], u: Tensor, share: float) -> Float[Tenso
     return x.masked_fill(box[:, None], 0.0)
 
 
-def _mix(
+def mixing_tables(augment: Augment) -> dict[str, Tensor]:
+    """What `mix` draws from."""
+    return {name: beta_table(a) for name in ("mixup", "cutmix") if (a := getattr(augment, name)) > 0}
+
+
+def mix(
     x: Float[Tensor, "b c h w"], other: Float[Tensor, "b c h w"], u: Tensor, augment: Augment, tables: dict[str, Tensor]
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, " b"]]:
-    """Two images as one, and the share of the first (arXiv:1710.09412, arXiv:1905.04899)."""
+    """Two images as one, and the share of the first (arXiv:1710.09412, arXiv:1905.04899).
+
+    Args:
+        x: Images.
+        other: Their partners.
+        u: Draws of each from 0 to 1, `N_MIXING` of them, of which the first is not used.
+        augment: How images are mixed.
+        tables: As `mixing_tables` makes them.
+    """
     height, width = x.shape[2:]
     ones = torch.ones_like(u[:, 0])
     blend = beta(u[:, 1], tables["mixup"]) if augment.mixup > 0 else ones

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -78,7 +78,8 @@ class ObjectBatch:
 
     Args:
         images: Pixels.
-        targets: Of training: "boxes" (n, 4) as left, top, right, bottom, "labels" (n,) and perhaps "masks" (n, h, w).
+        targets: Of training: "boxes" (n, 4) as left, top, right, bottom, "labels" (n,), perhaps "masks" (n, h, w), and
+            "key" (), from which a model may draw for the image: it follows from seed, pass and image.
         truths: Of evaluation.
         mean: Of every channel, in shares of 255.
         std: Likewise.
@@ -98,6 +99,15 @@ class ObjectBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def agreed(self, most: Callable[[Tensor], Tensor]) -> ObjectBatch:
+        """A share of a batch whose targets know, as "least" (2,), the largest height and width in all of it.
+
+        Args:
+            most: The greatest numbers of all shares.
+        """
+        least = most(torch.tensor([image.shape[1:] for image in self.images]).amax(0))
+        return replace(self, targets=tuple({**target, "least": least} for target in self.targets))
 
     @cached_property
     def x(self) -> list[Float[Tensor, "c _ _"]]:
@@ -206,17 +216,18 @@ class ObjectViews:
         if "masks" in target:
             sample["masks"] = kinds.Mask(target["masks"])
         assert self.transform is not None
-        with drawing(int(keys(self.seed, epoch, torch.tensor([i]))[0])):
+        key = keys(self.seed, epoch, torch.tensor([i]))[0]
+        with drawing(int(key)):
             seen = self.transform(sample)
         boxes, labels = seen["boxes"].as_subclass(Tensor), seen["labels"]
-        found = {"boxes": boxes, "labels": labels}
+        found = {"boxes": boxes, "labels": labels, "key": key.to(image.device)}
         if "masks" in target:
             masks = seen["masks"].as_subclass(Tensor)
             # A box may lap over a crop that its object does not.
             there = (masks > 0).flatten(1).any(1)
             tight = vision("torchvision.ops").masks_to_boxes(masks[there])
-            found = {"labels": labels[there], "masks": masks[there]}
-            found["boxes"] = tight + tight.new_tensor([0, 0, 1, 1])
+            boxes = tight + tight.new_tensor([0, 0, 1, 1])
+            found |= {"boxes": boxes, "labels": labels[there], "masks": masks[there]}
         return seen["image"].as_subclass(Tensor), found
 
 

@@ -10,7 +10,6 @@ FCOS' head always has them); anchors follow the grids' strides; images come stan
 them in the size that the data gives them.
 """
 
-import importlib
 from collections.abc import Sequence
 from math import gcd, log2
 from typing import Any, ClassVar, Literal
@@ -18,49 +17,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from selectra.errors import ConfigError
 from selectra.layers.levels import FourLevels
 from selectra.mixers.sizes import require_sizes
+from selectra.models.detector_parts import Found, by_image, counting, sizes, tv, wide, widened
 from selectra.registry import models
 from selectra.spec import Spec
 
 Norm = Literal["group", "none"]
-Found = dict[str, Tensor]
 # Group norms have so many groups, or fewer, so that each has two channels or more: coarse grids have one position.
 GROUPS = 32
 # Height over width of anchors.
 RATIOS = (0.5, 1.0, 2.0)
-
-
-def tv(module: str) -> Any:
-    """A module of torchvision, which is imported when the first detector is built.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    try:
-        return importlib.import_module(f"torchvision.{module}")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"detectors are torchvision's, and {error.name} is not installed: pip install 'selectra[vision]'."
-        ) from error
-
-
-def wide(found: Any) -> Any:
-    """Tensors, however they are packed, in float32 at least: boxes in bfloat16 would be off by whole pixels."""
-    if isinstance(found, Tensor):
-        return found.to(torch.promote_types(found.dtype, torch.float32)) if found.is_floating_point() else found
-    if isinstance(found, dict):
-        return type(found)((name, wide(value)) for name, value in found.items())
-    return type(found)(wide(each) for each in found)
-
-
-def widened(module: nn.Module) -> nn.Module:
-    """The same module; what it gives is in float32 also under autocast."""
-    module.register_forward_hook(lambda _module, _inputs, found: wide(found))
-    return module
 
 
 def norm_layer(norm: Norm) -> Any:
@@ -108,32 +77,6 @@ class Grids(nn.Module):
         return wide(self.pyramid({str(i): grid for i, grid in enumerate(grids)}))
 
 
-def sizes(short_side: int | None, long_side: int | None, divisible: int) -> nn.Module:
-    """torchvision's first step: images of a batch side by side, zeros (the mean colour) below and right of them.
-
-    Evaluation brings the shorter side to `short_side` pixels, the longer one to no more than `long_side`.
-    """
-
-    class Sizes(tv("models.detection.transform").GeneralizedRCNNTransform):
-        """The data standardises, and gives training images their size."""
-
-        def normalize(self, image: Tensor) -> Tensor:
-            return image
-
-        def resize(self, image: Tensor, target: Found | None = None) -> tuple[Tensor, Found | None]:
-            if self.training or short_side is None:
-                return image, target
-            ratio = short_side / min(image.shape[1:])
-            if long_side is not None:
-                ratio = min(ratio, long_side / max(image.shape[1:]))
-            size = [max(1, round(side * ratio)) for side in image.shape[1:]]
-            if size == list(image.shape[1:]):
-                return image, target
-            return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0], target
-
-    return Sizes(short_side or 1, long_side or 1, [0.0], [1.0], size_divisible=divisible)
-
-
 class Detector(nn.Module):
     """A backbone and one of torchvision's detectors, for images of any size.
 
@@ -164,29 +107,63 @@ class Detector(nn.Module):
         return self.network.backbone.body
 
     def forward(
-        self, images: Sequence[Float[Tensor, "c _ _"]], targets: Sequence[Found] | None = None
-    ) -> Found | list[Found]:
+        self,
+        images: Sequence[Float[Tensor, "c _ _"]],
+        targets: Sequence[Found] | None = None,
+        counted: bool = False,
+    ) -> Found | list[Found] | tuple[Found, Found]:
         """In training, the losses by name; else of every image "boxes", "labels", "scores" and, of Mask R-CNN, "masks".
 
         Args:
             images: Standardised.
             targets: Training: "boxes" (n, 4) as left, top, right, bottom in pixels, "labels" (n,) from 0, and for Mask
-                R-CNN "masks" (n, h, w).
+                R-CNN "masks" (n, h, w). Where images are a part of a batch, also "key" (), a whole number from which
+                what is drawn for the image is drawn, and "least" (2,), height and width of the batch's largest sides.
+            counted: Training: give, beside the losses, over how many positions or proposals each is the mean; those
+                without a count are means over images.
 
         Raises:
             ConfigError: It trains masks, and there are none.
         """
         if not self.training:
-            found = self.network(list(images))
-            return [{**each, "labels": each["labels"] - self.first_label} for each in found]
-        if self.masks and not all("masks" in target for target in targets or ()):
+            return self._found(images)
+        targets = targets or ()
+        if self.masks and not all("masks" in target for target in targets):
             raise ConfigError(
                 "Mask R-CNN learns from instances' masks, and the data gives none: data.masks=true, where the "
                 "annotations have them."
             )
-        return self.network(
-            list(images), [{**target, "labels": target["labels"] + self.first_label} for target in targets or ()]
+        self._follow(targets)
+        losses = self.network(
+            list(images), [{**target, "labels": target["labels"] + self.first_label} for target in targets]
         )
+        return (losses, self.counts()) if counted else losses
+
+    def _found(self, images: Sequence[Tensor]) -> list[Found]:
+        """Of each image what would be found if it were alone: together are those that are padded alike."""
+        sizes = [self.network.transform.padded(image) for image in images]
+        found: dict[int, Found] = {}
+        for size in dict.fromkeys(sizes):
+            rows = [i for i, other in enumerate(sizes) if other == size]
+            found |= zip(rows, self.network([images[i] for i in rows]), strict=True)
+        return [{**found[i], "labels": found[i]["labels"] - self.first_label} for i in range(len(images))]
+
+    def _follow(self, targets: Sequence[Found]) -> None:
+        """Let sizes and draws be those that the targets say."""
+        keyed = bool(targets) and all("key" in target for target in targets)
+        keys = torch.stack([target["key"] for target in targets]).tolist() if keyed else []
+        for sampler in self.samplers():
+            sampler.keys = keys
+        least = [target["least"] for target in targets if "least" in target]
+        self.network.transform.least = tuple(torch.stack(least).amax(0).tolist()) if least else (0, 0)
+
+    def samplers(self) -> list[Any]:
+        """What draws positions or proposals at random."""
+        return []
+
+    def counts(self) -> Found:
+        """Over how many positions or proposals the last losses are means."""
+        return {}
 
     def blocks(self) -> list[nn.Module]:
         """What to shard and to checkpoint."""
@@ -279,11 +256,14 @@ class FCOS(Detector):
             raise ConfigError(f"d_pyramid={d_pyramid}: FCOS' group norms need a multiple of {2 * GROUPS}")
         grids = Grids(backbone, d_pyramid, 1, _coarser, norm)
         boxes, module = anchors(_five(grids), (1.0,), (1.0,)), tv("models.detection.fcos")
-        head = widened(module.FCOSHead(d_pyramid, 1, n_classes))
+        head = widened(counting(module.FCOSHead)(d_pyramid, 1, n_classes))
         network = module.FCOS(
             grids, n_classes, anchor_generator=boxes, head=head, score_thresh=threshold, detections_per_img=most
         )
         super().__init__(grids, network, short_side, long_side, first_label=0)
+
+    def counts(self) -> Found:
+        return dict.fromkeys(("classification", "bbox_regression", "bbox_ctrness"), self.network.head.count)
 
 
 def _pool(grids: Grids, side: int) -> Any:
@@ -309,7 +289,7 @@ def _two_stages(
     if more:
         more["mask_roi_pool"] = _pool(grids, 14)
     build = tv("models.detection.mask_rcnn").MaskRCNN if more else faster.FasterRCNN
-    return build(
+    network = build(
         grids,
         rpn_anchor_generator=anchors(_five(grids), (anchor,), RATIOS),
         rpn_head=widened(head),
@@ -320,6 +300,9 @@ def _two_stages(
         box_detections_per_img=most,
         **more,
     )
+    for salt, part in enumerate((network.rpn, network.roi_heads), start=1):
+        part.fg_bg_sampler = by_image(part.fg_bg_sampler, salt)
+    return network
 
 
 @models.register("faster_rcnn", kind="detection", source="arXiv:1506.01497", smoke=SMOKE | {"d_box": 16}, base=BASE)
@@ -349,11 +332,21 @@ class FasterRCNN(Detector):
         network = _two_stages(grids, n_classes, anchor, d_box, threshold, most)
         super().__init__(grids, network, short_side, long_side, first_label=1)
 
+    def samplers(self) -> list[Any]:
+        return [self.network.rpn.fg_bg_sampler, self.network.roi_heads.fg_bg_sampler]
+
+    def counts(self) -> Found:
+        positions, proposals = self.samplers()
+        return {
+            **dict.fromkeys(("loss_objectness", "loss_rpn_box_reg"), positions.count),
+            **dict.fromkeys(("loss_classifier", "loss_box_reg"), proposals.count),
+        }
+
 
 @models.register(
     "mask_rcnn", kind="detection", source="arXiv:1703.06870", smoke=SMOKE | {"d_box": 16, "d_mask": 8}, base=BASE
 )
-class MaskRCNN(Detector):
+class MaskRCNN(FasterRCNN):
     """Mask R-CNN: Faster R-CNN with the mask of every object beside its class.
 
     Args:
@@ -385,4 +378,7 @@ class MaskRCNN(Detector):
         network = _two_stages(
             grids, n_classes, anchor, d_box, threshold, most, mask_head=head, mask_predictor=predictor
         )
-        super().__init__(grids, network, short_side, long_side, first_label=1)
+        Detector.__init__(self, grids, network, short_side, long_side, first_label=1)
+
+    def counts(self) -> Found:
+        return {**super().counts(), "loss_mask": self.network.roi_heads.fg_bg_sampler.positive}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from selectra.errors import ConfigError
 from selectra.registry import tasks
 from selectra.tasks.segmentation import vision
-from selectra.tasks.task import Loss
+from selectra.tasks.task import Loss, Means
 
 # Scores of a mask's pixels from here on are inside of it.
 INSIDE = 0.5
@@ -221,16 +221,16 @@ class Detection:
         return task
 
     def loss(self, model: nn.Module, batch: AnnotatedImages) -> Loss:
-        """torchvision's losses of the batch, by images.
+        """torchvision's losses, each a mean over what it counts in the batch: images, positions or proposals.
 
-        RetinaNet's loss is a mean over images, so that sums are right over batches and processes. The others are means
-        over the positions or proposals of a batch: with them, batches count by their images.
+        Batches that are accumulated count by their images.
         """
-        found = model(batch.x, batch.targets)
-        parts = {name: self._weight(name) * value * len(batch) for name, value in found.items()}
-        total = torch.stack(list(parts.values())).sum()
-        shown = {name: value.detach() for name, value in parts.items()}
-        return Loss(total, torch.tensor(float(len(batch)), device=total.device), shown)
+        found, counts = model(batch.x, batch.targets, counted=True)
+        some = next(iter(found.values()))
+        images = torch.tensor(float(len(batch)), device=some.device)
+        return Means.of(
+            {name: (self._weight(name) * value, counts.get(name, images)) for name, value in found.items()}, images
+        )
 
     def _weight(self, name: str) -> float:
         if name == "loss_mask":

@@ -43,6 +43,11 @@ def training_order(windows: Windows | Stream, train: Train, world: World) -> Ord
     return TrainingOrder(windows, train, world)
 
 
+def agreed(batch: Any, world: World) -> Any:
+    """A share of a batch, with what it has to know of the others' shares; all processes ask for that together."""
+    return batch.agreed(world.most) if world.size > 1 and hasattr(batch, "agreed") else batch
+
+
 class TrainingOrder:
     """Batches of this process, pass after pass, from any position on.
 
@@ -78,20 +83,49 @@ class TrainingOrder:
         size = len(self.windows) - (len(self) - 1) * self.batches.batch_size if short else self.batches.batch_size
         return self.world.rank < size
 
-    def _shares(self) -> list[list[int]]:
-        rank, size = self.world.rank, self.world.size
-        return [batch[rank::size] or batch[:1] for batch in self.batches]
+    def _shares(self) -> list[list[Any]]:
+        shares = []
+        for batch in self.batches:
+            least, more = divmod(len(batch), self.world.size)
+            begin, end = (rank * least + min(rank, more) for rank in (self.world.rank, self.world.rank + 1))
+            # What mixes examples needs of each the one that follows in the batch: at most one beyond the share.
+            mixes = getattr(self.windows, "mixes", False)
+            items = list(zip(batch, [*batch[1:], batch[0]], strict=True)) if mixes else batch
+            shares.append(items[begin:end] or items[:1])
+        return shares
 
     def start_at(self, position: int) -> Iterator[Any]:
-        """All batches after the first `position`, without end."""
+        """All batches after the first `position`, without end; who prepares them stays from pass to pass."""
+        in_passes = _InPasses(self.windows, self.sampler.seed)
+        # Here, because processes that prepare batches begin with what this one has.
+        in_passes.turn(position // len(self))
+        return load(in_passes, self._shares_from(position), self.workers, self.limit)
+
+    def _shares_from(self, position: int) -> Iterator[tuple[int, list[Any]]]:
         epoch, skip = divmod(position, len(self))
         while True:
             self.sampler.set_epoch(epoch)
-            # A split whose views differ from pass to pass is told which one comes.
-            if hasattr(self.windows, "at_pass"):
-                self.windows.at_pass(epoch, self.sampler.seed)  # pyright: ignore[reportAttributeAccessIssue]
-            yield from load(self.windows, self._shares()[skip:], self.workers, self.limit)
+            yield from ((epoch, share) for share in self._shares()[skip:])
             epoch, skip = epoch + 1, 0
+
+
+class _InPasses:
+    """A split by number of pass and list of numbers, told which pass comes: views may differ from pass to pass."""
+
+    def __init__(self, windows: Windows, seed: int) -> None:
+        self.windows, self.seed = windows, seed
+        self.now: int | None = None
+
+    def turn(self, epoch: int) -> None:
+        """This pass comes next."""
+        if epoch != self.now and hasattr(self.windows, "at_pass"):
+            self.windows.at_pass(epoch, self.seed)  # pyright: ignore[reportAttributeAccessIssue]
+        self.now = epoch
+
+    def __getitem__(self, item: tuple[int, list[Any]]) -> Any:
+        epoch, indices = item
+        self.turn(epoch)
+        return self.windows[indices]
 
 
 def of_each(batch_size: int, world: World) -> int:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import BackendError, ConfigError, RankError
-from selectra.ops.length_parallel import same_split
+from selectra.ops.length_parallel import computed_twice
 from selectra.spec import Parallel
 from selectra.train.stop import DeviceMemoryError, StalledError, StoppedError
 
@@ -47,11 +47,16 @@ class World:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes; with one process the tensor itself."""
-        if self.size == 1:
-            return tensor
+        return self._over_all(tensor, distributed.ReduceOp.SUM) if self.size > 1 else tensor
+
+    def most(self, tensor: Tensor) -> Tensor:
+        """The greatest numbers of all processes; with one process the tensor itself."""
+        return self._over_all(tensor, distributed.ReduceOp.MAX) if self.size > 1 else tensor
+
+    def _over_all(self, tensor: Tensor, how: Any) -> Tensor:
         # gloo works on CPU tensors and nccl on CUDA ones.
         total = tensor.to(self.device, copy=True)
-        distributed.all_reduce(total)
+        distributed.all_reduce(total, how)
         return total.to(tensor.device)
 
     def gather(self, item: Any) -> list[Any]:
@@ -185,7 +190,7 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
             checkpoint,
             getattr(block, name),
             use_reentrant=False,
-            context_fn=lambda again=again: (contextlib.nullcontext(), _as_before(again())),
+            context_fn=lambda again=again: _both_times(again()),
         )
         setattr(block, name, call)
     try:
@@ -198,9 +203,15 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
                 setattr(block, name, before)
 
 
-def _as_before(again: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:
-    """`again`, and sequences split as they are at this moment, also where backward comes after the split's block."""
-    return _both(again, same_split())
+def _both_times(
+    again: contextlib.AbstractContextManager[None],
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """What goes around a block, and around it when it is computed again: `again`, and sequences split as they are now.
+
+    The split comes back also where backward comes after its block.
+    """
+    first, second = computed_twice()
+    return first, _both(again, second)
 
 
 @contextlib.contextmanager

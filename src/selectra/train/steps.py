@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from selectra.tasks.task import Loss, Task, nothing_of
+from selectra.tasks.task import Loss, Task
 from selectra.train.batch_norms import together
-from selectra.train.batches import Order, Windows
+from selectra.train.batches import Order, Windows, agreed
 from selectra.train.depth import training_mode
 from selectra.train.evaluation import evaluate
 from selectra.train.loader import naming_ended
@@ -61,10 +61,10 @@ class Steps:
         with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
                 self.together.counts = self.order.counts(state.at.position + i)
-                seen.append(batch := self.meter.take(self.together.counts))
+                seen.append(batch := agreed(self.meter.take(self.together.counts), world))
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
-                    loss = loss if self.together.counts else nothing_of(loss)
+                    loss = (loss if self.together.counts else loss.nothing()).shared(world.sum)
                     state.scaler.scale(loss.sum).backward()
                 for name, value in {"loss": loss.sum, "count": loss.count, **loss.parts}.items():
                     sums[name] = sums.get(name, 0) + value.detach().double()
