@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from selectra.compare.vision import Study
+from selectra.compare import vision
+from selectra.compare.packed_images import Library
 from selectra.train.checkpoint import replacing
 from selectra.train.record import environment
 
@@ -76,7 +77,7 @@ def main() -> None:
     changes += [f"data.path={words.data}"] if words.data else []
     record = begin(words, changes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names, seeds = tuple(words.recipes.split(",")), tuple(range(words.seeds))
+    names, seeds, library = tuple(words.recipes.split(",")), range(words.seeds), Library(device)
 
     def say(row: dict[str, Any]) -> None:
         shown = {key: value for key, value in row.items() if key not in ("losses", "model")}
@@ -84,15 +85,13 @@ def main() -> None:
         write(words.out, record)
 
     if not words.no_measure:
-        measure(Study(names, seeds, tuple(changes), device), record, say)
+        measure(names, changes, library, record, say)
     fits = tuple(name for name in names if name not in {row["recipe"] for row in record["models"] if "error" in row})
     if words.budget and "steps" not in record:
         record["steps"] = affordable(record, fits, len(seeds), words.budget)
     steps = [f"train.steps={record['steps']}"] if "steps" in record else []
     if not words.no_train:
-        done = frozenset((row["recipe"], row["seed"]) for row in record["trainings"])
         packed = words.packed or (2 if enough_for_two(record, device) else 1)
-        study = Study(fits, seeds, (*changes, *steps), device, packed, done=done)
 
         def finished(row: dict[str, Any]) -> None:
             record["trainings"].append(row)
@@ -100,7 +99,9 @@ def main() -> None:
                 record["differences"] = differences(record["trainings"], words.against)
             say(row)
 
-        record["not_begun"] = study.train(began + words.seconds, finished)
+        wanted = missing(fits, seeds, record)
+        until = began + words.seconds
+        record["not_begun"] = vision.train(wanted, [*changes, *steps], library, packed, until, finished)
     record["calls"][-1]["seconds"] = time.monotonic() - began
     write(words.out, record)
 
@@ -125,14 +126,23 @@ def write(out: Path, record: dict[str, Any]) -> None:
         partial.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def measure(study: Study, record: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
+def missing(names: Sequence[str], seeds: Iterable[int], record: dict[str, Any]) -> list[tuple[str, int]]:
+    """Recipes and seeds without a training, seed by seed, so that what a limit cuts off is a whole seed of all."""
+    done = {(row["recipe"], row["seed"]) for row in record["trainings"]}
+    return [(name, seed) for seed in seeds for name in names if (name, seed) not in done]
+
+
+def measure(
+    names: Sequence[str], changes: Sequence[str], library: Library, record: dict[str, Any],
+    say: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
     """Each model alone; one that does not fit is noted and not trained."""
     measured = {row["recipe"] for row in record["models"]}
-    for name in study.recipes:
+    for name in names:
         if name in measured:
             continue
         try:
-            record["models"].append(study.measure(name))
+            record["models"].append(vision.measure(name, changes, library))
         except torch.OutOfMemoryError as error:
             record["models"].append({"recipe": name, "error": str(error).partition("\n")[0]})
             torch.cuda.empty_cache()

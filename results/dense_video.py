@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dense_camvid import begin, measure, write
+from dense_camvid import begin, measure, missing, write
 
-from selectra.compare.vision import Study
+from selectra.compare.packed_images import Library
+from selectra.compare.vision import train
 from selectra.data.moving_shapes import CLASSES
 
 RECIPES = ("videomamba_shapes", "videomamba_shapes_still")
@@ -40,7 +41,7 @@ def main() -> None:
     changes = ["train.eval_every=1000000", *words.changes] + ([f"train.steps={words.steps}"] if words.steps else [])
     record = begin(words, changes) | {"what": "dense_video", "chance": 1 / len(CLASSES)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seeds = tuple(range(words.seeds))
+    library = Library(device)
 
     def say(row: dict[str, Any]) -> None:
         shown = {key: value for key, value in row.items() if key not in ("losses", "model")}
@@ -51,10 +52,9 @@ def main() -> None:
         record["trainings"].append(row)
         say(row)
 
-    measure(Study(RECIPES[:1], seeds, tuple(changes), device), record, say)
-    done = frozenset((row["recipe"], row["seed"]) for row in record["trainings"])
-    study = Study(RECIPES, seeds, tuple(changes), device, words.packed, done=done)
-    record["not_begun"] = study.train(began + words.seconds, finished)
+    measure(RECIPES[:1], changes, library, record, say)
+    wanted = missing(RECIPES, range(words.seeds), record)
+    record["not_begun"] = train(wanted, changes, library, words.packed, began + words.seconds, finished)
     record["calls"][-1]["seconds"] = time.monotonic() - began
     write(words.out, record)
 

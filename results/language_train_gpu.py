@@ -4,10 +4,13 @@
 
 A family's step is measured alone, as the CUDA graph that the study replays. All families get the same number of steps,
 the largest of those below at which all trainings fit; `selectra compare NAME --steps N --packed M` does the same study.
+Every training is stored as it ends, and the record is written before the limit; the same command in the same folder
+goes on with what is not done. With `--device cpu` the same on one thread or more, all by the plain loop.
 """
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from datetime import UTC, datetime
@@ -23,9 +26,10 @@ from selectra.compare.match import match
 from selectra.compare.on_device_text import TextOnDevice
 from selectra.compare.questions import Asked, find_study
 from selectra.compare.results import write_results
-from selectra.compare.study import Study
+from selectra.compare.study import Budget, Study
 from selectra.compare.worker import PARTS, build
 from selectra.data.held_text import held_split, hold
+from selectra.errors import ConfigError
 from selectra.report.study import read_study, write_reports
 from selectra.spec import override
 from selectra.train.job import typed
@@ -94,48 +98,102 @@ def without(study: Study, names: set[str]) -> Study:
     return study.model_copy(update={"variants": kept})
 
 
-def main() -> None:
-    """Measure, choose, train, write."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("study")
-    parser.add_argument("--seconds", type=float, default=200.0)
-    parser.add_argument("--packed", type=int, default=4)
-    parser.add_argument("--gain", type=float, default=1.2, help="How much faster trainings are side by side.")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--out", type=Path, default=Path())
-    parser.add_argument("--device", default="cuda")
-    asked, console, began = parser.parse_args(), Console(width=200), time.monotonic()
-    study, device = find_study(asked.study, Asked()), torch.device(asked.device)
-    speeds, failed = [], []
+def chosen(asked: argparse.Namespace, steps: int | None) -> Study:
+    """The study as it is asked for: some of its bases, another size, length or batch."""
+    budget = Budget(quantity="params", amount=asked.params, align=asked.align) if asked.params else None
+    study = find_study(asked.study, Asked(steps=steps, batch_size=asked.batch_size, trials=asked.trials, budget=budget))
+    if asked.bases:
+        names, known = asked.bases.split(","), [base.name for base in study.bases]
+        if not set(names) <= set(known):
+            raise ConfigError(f"--bases has {names}; the study's are {known}.")
+        study = study.model_copy(update={"bases": tuple(study.base(name) for name in names)})
+    if asked.rate:
+        changed = tuple(override(base, [f"optim.lr={asked.rate}"]) for base in study.bases)
+        study = study.model_copy(update={"bases": changed})
+    if asked.precision:
+        changed = tuple(override(base, [f"train.precision={asked.precision}"]) for base in study.bases)
+        study = study.model_copy(update={"bases": changed})
+    return study
+
+
+def measured(study: Study, asked: argparse.Namespace, device: torch.device, console: Console) -> dict[str, Any]:
+    """Every family's step on every base, alone, as far as none of it is in the folder from an earlier call."""
+    path = asked.out / f"{study.name}_speed.json"
+    if path.exists():
+        return json.loads(path.read_text("utf-8"))
+    record: dict[str, Any] = {"study": study.name, "speeds": [], "failed": [], **environment()}
     for base in study.bases:
         for variant in study.variants:
             try:
-                speeds.append(timed(study, base.name, variant.name, device))
+                record["speeds"].append(timed(study, base.name, variant.name, device))
             except RuntimeError as error:
-                failed.append({"base": base.name, "variant": variant.name, "reason": str(error)[:500]})
-                console.print(failed[-1], highlight=False, markup=False)
+                record["failed"].append({"base": base.name, "variant": variant.name, "reason": str(error)[:500]})
+                console.print(record["failed"][-1], highlight=False, markup=False)
                 continue
-            shown = {name: speeds[-1][name] for name in ("base", "variant", "step_ms", "tokens_per_s", "prepare_s")}
-            console.print(shown, f"{time.monotonic() - began:.1f} s", highlight=False, markup=False)
-            record = {"study": study.name, "speeds": speeds, "failed": failed, **environment()}
-            (asked.out / f"{study.name}_speed.json").write_text(json.dumps(record, indent=1) + "\n")
-    limit = began + asked.seconds - time.monotonic()
-    steps = asked.steps or fitting(study, speeds, limit, asked.gain)
-    console.print(f"{limit:.0f} s are left: {steps} steps", highlight=False)
-    study = without(find_study(asked.study, Asked(steps=steps)), {each["variant"] for each in failed})
-    path = asked.out / f"{study.name}.sqlite"
-    left = began + asked.seconds - time.monotonic()
-    conduct(study, Wish(path, str(device), left, 1, asked.packed), console)
+            told = ("base", "variant", "step_ms", "tokens_per_s", "prepare_s")
+            console.print({name: record["speeds"][-1][name] for name in told}, highlight=False, markup=False)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
+
+
+def command() -> str:
+    """What was typed, without the folder, which is this machine's own."""
+    words = sys.argv.copy()
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
+    return shlex.join(["python", *words])
+
+
+def written(path: Path, record: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Write what the store holds as one record and as pages; what the pages say."""
     write_results(path, path.with_suffix(".json"))
     stand = json.loads(path.with_suffix(".json").read_text("utf-8"))
     made = {
-        "command": " ".join(["python", *sys.argv]), "date": datetime.now(UTC).date().isoformat(),
+        "command": command(), "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
-        "speeds": speeds, "failed": failed,
+        "speeds": record["speeds"], "failed": record["failed"],
     }  # fmt: skip
     path.with_suffix(".json").write_text(json.dumps(made | stand, indent=1) + "\n", encoding="utf-8")
     content = read_study(path.with_suffix(".json"))
     write_reports(content, path.with_suffix(""))
+    return content
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study")
+    parser.add_argument("--seconds", type=float, default=200.0, help="From the script's begin to its end.")
+    parser.add_argument("--slack", type=float, default=15.0, help="Seconds of these kept for writing the record.")
+    parser.add_argument("--packed", type=int, default=4)
+    parser.add_argument("--gain", type=float, default=1.2, help="How much faster trainings are side by side.")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--bases", help="Names of some of the study's bases, separated by commas.")
+    parser.add_argument("--params", type=float, help="Parameters of every model.")
+    parser.add_argument("--align", type=int, default=8, help="Widths of models of so many are multiples of this.")
+    parser.add_argument("--trials", type=int, help="0: no trials of the learning rate, all families take --rate.")
+    parser.add_argument("--rate", type=float, help="The bases' learning rate.")
+    parser.add_argument("--precision", help="The bases' precision, such as float32.")
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--device", default="cuda")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, choose, train, write."""
+    asked, console, began = arguments(), Console(width=200), time.monotonic()
+    device = torch.device(asked.device)
+    until = began + asked.seconds - asked.slack
+    record = measured(chosen(asked, None), asked, device, console)
+    left = until - time.monotonic()
+    steps = asked.steps or fitting(chosen(asked, None), record["speeds"], left, asked.gain)
+    console.print(f"{left:.0f} s are left: {steps} steps", highlight=False)
+    study = without(chosen(asked, steps), {each["variant"] for each in record["failed"]})
+    path = asked.out / f"{study.name}.sqlite"
+    conduct(study, Wish(path, str(device), until - time.monotonic(), 1, asked.packed), console)
+    content = written(path, record, device)
     console.print(content["verdict"]["text"], highlight=False, markup=False)
     for row in content["rows"]:
         console.print({name: row[name] for name in ("base", "variant", "mean", "interval", "val", "seconds", "missing",

@@ -8,7 +8,8 @@ FSDP2: a Mamba language model of at least 10 billion parameters, 20 steps of Ada
 on bytes of this repository's texts; the loss has to fall. Weights are made in parts, blocks computed again in backward,
 products in bfloat16. On two GPUs alone: weights, gradients and moments are 16 bytes a parameter.
 
-Every part runs in fresh processes, and the record is written after it. A rehearsal on a CPU:
+Every part runs in two fresh processes, of which the first trains alone before; the record is written after each
+training. A rehearsal on a CPU:
 `python results/scale_gpu.py --device cpu --tiny --out DIR`. docs/scaling.md says how programs start on a cluster.
 """
 
@@ -109,7 +110,7 @@ def weak(name: str, world: World, tiny: bool) -> dict[str, Any]:
         task.n_classes = 1000
         small: dict[str, Any] = {"d_model": 16, "depth": 1}
     else:
-        spec, each, task, windows = Spec(name, dropout=0.0), 128, Forecasting(), Same(series, world.device)
+        spec, each, task, windows = Spec(name, dropout=0.0), 256, Forecasting(), Same(series, world.device)
         facts, small = {"seq_len": 512, "horizon": 96, "n_series": 321}, {}
     if tiny:
         spec, each = spec.replace(**small), 2
@@ -153,23 +154,42 @@ def large(world: World, tiny: bool) -> dict[str, Any]:
     return row
 
 
+def note(path: Path, part: str, key: str, row: dict[str, Any]) -> None:
+    """Put a row into the record; both of a model's rows give its weak scaling."""
+    record = json.loads(path.read_text())
+    rows = record["parts"].setdefault(part, {})
+    rows[key] = row
+    one, two = (rows.get(n, {}).get("median seconds") for n in ("1", "2"))
+    if one and two:
+        rows["weak scaling"] = one / two
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, part: str) -> None:
-    """One process: one part."""
+    """One process: one part; the first one alone before, while the others wait."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port),
                    "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}  # fmt: skip
     # Without multicast memory of the switch, which some hosts do not offer.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    sharded = part.startswith("large")
+    sharded, first = part == "large", rank == 0
     with joined(Parallel(kind="fsdp2" if sharded else "ddp", timeout=100), kind) as world:
-        # Before the large one comes a tiny one: what would fail fails at once.
-        row = large(world, tiny or part == "large tiny") if sharded else weak(part, world, tiny)
-    if rank == 0:
-        record = json.loads(path.read_text())
-        record["parts"].setdefault(part, {})[str(n)] = row
-        pair = [record["parts"][part].get(key, {}).get("median seconds") for key in ("1", "2")]
-        if all(pair):
-            record["parts"][part]["weak scaling"] = pair[0] / pair[1]
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        if sharded:
+            # Before the large one comes a tiny one: what would fail fails at once.
+            rows = [("large tiny", lambda: large(world, True))] + (
+                [] if tiny else [("large", lambda: large(world, False))]
+            )
+            for name, run in rows:
+                row = run()
+                if first:
+                    note(path, name, str(n), row)
+            return
+        if first:
+            note(path, part, "1", weak(part, World(device=world.device), tiny))
+        world.wait()
+        row = weak(part, world, tiny)
+        if first:
+            note(path, part, str(n), row)
 
 
 def main(
@@ -181,7 +201,7 @@ def main(
     """Measure, print and write."""
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     path = out / f"scale_{device}{'_tiny' if tiny else ''}_{date}.json"
-    parts = part or ["vim_small", "tsm2_base", "large tiny", "large"]
+    parts = part or ["vim_small", "tsm2_base", "large"]
     command = f"python results/scale_gpu.py --device {device}{' --tiny' if tiny else ''} --out {out.name}"
     record: dict[str, Any] = {
         "command": command,
@@ -192,15 +212,15 @@ def main(
     }
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    jobs = [(n, each) for each in parts for n in (1, 2) if n == 2 or not each.startswith("large")]
-    for index, (n, each) in enumerate(jobs):
+    for index, each in enumerate(parts):
+        start = time.perf_counter()
         try:
-            start_processes(worker, (n, 29_600 + index, path, device, tiny, each), n, start_method="spawn")
+            start_processes(worker, (2, 29_600 + index, path, device, tiny, each), 2, start_method="spawn")
         except (ProcessRaisedException, ProcessExitedException) as error:
             record = json.loads(path.read_text())
-            record[f"problem of {each} on {n}"] = str(error).strip()[-3000:]
+            record[f"problem of {each}"] = str(error).strip()[-3000:]
             path.write_text(json.dumps(record, indent=1) + "\n")
-        console.print(each, n, json.loads(path.read_text())["parts"].get(each, {}).get(str(n)))
+        console.print(each, f"{time.perf_counter() - start:.0f} s", json.loads(path.read_text())["parts"].get(each))
     console.print(f"written to {path}")
 
 

@@ -17,6 +17,7 @@ import math
 import multiprocessing
 import queue
 import re
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -203,23 +204,31 @@ def main(
     only: Annotated[str, typer.Option(help="Only models whose name holds this.")] = "",
     graphs: Annotated[bool, typer.Option(help="Capture steps in CUDA graphs, which saves the host's time.")] = True,
     seconds: Annotated[float, typer.Option(help="After so many seconds nothing is begun any more.")] = 3600,
+    earlier: Annotated[Path | None, typer.Option(help="A record to go on with: what it has is not done again.")] = None,
 ) -> None:
     """Train all and write the record, after every one."""
     console.print("Set PYTHONPATH or install selectra first; the record is written as trainings end.", style="dim")
     context = multiprocessing.get_context("spawn")
     jobs, results = context.Queue(), context.Queue()
     chosen = [replace(job, graph=job.graph and graphs) for job in all_jobs() if only in job.model]
-    for job in chosen:
+    before = [] if earlier is None else json.loads(earlier.read_text())["rows"]
+    wanted = {(job.model, job.precision): job for job in chosen}
+    kept = [row for row in before if row.get("steps") == steps and wanted.pop((row["model"], row["precision"]), None)]
+    left = list(wanted.values())
+    for job in left:
         jobs.put(job)
     hardware = environment()
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    record: dict[str, Any] = {"command": f"python results/vision_stability.py --out {out}", "date": date}
-    record |= {"environment": hardware, "seed": SEED, "what": (__doc__ or "").partition("\n")[0], "rows": []}
+    record: dict[str, Any] = {"command": f"python {' '.join(sys.argv)}", "date": date}
+    record |= {"environment": hardware, "seed": SEED, "what": (__doc__ or "").partition("\n")[0]}
+    record |= {} if earlier is None else {"goes on with": earlier.name, "rows of it": len(kept)}
+    record["rows"] = kept
+    out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "_", (hardware["hardware"]["gpus"] or [hardware["hardware"]["processor"]])[0].lower())
     path = out / f"vision_stability_{name}_{date}.json"
     end = time.time() + seconds
     arguments = (jobs, results, steps, device, end)
-    processes = [context.Process(target=worker, args=arguments) for _ in range(min(workers, len(chosen)))]
+    processes = [context.Process(target=worker, args=arguments) for _ in range(min(workers, len(left)))]
     for process in processes:
         process.start()
     while len(record["rows"]) < len(chosen):

@@ -118,7 +118,7 @@ def parts_of(plan: Plan) -> Iterator[Part]:
             yield from (Part(model, seed, way, per_class) for way in WAYS for model in RECIPES)
 
 
-class Study:
+class Transfer:
     """The trainings of a plan, their record and their weights."""
 
     def __init__(self, words: argparse.Namespace, library: Library, record: dict[str, Any]) -> None:
@@ -290,17 +290,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record = begin(words)
     before = record["seconds"]
-    study = Study(words, Library(device), record)
-    study.read_all()
+    transfer = Transfer(words, Library(device), record)
+    transfer.read_all()
     print(f"data read after {time.monotonic() - began:.1f} s", flush=True)  # noqa: T201
     if record["plan"] is None:
-        plan = study.decide(began)
+        plan = transfer.decide(began)
         record["plan"] = {**asdict(plan), "models": {name: spec.to_json() for name, spec in plan.models.items()}}
     plan = PLANS[record["plan"]["name"]]
     print(json.dumps({"plan": plan.name, "decision": record["decision"]}), flush=True)  # noqa: T201
-    study.go(plan, began + words.seconds)
+    transfer.go(plan, began + words.seconds)
     record["seconds"] = before + time.monotonic() - began
-    study.save()
+    transfer.save()
     print(json.dumps(record["gains"], indent=1))  # noqa: T201
 
 

@@ -12,7 +12,8 @@ import torch
 
 from selectra import models as _models  # noqa: F401
 from selectra.compare.on_device_images import ImagesOnDevice, order_of
-from selectra.compare.vision import Study, build, find_run
+from selectra.compare.packed_images import Library, build
+from selectra.compare.vision import find_run, measure, train
 from selectra.data.images import HeldImages, Images
 from selectra.errors import ConfigError
 from selectra.registry import models
@@ -88,26 +89,24 @@ CHANGES = ("data.path=shapes", "train.steps=3", "train.batch_size=16", "train.pr
            "model.depths=1,1", "model.drop_path=0")  # fmt: skip
 
 
-def test_a_study_trains_every_seed_and_counts_what_was_not_begun():
-    study = Study(("vmamba_cifar10", "simba_cifar10"), (0, 1), (*CHANGES,), CPU, 2, {"simba_cifar10": 1})
+def test_every_seed_is_trained_and_what_was_not_begun_is_told():
+    library, both = Library(CPU), [("vmamba_cifar10", 0), ("vmamba_cifar10", 1)]
     with pytest.raises(ConfigError, match=r"mlp_ratios"):
-        study.measure("simba_cifar10")
-    study = Study(("vmamba_cifar10",), (0, 1), CHANGES, CPU, 2)
-    found = study.measure("vmamba_cifar10")
+        measure("simba_cifar10", CHANGES, library)
+    found = measure("vmamba_cifar10", CHANGES, library)
     assert found["parameters"] > 0 and found["gflops"] > 0
     rows: list[dict] = []
-    assert study.train(time.monotonic() + 100, rows.append) == []
-    assert sorted((row["recipe"], row["seed"]) for row in rows) == [("vmamba_cifar10", 0), ("vmamba_cifar10", 1)]
-    assert all(row["steps"] == 3 and 0 <= row["test"]["top1"] <= 1 for row in rows)
+    assert train(both, CHANGES, library, 2, time.monotonic() + 100, rows.append) == []
+    assert sorted((row["recipe"], row["seed"]) for row in rows) == both
+    assert all(row["steps"] == 3 and 0 <= row["test"]["top1"] <= 1 and row["packed"] == 2 for row in rows)
     assert rows[0]["last_loss"] != rows[1]["last_loss"]
-    assert study.train(time.monotonic() - 1, rows.append) == [("vmamba_cifar10", 0), ("vmamba_cifar10", 1)]
+    assert train(both, CHANGES, library, 2, time.monotonic() - 1, rows.append) == both and len(rows) == 2
 
 
-def test_a_study_draws_weights_as_the_loop_does():
-    study = Study(("vmamba_cifar10",), (3,), CHANGES, CPU)
+def test_weights_are_drawn_as_the_loop_draws_them():
     run = find_run("vmamba_cifar10", 3, CHANGES)
     assert run.data.args["val"] == 0.0 and run.train.seed == 3
-    parts = study.library(run.data)
+    parts = Library(CPU)(run.data)
     one, _ = build(run, parts, CPU)
     torch.manual_seed(3)
     other = models.build(run.model, parts.images.facts)
@@ -121,10 +120,9 @@ MASKS = ("data.path=shapes", "train.steps=3", "train.batch_size=4", "train.preci
 def test_masks_are_trained_as_by_the_loop(tmp_path):
     """A pass is of whole batches here, so that both see the same."""
     changes = (*MASKS, "train.steps=5", "data.test=0.35", "model.backbone.drop_path=0", "model.dropout=0")
-    study = Study(("vmamba_camvid",), (0,), changes, CPU)
     run = find_run("vmamba_camvid", 0, changes)
     run = run.model_copy(update={"train": run.train.model_copy(update={"device": "cpu"})})
-    parts = study.library(run.data)
+    parts = Library(CPU)(run.data)
     assert len(parts.train.labels) % 4 == 0
     model, task = build(run, parts, CPU)
     fit(model, task, parts.images.windows("train"), None, run, tmp_path, progress=False)
@@ -139,14 +137,12 @@ def test_masks_are_trained_as_by_the_loop(tmp_path):
     assert training.losses.tolist() == pytest.approx(losses, rel=1e-4) and len(losses) == 5
 
 
-def test_a_study_of_masks_goes_on_where_it_ended():
-    done = frozenset({("vmamba_camvid", 0)})
-    study = Study(("vmamba_camvid",), (0, 1), (*MASKS, "data.test=0.02"), CPU, 2, done=done)
-    rows: list[dict] = []
-    assert study.train(time.monotonic() + 100, rows.append) == []
+def test_masks_are_trained_and_measured():
+    library, changes, rows = Library(CPU), (*MASKS, "data.test=0.02"), list[dict]()
+    assert train([("vmamba_camvid", 1)], changes, library, 2, time.monotonic() + 100, rows.append) == []
     assert [(row["recipe"], row["seed"]) for row in rows] == [("vmamba_camvid", 1)]
     assert rows[0]["steps"] == 3 and 0 <= rows[0]["test"]["miou"] <= 1
-    assert study.measure("vmamba_camvid")["parameters"] > 0
+    assert measure("vmamba_camvid", changes, library)["parameters"] > 0
 
 
 def test_the_script_of_masks_goes_on_with_its_record(tmp_path, monkeypatch, capsys):
@@ -198,8 +194,7 @@ def test_the_graph_does_what_the_steps_do(name):
     if "drop_path" in run.model.args:
         # Drawn from a generator, and a graph has its own.
         run = run.model_copy(update={"model": run.model.replace(drop_path=0.0)})
-    study = Study((name,), (0,), (), device)
-    parts = study.library(run.data)
+    parts = Library(device)(run.data)
     for stream in (None, torch.cuda.Stream()):
         model, task = build(run, parts, device)
         pool = torch.cuda.graph_pool_handle() if stream else None
@@ -215,9 +210,9 @@ def test_the_graph_does_what_the_steps_do(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_model_alone_is_measured_and_several_share_the_gpu():
     small = ("data.path=shapes", "train.steps=9", "train.batch_size=32")
-    study = Study(("resnet18_cifar10", "vmamba_cifar10"), (0, 1), small, torch.device("cuda"), packed=2)
-    found = study.measure("vmamba_cifar10")
+    library = Library(torch.device("cuda"))
+    found = measure("vmamba_cifar10", small, library)
     assert found["train_images_per_s"] > 0 and found["inference_images_per_s"] > 0 and found["peak_gib"] > 0
-    rows: list[dict] = []
-    assert study.train(time.monotonic() + 200, rows.append) == []
+    wanted, rows = [(name, seed) for name in ("resnet18_cifar10", "vmamba_cifar10") for seed in (0, 1)], list[dict]()
+    assert train(wanted, small, library, 2, time.monotonic() + 200, rows.append) == []
     assert len(rows) == 4 and all(row["steps"] == 9 for row in rows)

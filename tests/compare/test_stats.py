@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selectra.compare.stats import ERROR_RATE, contrast, holm, judged
+from selectra.compare.stats import ERROR_RATE, RESAMPLED, contrast, holm, judged, paired
 from selectra.errors import ConfigError
 
 STUDIES = 200
@@ -46,6 +46,52 @@ def test_more_is_better_where_the_metric_says_so() -> None:
 def test_two_pairs_are_too_few() -> None:
     with pytest.raises(ConfigError, match="needs 3 pairs"):
         contrast([1.0, 2.0], [1.0, 2.0])
+
+
+# 97.5 % points of Student's distribution for that many pairs less one, from a printed table.
+STUDENT = {3: 4.302653, 4: 3.182446, 5: 2.776445, 6: 2.570582, 7: 2.446912}
+
+
+@pytest.mark.parametrize(("pairs", "quantile"), STUDENT.items())
+def test_an_interval_of_few_pairs_is_students(pairs: int, quantile: float) -> None:
+    draw = np.random.default_rng(pairs)
+    ours, theirs = (2 + draw.normal(0, 0.1, pairs) for _ in range(2))
+    for found, each in (
+        (paired(ours.tolist(), theirs.tolist()), ours - theirs),
+        # Plain differences, since one value is below zero.
+        (contrast([-1.0, *ours[1:]], theirs.tolist()), np.array([-1.0, *ours[1:]]) - theirs),
+    ):
+        half = quantile * each.std(ddof=1) / np.sqrt(pairs)
+        assert (found["low"], found["high"]) == pytest.approx((each.mean() - half, each.mean() + half), rel=1e-5)
+    relative = contrast(ours.tolist(), theirs.tolist())
+    logs = np.log(ours / theirs)
+    half = quantile * logs.std(ddof=1) / np.sqrt(pairs)
+    wanted = [100 * np.expm1(logs.mean() + side * half) for side in (-1, 1)]
+    assert [relative["low"], relative["high"]] == pytest.approx(wanted, rel=1e-5)
+    # What so many pairs could just have shown is half of that interval's width.
+    assert relative["resolution"] == pytest.approx(100 * np.expm1(half), rel=1e-5)
+
+
+def test_from_eight_pairs_on_an_interval_is_resampled() -> None:
+    draw = np.random.default_rng(0)
+    # Skewed: Student's interval is symmetric whatever the values are, and a resampled one is not.
+    ours, theirs = (draw.exponential(1, RESAMPLED) ** 2 + 3).tolist(), [3.0] * RESAMPLED
+    found, few = paired(ours, theirs), paired(ours[:-1], theirs[:-1])
+    assert len(STUDENT) + 3 == RESAMPLED
+    assert found["high"] - found["difference"] > 1.05 * (found["difference"] - found["low"])
+    assert few["high"] - few["difference"] == pytest.approx(few["difference"] - few["low"])
+    assert min(ours) - 3 <= found["low"] and found["high"] <= max(ours) - 3
+    # Drawn from a seed: the same values have the same interval.
+    assert paired(ours, theirs) == found != paired(ours, theirs, seed=1)
+
+
+def test_intervals_of_three_pairs_hold_the_truth_as_often_as_they_say() -> None:
+    studies, draw = 300, np.random.default_rng(1)
+    held = [found["low"] <= 0 <= found["high"] for found in (
+        paired((1 + draw.normal(0, 0.01, 3)).tolist(), (1 + draw.normal(0, 0.01, 3)).tolist()) for _ in range(studies)
+    )]  # fmt: skip
+    low, high = stats.binom.interval(0.999, studies, 0.95)
+    assert low <= sum(held) <= high
 
 
 def outcomes(n_seeds: int, seed: int) -> dict[str, str]:

@@ -21,8 +21,9 @@ from selectra.compare.study import Budget, Study, Tuning, Variant
 from selectra.compare.tune import best_settings, next_settings, pruner
 from selectra.errors import ConfigError, DataError
 from selectra.spec import Spec, override
+from selectra.train.job import typed
 from tests.compare.small import write_series
-from tests.compare.studies import VARIANTS, finished, make_study, numbers
+from tests.compare.studies import VARIANTS, finished, make_study, numbers, repeated
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -277,18 +278,9 @@ def done(path: Path) -> int:
 
 
 def test_commands_of_cells_repeat_their_runs(undisturbed: Path) -> None:
-    import shlex
-
-    from selectra.compare.results import command_of
-    from selectra.runs import find_run
-    from selectra.train.job import typed
-
     store = Store(undisturbed)
     for cell, _, _ in store.cells():
-        _, _, name, *words = shlex.split(command_of(cell.run))
-        found = typed(find_run(name, words))
-        # The name is for folders alone.
-        assert found.model_copy(update={"name": ""}) == typed(cell.run).model_copy(update={"name": ""})
+        assert repeated(cell.run) == typed(cell.run).model_copy(update={"name": ""})
     store.close()
 
 
@@ -327,7 +319,6 @@ def test_override_is_what_a_variant_changes(series: Path) -> None:
 
 def test_a_model_of_language_trains_on_the_data_that_the_command_names() -> None:
     from selectra.runs import find_run
-    from selectra.train.job import typed
 
     run = typed(find_run("gpt", ["data=recall", "data.keys=32", "task=language"]))
     assert (run.data, run.task.name, run.model.name) == (Spec("recall", keys=32), "language", "gpt")

@@ -1,5 +1,7 @@
 """Mamba over a sequence that several processes share: logits, loss and every parameter's gradient."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor, distributed, nn
@@ -45,14 +47,24 @@ def mine(x: Tensor) -> Tensor:
 
 def trained(again: bool) -> tuple[Tensor, dict[str, Tensor]]:
     net, (tokens, targets, mask) = model(), (mine(x) for x in sequence())
-    calls = []
+    calls: list[bool] = []
+    told: list[str] = []
+    gather = Link.gather
+
+    def counted(self: Link, tensor: Tensor, what: str) -> Tensor:
+        told.append(what)
+        return gather(self, tensor, what)
+
     mixer: nn.Module = net.mixers()[1]
     mixer.register_forward_pre_hook(lambda *_: calls.append(again))
-    with recomputed(net, again):
+    with recomputed(net, again), mock.patch.object(Link, "gather", counted):
         with length_parallel(timeout=30) as length:
             logits = net(tokens, mask=mask)
-        # Recomputation knows the split by itself.
+        # Recomputation knows the split by itself, and what was told in the forward.
         loss_of(logits, targets, mask).backward()
+    # Of three blocks; a convolution's backward is a sum.
+    forward, backward = ["causal_conv1d", "selective_scan"] * 3, ["the backward of selective_scan"] * 3
+    assert told == forward + backward
     # A mixer that is computed again is called again.
     assert len(calls) == (2 if again else 1)
     length.sum_gradients(net.parameters())

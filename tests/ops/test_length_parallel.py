@@ -4,6 +4,9 @@ import contextlib
 import functools
 import time
 from collections.abc import Sequence
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ from selectra import length_parallel
 from selectra.errors import ConfigError, RankError
 from selectra.mixers import SSD, CausalAttention, CrossScan2d, EinFFT, SelectiveChannel
 from selectra.ops import causal_conv1d, selective_scan
-from selectra.ops.length_parallel.scan import FIRST_END, end_length
+from selectra.ops.length_parallel import link as length_link
+from selectra.ops.length_parallel.ends import FIRST_END, end_length
+from selectra.ops.length_parallel.link import MOST_UNDER_WAY, Link
 from selectra.ops.selective_scan.call import prepare
 from tests.ops.cases import Case, assert_close, conv_case, run, scan_case
 from tests.ops.split import cuts, parts, together
@@ -106,15 +111,15 @@ def test_parts_give_the_whole(n):
         assert_close(put_together(kind, grads, True), of_grads, 1e-10 if wide else 1e-5, what)
 
 
-def far_past() -> dict[str, Tensor]:
-    """A call in which 2500 positions forget."""
+def far_past(lasting: float = 1.0) -> dict[str, Tensor]:
+    """A call in which 2500 positions forget, or with less than 1 do not."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     mask = torch.rand(1, 5000, generator=generator) < 0.9
-    tensors = {"u": normal(1, 5000, 3), "delta": normal(1, 5000, 3) - 2.6, "A": -normal(3, 2).abs() - 0.45}
+    tensors = {"u": normal(1, 5000, 3), "delta": normal(1, 5000, 3) - 2.6, "A": lasting * (-normal(3, 2).abs() - 0.45)}
     tensors |= {"B": normal(1, 5000, 2), "C": normal(1, 5000, 2), "delta_bias": normal(3) * 0.1}
     return {**tensors, "mask": mask}
 
@@ -126,6 +131,9 @@ def fades(tensors: dict[str, Tensor], length: int, reverse: bool) -> float:
     return float((steps.sum(1)[..., None] * tensors["A"]).max())
 
 
+PASTS = [(1.0, False), (1.0, True), (1e-3, False)]
+
+
 def call_of(tensors: dict[str, Tensor], reverse: bool, **more) -> dict:
     return {**tensors, "delta_softplus": True, "reverse": reverse, **more}
 
@@ -134,8 +142,8 @@ def scan_far() -> list:
     found = []
     rank = distributed.get_rank()
     with length_parallel(timeout=30) as length:
-        for reverse in (False, True):
-            tensors = far_past()
+        for lasting, reverse in PASTS:
+            tensors = far_past(lasting)
             leaves = {
                 name: (length.chunk(x).clone() if name in ALONG["scan"] else x).requires_grad_(name != "mask")
                 for name, x in tensors.items()
@@ -151,13 +159,19 @@ def scan_far() -> list:
 @pytest.mark.dist
 def test_a_far_past_is_left_out_and_nothing_changes():
     found = together(2, scan_far)
-    for index, reverse in enumerate((False, True)):
-        tensors = far_past()
-        half = {name: x.tensor_split(2, 1)[0] if name in ALONG["scan"] else x for name, x in tensors.items()}
-        # The test means something only where a part of the work was left out.
-        length = end_length(prepare(**call_of(half, reverse)))
-        assert FIRST_END < length < 2500
-        assert fades(half, length, reverse) <= -100 < fades(half, length // 2, reverse)
+    for index, (lasting, reverse) in enumerate(PASTS):
+        tensors = far_past(lasting)
+        for part in (0, 1):
+            half = {k: x.tensor_split(2, 1)[part] if k in ALONG["scan"] else x for k, x in tensors.items()}
+            for there in (False, True):
+                # What the last positions make of the state and, the other way, the first ones of its gradient.
+                length = end_length(prepare(**call_of(half, there)))
+                if lasting < 1:
+                    assert length == 2500
+                    continue
+                # The test means something only where a part of the work was left out.
+                assert FIRST_END < length < 2500
+                assert fades(half, length, there) <= -100 < fades(half, length // 2, there)
         leaves = {name: x.requires_grad_(name != "mask") for name, x in tensors.items()}
         with selective_scan.using("portable"):
             y, state = selective_scan(**call_of(leaves, reverse, return_final_state=True))
@@ -165,8 +179,9 @@ def test_a_far_past_is_left_out_and_nothing_changes():
         grads = torch.autograd.grad((y * y).sum() + state.sum(), [leaves[name] for name in wanted])
         outputs, of_parts = zip(*(one[index] for one in found), strict=True)
         truths = {"y": y.detach(), "final_state": state.detach()}
-        assert_close(put_together("scan", outputs, False), truths, 1e-12, f"reverse={reverse}")
-        assert_close(put_together("scan", of_parts, True), dict(zip(wanted, grads, strict=True)), 1e-10, f"{reverse}")
+        what = f"reverse={reverse}, {lasting} of the decay"
+        assert_close(put_together("scan", outputs, False), truths, 1e-12, what)
+        assert_close(put_together("scan", of_parts, True), dict(zip(wanted, grads, strict=True)), 1e-10, what)
 
 
 def test_what_is_remembered_is_looked_at_whole():
@@ -242,6 +257,69 @@ def test_what_needs_the_whole_sequence_says_so():
     for messages in together(2, refused):
         assert all("cu_seqlens" in message for message in messages[:2])
         assert all("needs the whole sequence" in message for message in messages[2:])
+
+
+class Work:
+    """An exchange of GPUs that is under way."""
+
+    def __init__(self) -> None:
+        self.limits: list[timedelta | None] = []
+
+    def wait(self, limit: timedelta | None = None) -> None:
+        self.limits.append(limit)
+        if limit is not None and limit < timedelta(seconds=1):
+            raise RuntimeError("Watchdog caught collective operation timeout")
+
+
+def test_on_a_gpu_the_stream_waits_at_once_and_the_host_later():
+    link: Link = Link(None, 0, 2, 30.0)
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    works = [Work() for _ in range(MOST_UNDER_WAY + 3)]
+    for work in works:
+        link._finish("selective_scan", on_gpu, lambda work=work: work)
+    limit = timedelta(seconds=30)
+    assert [work.limits for work in works] == [[None, limit]] * 3 + [[None]] * MOST_UNDER_WAY
+    link.settle()
+    assert all(work.limits == [None, limit] for work in works)
+    late = Link(None, 0, 2, 0.5)
+    late._finish("selective_scan", on_gpu, Work)
+    with pytest.raises(RankError, match=r"selective_scan: process 0 of 2.*within 0\.5 s"):
+        late.settle()
+
+
+def summed() -> list[Tensor | None]:
+    rank = distributed.get_rank()
+    shapes = [
+        ((3, 4), torch.float32),
+        ((0,), torch.float32),
+        ((5,), torch.float64),
+        ((2, 3), torch.float32),
+        ((), None),
+    ]
+    leaves = [torch.zeros(shape, dtype=dtype or torch.float32).requires_grad_() for shape, dtype in shapes]
+    for i, leaf in enumerate(leaves[:4]):
+        # The last one has a gradient in one process alone, and not as it lies in memory.
+        if i < 3 or rank == 1:
+            grad = torch.arange(leaf.numel(), dtype=leaf.dtype).view(leaf.shape[::-1]).permute(*range(leaf.dim())[::-1])
+            leaf.grad = (grad + i) * (rank + 1)
+    with length_parallel(timeout=30) as length:
+        length.sum_gradients(leaves)
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.dist
+def test_gradients_are_added_up_in_pieces(monkeypatch):
+    for found in together(2, summed):
+        *grads, none = found
+        assert none is None
+        for i, (grad, times) in enumerate(zip(grads, (3, 3, 3, 2), strict=True)):
+            numbers = torch.arange(grad.numel(), dtype=grad.dtype).view(grad.shape[::-1])
+            assert torch.equal(grad, (numbers.permute(*range(grad.dim())[::-1]) + i) * times)
+    sizes = [torch.zeros(n, dtype=dtype) for n, dtype in ((3, torch.float32), (2, torch.float32), (1, torch.float64))]
+    monkeypatch.setattr(length_link, "BYTES_AT_ONCE", 16)
+    assert [[len(x) for x in piece] for piece in length_link._pieces(sizes)] == [[3], [2], [1]]
+    monkeypatch.setattr(length_link, "BYTES_AT_ONCE", 20)
+    assert [[len(x) for x in piece] for piece in length_link._pieces(sizes)] == [[3, 2], [1]]
 
 
 def test_a_split_needs_a_group_and_a_limit():

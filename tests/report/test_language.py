@@ -65,6 +65,31 @@ def test_the_cache_is_held_to_its_arithmetic(tmp_path: Path) -> None:
     assert "cache is **not** 4 KiB" in page(tmp_path)
 
 
+def test_accuracies_by_length_say_how_long_was_trained(tmp_path: Path) -> None:
+    rows = [
+        {
+            "variant": variant, "base": base, "mean": mean, "interval": [mean, mean], "values": {"0": mean, "1": mean},
+            "cost": {"parameters": 4100}, "missing": missing,
+        }
+        for variant, base, mean, missing in (
+            ("gpt", "8 pairs", 0.99, []), ("gpt", "16 pairs", 0.5, [2]), ("mamba", "8 pairs", 0.25, []),
+            ("mamba", "16 pairs", None, [0, 1, 2]),
+        )
+    ]  # fmt: skip
+    bases = [{"train": {"batch_size": 64}, "optim": {"lr": 0.004}}] * 2
+    study: dict[str, Any] = {"bases": bases, "tuning": None}
+    cells = [{"steps": 1500, "test": {}}, {"steps": 9}]
+    record = {**MADE_BY, "verdict": {"text": "Lost."}, "rows": rows, "study": study, "cells": cells}
+    put(tmp_path, "language_recall_a.json", record)
+    text = page(tmp_path)
+    assert "| gpt | 4,100 | 0.990 (0.990 to 0.990) | 0.500 (0.500 to 0.500) |" in text and "| 0.250 (" in text
+    assert "for 1,500 steps of 64 examples;" in text and "the same learning rate, 0.004:" in text
+    assert "Not all seeds were trained within the time: gpt on 16 pairs, mamba on 16 pairs." in text
+    study["tuning"] = {"values": {"optim.lr": [0.002, 0.004]}, "trials": 0}
+    put(tmp_path, "language_recall_a.json", record)
+    assert "Each has the one of 2 learning rates that is best on validation" in page(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("record", "words"),
     [("{", "cannot be read"), ('{"date": "2026"}', "command, device"), (json.dumps(MADE_BY), "lacks what its section")],

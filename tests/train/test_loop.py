@@ -1,8 +1,10 @@
 """The loop: what it computes, when it ends, what it refuses."""
 
 import io
+import itertools
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -185,6 +187,30 @@ def test_uneven_shares_are_the_batches_of_one_process(size):
 def test_no_training_windows():
     with pytest.raises(DataError, match="no windows"):
         TrainingOrder(windows(0), Train(steps=1), World())
+
+
+class Passes:
+    """A split of five whose batches say in which pass and process they were made."""
+
+    epoch = -1
+
+    def __len__(self) -> int:
+        return 5
+
+    def at_pass(self, number: int, seed: int) -> None:
+        self.epoch = number
+
+    def __getitem__(self, indices: list[int]) -> tuple[int, int, list[int]]:
+        return os.getpid(), self.epoch, indices
+
+
+def test_processes_that_prepare_batches_stay_from_pass_to_pass() -> None:
+    settings = Train(steps=1, batch_size=2, workers=2, load_timeout=60)
+    found = list(itertools.islice(TrainingOrder(Passes(), settings, World()).start_at(2), 11))
+    alone = TrainingOrder(Passes(), Train(steps=1, batch_size=2), World()).start_at(2)
+    assert [each[1:] for each in found] == [each[1:] for each in itertools.islice(alone, 11)]
+    assert [epoch for _, epoch, _ in found] == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    assert len({process for process, *_ in found} - {os.getpid()}) == 2
 
 
 def test_weight_decay_groups():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from selectra.errors import ConfigError, DataError, RankError
 from selectra.train import checkpoint
@@ -98,7 +99,7 @@ def start(out: Path, pause: float) -> subprocess.Popen:
 
 
 def wait_for(out: Path, text: str) -> None:
-    for _ in range(600):
+    for _ in range(3600):
         if (out / "record.jsonl").is_file() and text in (out / "record.jsonl").read_text():
             return
         time.sleep(0.05)
@@ -321,3 +322,16 @@ def test_an_own_error_is_not_another_processs(monkeypatch, error):
         raise error
     with pytest.raises(RankError), _others_named(5):
         raise RuntimeError("gloo: connection closed by peer")
+
+
+def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
+    weights = {"b": torch.arange(3.0), "a": torch.arange(5, dtype=torch.int64), "tied": torch.ones(2, 2)}
+    metadata = {name: f'{{"ä": "{name}\n"}}' for name in "zyxwvutsr"}
+    found = set()
+    for _ in range(4):
+        checkpoint.save_weights(tmp_path / "weights.safetensors", weights, metadata)
+        found.add((tmp_path / "weights.safetensors").read_bytes())
+    assert len(found) == 1
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in weights.items())

@@ -1,23 +1,23 @@
-"""Image models against each other: the same recipe and number of steps, several trainings side by side on one device.
+"""Recipes of image models measured and trained on one device, for scripts that keep a record of their own.
 
-A study measures each model alone (a training step and inference as CUDA graphs, peak memory, FLOPs), then trains every
-model with every seed and opens the test part once, for the weights that a training ends with.
+Each model is measured alone (a training step and inference as CUDA graphs, peak memory, FLOPs); trainings run side by
+side as those of a study do (`packed_images`), and open the test part once, for the weights that a training ends with.
+What is compared, stored and judged with intervals is a `Study` (`study`), by `image_worker`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 # Importing the rooms fills the registries.
 from selectra import models as _models  # noqa: F401
 from selectra import recipes as _recipes  # noqa: F401
+from selectra.compare.measure import count_flops
 from selectra.compare.on_device_images import ImagesOnDevice
 from selectra.compare.packed_images import Job, Library, Parts, Slot, Training, build, work_packed
 from selectra.registry import datasets, models, recipes, tasks
@@ -34,95 +34,78 @@ def find_run(recipe: str, seed: int, changes: Sequence[str]) -> Run:
     return run.model_copy(update=typed)
 
 
-def costs_of(model: nn.Module, parts: Parts) -> dict[str, Any]:
-    """Parameters, and floating-point operations of one image's forward pass (two for a product and its sum)."""
-    model.eval()
-    image = parts.train.plain(torch.zeros(1, dtype=torch.long, device=parts.train.pixels.device))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return {"parameters": sum(p.numel() for p in model.parameters()), "gflops": counter.get_total_flops() / 1e9}
-
-
-@dataclass
-class Study:
-    """What is trained, and how.
+def measure(recipe: str, changes: Sequence[str], library: Library, seed: int = 0) -> dict[str, Any]:
+    """One recipe's model alone: parameters and FLOPs of an image; on a GPU also time and memory of a step, inference.
 
     Args:
-        recipes: Names.
-        seeds: Every recipe is trained with each.
-        changes: For every run, as on the command line.
-        device: Where.
-        packed: Trainings side by side.
-        own_seeds: Fewer seeds for some of the recipes.
-        done: Recipes and seeds that an earlier call has trained.
+        changes: To the recipe's run, as on the command line.
+        library: The data, and the device.
+        seed: What the model is drawn from.
     """
+    run, device = find_run(recipe, seed, changes), library.device
+    parts = library(run.data)
+    model, task = build(run, parts, device)
+    model.eval()
+    image = parts.train.plain(torch.zeros(1, dtype=torch.long, device=device))
+    found = {
+        "recipe": recipe, "model": run.model.to_json(), "parameters": sum(p.numel() for p in model.parameters()),
+        "gflops": count_flops(model, image) / 1e9,
+    }  # fmt: skip
+    if device.type != "cuda":
+        return found
+    slot = Slot(device)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    training = ImagesOnDevice(model, task, parts.train, parts.images.augment, run, slot.stream, slot.pool)
+    training.prepare()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    step = timed(training.step_again, slot)
+    batch = run.train.batch_size
+    infer = _inference(training.model, parts, run, slot)
+    return {
+        **found, "batch_size": batch, "train_ms": 1e3 * step, "train_images_per_s": batch / step,
+        "inference_ms": 1e3 * infer, "inference_images_per_s": batch / infer, "peak_gib": peak / 2**30,
+        "backends": training.backends,
+    }  # fmt: skip
 
-    recipes: tuple[str, ...]
-    seeds: tuple[int, ...]
-    changes: tuple[str, ...]
-    device: torch.device
-    packed: int = 2
-    own_seeds: dict[str, int] = field(default_factory=dict)
-    done: frozenset[tuple[str, int]] = frozenset()
 
-    def __post_init__(self) -> None:
-        self.library = Library(self.device)
+def train(
+    wanted: Iterable[tuple[str, int]], changes: Sequence[str], library: Library, packed: int, until: float,
+    on_done: Callable[[dict[str, Any]], None],
+) -> list[tuple[str, int]]:  # fmt: skip
+    """Train recipes with seeds, `packed` at a time; returns what was not begun before `until`.
 
-    def runs(self) -> Iterator[tuple[str, int]]:
-        """Seed by seed, so that what a limit cuts off is a whole seed of all models."""
-        for place, seed in enumerate(self.seeds):
-            for recipe in self.recipes:
-                if place < self.own_seeds.get(recipe, len(self.seeds)) and (recipe, seed) not in self.done:
-                    yield recipe, seed
+    Args:
+        wanted: Recipes with seeds, in order.
+        changes: To every run, as on the command line.
+        library: The data, and the device.
+        until: Moment of `time.monotonic`.
+        on_done: Called with the row of every training that has ended, the test part opened once for it.
+    """
+    left = list(wanted)
 
-    def measure(self, recipe: str) -> dict[str, Any]:
-        """One model alone: costs, and on a GPU time and memory of a step and of inference."""
-        run = find_run(recipe, self.seeds[0], self.changes)
-        parts = self.library(run.data)
-        model, task = build(run, parts, self.device)
-        found = {"recipe": recipe, "model": run.model.to_json(), **costs_of(model, parts)}
-        if self.device.type != "cuda":
-            return found
-        slot = Slot(self.device)
-        torch.cuda.synchronize(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        training = ImagesOnDevice(model, task, parts.train, parts.images.augment, run, slot.stream, slot.pool)
-        training.prepare()
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        step = timed(training.step_again, slot)
-        batch = run.train.batch_size
-        infer = _inference(training.model, parts, run, slot)
-        return {
-            **found, "batch_size": batch, "train_ms": 1e3 * step, "train_images_per_s": batch / step,
-            "inference_ms": 1e3 * infer, "inference_images_per_s": batch / infer, "peak_gib": peak / 2**30,
-            "backends": training.backends,
-        }  # fmt: skip
+    def take() -> Job | None:
+        if not left:
+            return None
+        key = left.pop(0)
+        return Job(key, find_run(*key, changes))
 
-    def train(self, until: float, on_done: Callable[[dict[str, Any]], None]) -> list[tuple[str, int]]:
-        """Train everything, `packed` at a time; returns what was not begun before `until` (of time.monotonic)."""
-        left = list(self.runs())
+    work_packed(library, packed, take, lambda training: on_done(_row(training, packed)), until)
+    return left
 
-        def take() -> Job | None:
-            if not left:
-                return None
-            key = left.pop(0)
-            return Job(key, find_run(*key, self.changes))
 
-        work_packed(self.library, self.packed, take, lambda training: on_done(self._row(training)), until)
-        return left
-
-    def _row(self, training: Training) -> dict[str, Any]:
-        done, (recipe, seed) = training.on_device, training.job.key
-        losses = done.losses.cpu()
-        return {
-            "recipe": recipe, "seed": seed, "test": training.measure(training.parts.test),
-            "test_last_weights": training.measure(training.parts.test, done.model),
-            "steps": done.steps, "seconds": done.seconds, "packed": self.packed,
-            "losses": losses[:: max(1, len(losses) // 50)].tolist(), "last_loss": float(losses[-50:].mean()),
-            "backends": done.backends,
-        }  # fmt: skip
+def _row(training: Training, packed: int) -> dict[str, Any]:
+    done, (recipe, seed) = training.on_device, training.job.key
+    losses = done.losses.cpu()
+    return {
+        "recipe": recipe, "seed": seed, "test": training.measure(training.parts.test),
+        "test_last_weights": training.measure(training.parts.test, done.model),
+        "steps": done.steps, "seconds": done.seconds, "packed": packed,
+        "losses": losses[:: max(1, len(losses) // 50)].tolist(), "last_loss": float(losses[-50:].mean()),
+        "backends": done.backends,
+    }  # fmt: skip
 
 
 def timed(call: Callable[[], None], slot: Slot, rounds: int = MEASURED) -> float:

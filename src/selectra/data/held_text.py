@@ -19,12 +19,12 @@ class HeldText:
     Args:
         tokens: One stream `(n,)`, or examples `(n, l + 1)`, each with the token that follows its last position.
         seq_len: Positions of a piece or an example.
-        counts: Of examples: which targets count; None for a stream, where all do.
+        counts: Of examples: which targets of each count; None for a stream, where all do.
     """
 
     tokens: Int[Tensor, "..."]
     seq_len: int
-    counts: Bool[Tensor, " l"] | None = None
+    counts: Bool[Tensor, "n l"] | None = None
 
     def batch(self, starts: Int[Tensor, " b"], end: Int[Tensor, ""]) -> TextBatch:
         """Pieces from these places on; targets at `end` and behind it are ignored, and pieces may lie there whole.
@@ -38,10 +38,11 @@ class HeldText:
             there = places[:, 1:] < end
             ids = self.tokens[places.clamp(max=len(self.tokens) - 1)].long()
         else:
-            ids = self.tokens[starts.clamp(max=len(self.tokens) - 1)].long()
+            rows = starts.clamp(max=len(self.tokens) - 1)
+            ids = self.tokens[rows].long()
             there = (starts < end)[:, None].expand(-1, self.seq_len)
-        if self.counts is not None:
-            there = there & self.counts
+            if self.counts is not None:
+                there = there & self.counts[rows]
         return TextBatch(ids[:, :-1], torch.where(there, ids[:, 1:], IGNORED))
 
 

@@ -32,6 +32,11 @@ def needs_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def transformed(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a transform is at work, or a tensor has its own rules."""
+    return _functorch.maybe_current_level() is not None or not PLAIN.issuperset(map(type, tensors))
+
+
 def is_batched(grad: Tensor | None) -> bool:
     """Whether it is several gradients in one, as `torch.autograd.grad(is_grads_batched=True)` hands to a backward."""
     return grad is not None and not torch.compiler.is_compiling() and _functorch.is_legacy_batchedtensor(grad)

@@ -46,11 +46,31 @@ def scores(record: Row) -> Iterator[str]:
         lines.append([variant, *cells, *(_share(row) for row in found)])
     yield "Mean accuracy of answers on examples never seen, with its 95 % interval over seeds where there are two:"
     yield grid(["model", "parameters", *bases], lines)
-    steps = sorted({cell["steps"] for cell in record["cells"] if "test" in cell})
-    yield f"Every model is trained for {' or '.join(f'{n:,}' for n in steps)} steps; longer trainings may differ."
+    yield " ".join(_budget(record))
     missing = [f"{row['variant']} on {row['base']}" for row in record["rows"] if row["missing"]]
     if missing:
         yield f"Not all seeds were trained within the time: {', '.join(missing)}."
+
+
+def _budget(record: Row) -> Iterator[str]:
+    """How long and how fast all were trained."""
+    bases, tuning = record["study"]["bases"], record["study"]["tuning"]
+    steps = sorted({cell["steps"] for cell in record["cells"] if "test" in cell})
+    batches, rates = (sorted({base[part][name] for base in bases})
+                      for part, name in (("train", "batch_size"), ("optim", "lr")))  # fmt: skip
+    yield (
+        f"Every model is trained for {_either(steps)} steps of {_either(batches)} examples; longer trainings may "
+        "differ."
+    )
+    if tuning is None:
+        yield f"All have the same learning rate, {_either(rates)}: another may suit a family better."
+    else:
+        tried = tuning["trials"] or len(next(iter(tuning["values"].values())))
+        yield f"Each has the one of {tried} learning rates that is best on validation, with a seed that is not scored."
+
+
+def _either(values: list[Any]) -> str:
+    return " or ".join(f"{value:,}" for value in values)
 
 
 def _cells(record: Row, row: Row) -> list[Row]:

@@ -95,15 +95,37 @@ class TrainingOrder:
         return shares
 
     def start_at(self, position: int) -> Iterator[Any]:
-        """All batches after the first `position`, without end."""
+        """All batches after the first `position`, without end; who prepares them stays from pass to pass."""
+        in_passes = _InPasses(self.windows, self.sampler.seed)
+        # Here, because processes that prepare batches begin with what this one has.
+        in_passes.turn(position // len(self))
+        return load(in_passes, self._shares_from(position), self.workers, self.limit)
+
+    def _shares_from(self, position: int) -> Iterator[tuple[int, list[Any]]]:
         epoch, skip = divmod(position, len(self))
         while True:
             self.sampler.set_epoch(epoch)
-            # A split whose views differ from pass to pass is told which one comes.
-            if hasattr(self.windows, "at_pass"):
-                self.windows.at_pass(epoch, self.sampler.seed)  # pyright: ignore[reportAttributeAccessIssue]
-            yield from load(self.windows, self._shares()[skip:], self.workers, self.limit)
+            yield from ((epoch, share) for share in self._shares()[skip:])
             epoch, skip = epoch + 1, 0
+
+
+class _InPasses:
+    """A split by number of pass and list of numbers, told which pass comes: views may differ from pass to pass."""
+
+    def __init__(self, windows: Windows, seed: int) -> None:
+        self.windows, self.seed = windows, seed
+        self.now: int | None = None
+
+    def turn(self, epoch: int) -> None:
+        """This pass comes next."""
+        if epoch != self.now and hasattr(self.windows, "at_pass"):
+            self.windows.at_pass(epoch, self.seed)  # pyright: ignore[reportAttributeAccessIssue]
+        self.now = epoch
+
+    def __getitem__(self, item: tuple[int, list[Any]]) -> Any:
+        epoch, indices = item
+        self.turn(epoch)
+        return self.windows[indices]
 
 
 def of_each(batch_size: int, world: World) -> int:

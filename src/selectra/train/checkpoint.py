@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import pickle
 import random
@@ -165,11 +166,23 @@ def copy_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write weights as safetensors, whole or not at all."""
+    """Write weights as safetensors, whole or not at all; equal weights and metadata give equal bytes."""
     # safetensors refuses tensors that share memory, as tied weights do.
     own = {name: value.clone() for name, value in weights.items()}
     with replacing(path) as partial:
-        partial.write_bytes(serialize(own, metadata=dict(metadata)))
+        partial.write_bytes(_in_order(serialize(own, metadata=dict(metadata))))
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata in alphabetical order: its writer's order differs from call to call."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    metadata = header.pop("__metadata__", {})
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **header}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    # Tensors begin at a multiple of 8 bytes; spaces behind the header belong to the format.
+    text = text.ljust(-(-len(text) // 8) * 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

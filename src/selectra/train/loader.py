@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -77,12 +77,13 @@ def _same(item: T) -> T:
 
 
 def load(
-    split: Any, indices: Sequence[list[int]] | None, workers: int, limit: float = 0.0, names: Any = None
+    split: Any, indices: Iterable[Any] | None, workers: int, limit: float = 0.0, names: Any = None
 ) -> Iterator[Any]:
     """Batches, prepared by so many processes.
 
     Args:
-        split: What gives batches by lists of numbers; a stream of them where there are no `indices`.
+        split: What gives batches by the items of `indices`; a stream of them where there are none.
+        indices: In order; they may be without end.
         limit: Seconds that a wait for a process may take; 0 for no limit, and without processes there is none.
         names: Has the list `left_out`, to which the samples that processes leave out are added.
 

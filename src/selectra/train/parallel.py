@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import BackendError, ConfigError, RankError
-from selectra.ops.length_parallel import same_split
+from selectra.ops.length_parallel import computed_twice
 from selectra.spec import Parallel
 from selectra.train.stop import DeviceMemoryError, StalledError, StoppedError
 
@@ -190,7 +190,7 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
             checkpoint,
             getattr(block, name),
             use_reentrant=False,
-            context_fn=lambda again=again: (contextlib.nullcontext(), _as_before(again())),
+            context_fn=lambda again=again: _both_times(again()),
         )
         setattr(block, name, call)
     try:
@@ -203,9 +203,15 @@ def recomputed(model: Any, wanted: bool) -> Iterator[None]:
                 setattr(block, name, before)
 
 
-def _as_before(again: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:
-    """`again`, and sequences split as they are at this moment, also where backward comes after the split's block."""
-    return _both(again, same_split())
+def _both_times(
+    again: contextlib.AbstractContextManager[None],
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """What goes around a block, and around it when it is computed again: `again`, and sequences split as they are now.
+
+    The split comes back also where backward comes after its block.
+    """
+    first, second = computed_twice()
+    return first, _both(again, second)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 
 from selectra.ops.causal_conv1d import causal_conv1d
 from selectra.ops.length_parallel.conv import split_conv
+from selectra.ops.length_parallel.kept import Kept
 from selectra.ops.length_parallel.link import Link, join
 from selectra.ops.length_parallel.scan import split_scan
 from selectra.ops.selective_scan import selective_scan
@@ -56,6 +57,7 @@ def length_parallel(group: Any = None, *, timeout: float = 300.0) -> Iterator[Li
         return
     with _split_by(link):
         yield link
+    link.settle()
 
 
 @contextlib.contextmanager
@@ -70,10 +72,22 @@ def _split_by(link: Link) -> Iterator[None]:
         splits.remove(link)
 
 
-def same_split() -> contextlib.AbstractContextManager[None]:
-    """What brings the split of this moment back later, where a forward is computed again during backward."""
+def computed_twice() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    """What goes around a forward, and later, where it is computed again during backward, around that.
+
+    The second brings the split of this moment back, and what the processes told each other the first time.
+    """
     link = splits[-1] if splits else None
-    return _split_by(link) if isinstance(link, Link) else contextlib.nullcontext()
+    if not isinstance(link, Link):
+        return contextlib.nullcontext(), contextlib.nullcontext()
+    kept = Kept()
+    return kept.first_time(), _again(link, kept)
 
 
-__all__ = ["Link", "length_parallel", "same_split"]
+@contextlib.contextmanager
+def _again(link: Link, kept: Kept) -> Iterator[None]:
+    with _split_by(link), kept.second_time():
+        yield
+
+
+__all__ = ["Link", "computed_twice", "length_parallel"]

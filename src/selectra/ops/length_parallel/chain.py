@@ -1,4 +1,4 @@
-"""States handed on through parts of a sequence by one exchange, and views whose gradients meet in place."""
+"""What parts of a sequence tell each other in one exchange, and views whose gradients meet in place."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selectra.ops.length_parallel.kept import once
 from selectra.ops.length_parallel.link import Link
 
 Combine = Callable[[list[tuple[Tensor, ...]], tuple[Tensor, ...]], tuple[Tensor, ...]]
@@ -28,10 +29,10 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, link: Link, what: str, combine: Combine, n_told: int, *tensors: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         told, shared = tensors[:n_told], tensors[n_told:]
-        everything = link.gather(_packed(told), what)
+        everything = once(lambda: link.gather(packed(told), what))
         ctx.save_for_backward(everything, *shared)
         ctx.link, ctx.what, ctx.combine, ctx.shapes = link, what, combine, [x.shape for x in told]
-        return combine(_unpacked(everything, ctx.shapes), shared)
+        return combine(unpacked(everything, ctx.shapes), shared)
 
     @staticmethod
     @once_differentiable
@@ -39,7 +40,7 @@ class _Exchange(torch.autograd.Function):
         everything, *shared = ctx.saved_tensors
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (everything, *shared)]
-            found = ctx.combine(_unpacked(leaves[0], ctx.shapes), tuple(leaves[1:]))
+            found = ctx.combine(unpacked(leaves[0], ctx.shapes), tuple(leaves[1:]))
             pairs = [(x, grad) for x, grad in zip(found, grads, strict=True) if x.requires_grad]
             if pairs:
                 results, given = zip(*pairs, strict=True)
@@ -48,14 +49,16 @@ class _Exchange(torch.autograd.Function):
                 found = [torch.zeros_like(leaf) for leaf in leaves]
         # What every process needs of what this one told.
         whole = ctx.link.sum_(found[0].contiguous(), f"the backward of {ctx.what}")[ctx.link.rank]
-        return (None, None, None, None, *_unpacked(whole[None], ctx.shapes)[0], *found[1:])
+        return (None, None, None, None, *unpacked(whole[None], ctx.shapes)[0], *found[1:])
 
 
-def _packed(tensors: Sequence[Tensor]) -> Tensor:
+def packed(tensors: Sequence[Tensor]) -> Tensor:
+    """All numbers of tensors of one type, in a row."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
-def _unpacked(rows: Tensor, shapes: Sequence[torch.Size]) -> list[tuple[Tensor, ...]]:
+def unpacked(rows: Tensor, shapes: Sequence[torch.Size]) -> list[tuple[Tensor, ...]]:
+    """The tensors of these shapes in every row."""
     sizes = [shape.numel() for shape in shapes]
     return [
         tuple(part.view(shape) for part, shape in zip(row.split(sizes), shapes, strict=True)) for row in rows.unbind(0)

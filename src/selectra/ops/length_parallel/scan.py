@@ -2,32 +2,47 @@
 
 The state behind a part is linear in the state before it: `exp(A sum(delta)) h + s`, where s is the state that the part
 alone leaves. Each process finds `sum(delta)` and s, all tell each other these, each walks from the first part to its
-own and scans its part from the state that it finds there. Autograd does the same the other way.
+own and scans its part from the state that it finds there. Backward is the same the other way: the gradient of the
+state before a part is `exp(A sum(delta)) g + e`, where g is that of the state behind it and e what the part's own
+outputs add. With the true state before a part and the true gradient of the state behind it, the scan's own backward
+gives this part's share of every gradient.
 
-Finding s costs no second scan of the whole part: what lies so far before the part's end that it is forgotten there, to
-far below rounding, is left out, and then the state before the part is forgotten too. Where memories are longer than a
-part, all of it is scanned twice.
+On a GPU finding s and e is a pass that the scan's kernels make anyway (`selective_scan/halves.py`), and nothing waits
+for the host; elsewhere an end of the part is scanned (`ends.py`). What was told in the forward is kept where it is
+computed again during backward.
 
 Source: the associative operator of Mamba's scan (arXiv:2312.00752), Sec. 3.3.2, one element for each process.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from selectra.errors import ConfigError
-from selectra.ops.length_parallel.chain import exchange, with_end
+from selectra.ops.length_parallel import ends
+from selectra.ops.length_parallel.chain import packed, unpacked
+from selectra.ops.length_parallel.kept import once
 from selectra.ops.length_parallel.link import Link
-from selectra.ops.selective_scan import selective_scan
-from selectra.ops.selective_scan.call import SOFTPLUS_THRESHOLD, ScanCall
+from selectra.ops.selective_scan import halves, selective_scan
+from selectra.ops.selective_scan.call import ScanCall
 
-# A state that has decayed by exp(-50), or exp(-100) in float64, is forgotten: rounding is exp(-17) and exp(-37).
-FORGOTTEN = {torch.float32: 50.0, torch.float64: 100.0}
-# The end of a part is looked at in lengths that double from here on; steps are added up in pieces of as many positions.
-FIRST_END, PIECE = 1024, 16384
+N_TENSORS = 11
+
+
+class _Heard(NamedTuple):
+    """What a process needs of the forward's exchange."""
+
+    incoming: Tensor
+    """The state before its part, (b, d, n)."""
+    final: Tensor
+    """That behind all parts."""
+    steps: Tensor
+    """Sums of every part's steps, (parts, b, d)."""
+    starts: Tensor | None = None
+    """The states at the start of the part's chunks, where it runs in halves."""
 
 
 def split_scan(call: ScanCall, link: Link) -> Any:
@@ -37,126 +52,131 @@ def split_scan(call: ScanCall, link: Link) -> Any:
             "cu_seqlens cannot be used inside length_parallel: one sequence is split there. Give each process whole "
             "sequences and leave the block, or pad them and pass a mask."
         )
-    length = end_length(call)
-    fresh = selective_scan.choose(call).name != "reference"
-    views = {name: with_end(getattr(call, name), length, call.reverse, fresh) for name in ("u", "delta", "B")}
-    call = call._replace(**{name: whole for name, (whole, _) in views.items()})
-    start = 0 if call.reverse else call.u.shape[1] - length
-    end = call._replace(
-        **{name: view for name, (_, view) in views.items()},
-        C=call.C.detach().narrow(1, start, length),
-        D=None,
-        z=None,
-        initial_state=None,
-        mask=None if call.mask is None else call.mask.narrow(1, start, length),
-        return_final_state=True,
-    )
-    _, state = selective_scan.run(end)
-    steps = _step_sum(end)
-    incoming, final = _chained(link, call, steps, state)
-    found = selective_scan.run(call._replace(initial_state=incoming, return_final_state=False))
-    return (found, final) if call.return_final_state else found
+    if selective_scan.choose(call).name == "cuda" and halves.takes(call):
+        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
+        found: Any = _Halves.apply(link, call, save, *call.tensors)
+    else:
+        found = _by_ends(call, link)
+    return found if call.return_final_state else found[0]
 
 
-def _chained(link: Link, call: ScanCall, steps: Tensor, state: Tensor) -> tuple[Tensor, ...]:
-    """The state before this process's part, and that behind all parts."""
-    order = range(link.size - 1, -1, -1) if call.reverse else range(link.size)
-
-    def combine(told: list[tuple[Tensor, ...]], shared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        A, *initial = shared
-        h = initial[0] if initial else torch.zeros_like(told[0][1])
-        incoming = h
-        for rank in order:
-            if rank == link.rank:
-                incoming = h
-            steps, state = told[rank]
-            h = (steps[..., None] * A).exp() * h + state
-        # An output must not be an input.
-        return incoming.clone(), h
-
-    shared = (call.A,) if call.initial_state is None else (call.A, call.initial_state)
-    return exchange(link, "selective_scan", combine, (steps, state), shared)
+def _by_ends(call: ScanCall, link: Link) -> tuple[Tensor, Tensor]:
+    heard: _Heard = once(lambda: _hear(link, call, *ends.forward_effect(call)))
+    incoming = heard.incoming
+    if call.initial_state is not None:
+        incoming = _Before.apply(incoming, call.initial_state, _order(link, call)[0] == link.rank)
+    y, end = selective_scan.run(call._replace(initial_state=incoming, return_final_state=True))
+    return _Behind.apply(link, call, heard, y, end, *call[:N_TENSORS])  # pyright: ignore[reportReturnType]
 
 
-@torch.no_grad()
-def end_length(call: ScanCall) -> int:
-    """How many last positions of a part decide the state behind it: all, or as many as it takes to forget the rest.
-
-    Without softplus a step may be negative, and then nothing is known of the steps before those that were seen.
-    """
-    total_length, A = call.u.shape[1], call.A
-    if not call.delta_softplus or not total_length:
-        return total_length
-    slowest, limit = A.amax(1), -FORGOTTEN[A.dtype]
-    total = _no_steps(call)
-    seen, length = 0, min(FIRST_END, total_length)
-    while length < total_length:
-        start = seen if call.reverse else total_length - length
-        total += _sum(call, start, length - seen)
-        # Not-a-number is never forgotten.
-        if bool((total * slowest <= limit).all()):
-            return length
-        seen, length = length, 2 * length
-    return total_length
-
-
-def _no_steps(call: ScanCall) -> Tensor:
-    return call.A.new_zeros(call.delta.shape[0], call.delta.shape[2])
-
-
-def _sum(call: ScanCall, start: int, length: int) -> Tensor:
-    """The sum of the steps of some positions, (b, d), without gradient."""
-    total = _no_steps(call)
-    for at in range(start, start + length, PIECE):
-        n = min(PIECE, start + length - at)
-        mask = None if call.mask is None else call.mask.narrow(1, at, n)
-        total += _steps(call.delta.narrow(1, at, n), call.delta_bias, mask, call.delta_softplus, call.A.dtype).sum(1)
-    return total
-
-
-def _steps(delta: Tensor, bias: Tensor | None, mask: Tensor | None, softplus: bool, dtype: torch.dtype) -> Tensor:
-    """Steps as the scan takes them: after bias and softplus, 0 at absent positions, whatever stands there."""
-    if mask is not None:
-        delta = delta.masked_fill(~mask[..., None], 0)
-    delta = delta.to(dtype)
-    if bias is not None:
-        delta = delta + bias
-    if softplus:
-        delta = F.softplus(delta, threshold=SOFTPLUS_THRESHOLD)
-    return delta if mask is None else delta.masked_fill(~mask[..., None], 0)
-
-
-def _step_sum(call: ScanCall) -> Tensor:
-    """The sum of all steps of a call, (b, d), in the type of A."""
-    return _StepSum.apply(call.delta, call.delta_bias, call)  # pyright: ignore[reportReturnType]
-
-
-class _StepSum(torch.autograd.Function):
-    """Piece after piece, and once more for the gradient: the steps themselves would be as large as delta in float32."""
+class _Before(torch.autograd.Function):
+    """The state before a part, whose gradient is that of the state before all where the part is the first."""
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, bias: Tensor | None, call: ScanCall) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(delta, bias, call.mask)
-        ctx.softplus, ctx.dtype = call.delta_softplus, call.A.dtype
-        return _sum(call, 0, delta.shape[1])
+    def forward(ctx: Any, incoming: Tensor, initial_state: Tensor, first: bool) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.first = first
+        return incoming.view_as(incoming)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        delta, bias, mask = ctx.saved_tensors
-        ddelta = torch.empty_like(delta)
-        dbias = None if bias is None else torch.zeros_like(bias)
-        for start in range(0, delta.shape[1], PIECE):
-            n = min(PIECE, delta.shape[1] - start)
-            present = None if mask is None else mask.narrow(1, start, n)
-            rates = grad[:, None].expand(-1, n, -1)
-            if ctx.softplus:
-                # Only where softplus bends: beyond its threshold this is 1 in float64 too.
-                inputs = _steps(delta.narrow(1, start, n), bias, present, False, ctx.dtype)
-                rates = rates * torch.sigmoid(inputs)
-            if present is not None:
-                rates = rates.masked_fill(~present[..., None], 0)
-            ddelta.narrow(1, start, n).copy_(rates)
-            if dbias is not None:
-                dbias += rates.sum((0, 1))
-        return ddelta, dbias, None
+        return None, grad if ctx.first else torch.zeros_like(grad), None
+
+
+class _Behind(torch.autograd.Function):
+    """y and the state behind all parts; its backward hands the state behind this part its gradient."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, link: Link, call: ScanCall, heard: _Heard, y: Tensor, end: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(heard.steps, *tensors)
+        ctx.link, ctx.flags = link, call[N_TENSORS:]
+        return y.view_as(y), heard.final.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        steps, *tensors = ctx.saved_tensors
+        call = ScanCall._make((*tensors, *ctx.flags))
+        effect = steps.new_zeros(call.u.shape[0], *call.A.shape) if dy is None else ends.backward_effect(call, dy)
+        outgoing, _ = _hear_back(ctx.link, call, steps, effect, dfinal)
+        return None, None, None, dy, outgoing, *[None] * N_TENSORS
+
+
+class _Halves(torch.autograd.Function):
+    """The kernels' first half, the exchange, and their second half, forward and backward."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, link: Link, call: ScanCall, save: bool, *differentiable: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the call, whose tensors that can have a gradient come once more: autograd sees these alone."""
+        heard = once(lambda: _begun(link, call))
+        y, checkpoints = halves.forward(call, heard.starts, save)
+        ctx.save_for_backward(heard.steps, checkpoints, *call[:N_TENSORS])
+        ctx.set_materialize_grads(False)
+        ctx.link, ctx.flags = link, call[N_TENSORS:]
+        return y, heard.final.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        steps, checkpoints, *tensors = ctx.saved_tensors
+        call = ScanCall._make((*tensors, *ctx.flags))
+        dy = torch.zeros_like(call.u) if dy is None else halves.readable(dy)
+        effect = halves.backward_effect(call, dy)
+        outgoing, first = _hear_back(ctx.link, call, steps, effect.state, dfinal)
+        *grads, before = halves.backward(call, dy, effect, outgoing, checkpoints)
+        # Of what all hold alike each has a share.
+        grads.append(before if first else torch.zeros_like(outgoing))
+        return None, None, None, *(None if x is None else grad for x, grad in zip(call.tensors, grads, strict=True))
+
+
+def _begun(link: Link, call: ScanCall) -> _Heard:
+    effect = halves.forward_effect(call)
+    heard = _hear(link, call, effect.state, effect.steps.sum(1))
+    return heard._replace(starts=halves.begin(call, effect, heard.incoming))
+
+
+def _order(link: Link, call: ScanCall) -> Sequence[int]:
+    """The processes in the order in which their parts are scanned."""
+    return range(link.size - 1, -1, -1) if call.reverse else range(link.size)
+
+
+@torch.no_grad()
+def _hear(link: Link, call: ScanCall, state: Tensor, steps: Tensor) -> _Heard:
+    """Tell all what this part makes of a zero state, hear it of all parts, and walk to this one and to the end."""
+    rows = link.gather(packed((state, steps)), "selective_scan")
+    told = unpacked(rows, (state.shape, steps.shape))
+    h = torch.zeros_like(state) if call.initial_state is None else call.initial_state.detach().contiguous()
+    incoming = h
+    for rank in _order(link, call):
+        if rank == link.rank:
+            incoming = h
+        state, steps = told[rank]
+        h = (steps[..., None] * call.A).exp() * h + state
+    return _Heard(incoming, h, torch.stack([steps for _, steps in told]))
+
+
+@torch.no_grad()
+def _hear_back(link: Link, call: ScanCall, steps: Tensor, effect: Tensor, dfinal: Tensor | None) -> tuple[Tensor, bool]:
+    """The gradient of the state behind this part, and whether the part is the first in scan order.
+
+    Args:
+        steps: Sums of every part's steps, (parts, b, d).
+        effect: The gradient of the state before the part, of the part's own outputs alone.
+        dfinal: This process's gradient of the state behind all parts.
+    """
+    order, told = _order(link, call), [effect]
+    if call.return_final_state:
+        told.append(torch.zeros_like(effect) if dfinal is None else dfinal)
+    rows = unpacked(link.gather(packed(told), "the backward of selective_scan"), [x.shape for x in told])
+    g = torch.stack([row[1] for row in rows]).sum(0) if call.return_final_state else torch.zeros_like(effect)
+    outgoing = g
+    for rank in reversed(order):
+        if rank == link.rank:
+            outgoing = g
+        g = rows[rank][0] + (steps[rank][..., None] * call.A).exp() * g
+    return outgoing.contiguous(), order[0] == link.rank

@@ -33,7 +33,7 @@ MOST_STATES = 256
 # Kinds of calls whose plans are kept.
 MOST_PLANS = 1024
 # Where the addresses of ScanCall's tensors go: u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens.
-_INPUTS = tuple(PLACES[name] for name in ScanCall._fields[:11])
+INPUT_PLACES = tuple(PLACES[name] for name in ScanCall._fields[:11])
 _Y, _FINAL, _CHECKPOINTS = (PLACES[name] for name in ("y", "final_state", "checkpoints"))
 _DY, _DFINAL = PLACES["dy"], PLACES["dfinal"]
 GRADIENTS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dbias", "dinitial")
@@ -159,16 +159,16 @@ def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -
         return torch.empty_like(u, dtype=out_dtype), _unchanged_state(call)
     y = torch.empty_like(u) if out_dtype == u.dtype else torch.empty_like(u, dtype=torch.float32)
     pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
-    key = (interval, out_dtype, *_signature(call, pointers))
+    key = (interval, out_dtype, *signature(call, pointers))
     try:
         plan = forward_plans[key]
     except KeyError:
         plan = plan_forward(call, y, interval) if fits(call) else None
-        _keep(forward_plans, key, plan)
+        keep(forward_plans, key, plan)
     if plan is None:
         return forward_at_once(_fitting(call), interval, checkpoints)
     words = plan.words.copy()
-    for place, pointer in zip(_INPUTS, pointers, strict=True):
+    for place, pointer in zip(INPUT_PLACES, pointers, strict=True):
         words[place] = pointer
     words[_Y] = y.data_ptr()
     final = None
@@ -203,12 +203,12 @@ def backward_at_once(
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = None if z is None else torch.empty_like(z)
     pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
-    key = (interval, dy.stride(), dy.data_ptr() & 15, *_signature(call, pointers))
+    key = (interval, dy.stride(), dy.data_ptr() & 15, *signature(call, pointers))
     try:
         plan = backward_plans[key]
     except KeyError:
         plan = plan_backward(call, dy, du, ddelta, dz, interval) if fits(call) and strides_fit(dy) else None
-        _keep(backward_plans, key, plan)
+        keep(backward_plans, key, plan)
     if plan is None:
         grads = backward_at_once(_fitting(call), _countable(dy), dfinal, checkpoints, interval)
         return _in_types_of(call, grads)
@@ -219,7 +219,7 @@ def backward_at_once(
     dbias = None if delta_bias is None else torch.empty_like(delta_bias)
     dinitial = None if initial_state is None else torch.empty_like(initial_state)
     words = plan.words.copy()
-    for place, pointer in zip(_INPUTS, pointers, strict=True):
+    for place, pointer in zip(INPUT_PLACES, pointers, strict=True):
         words[place] = pointer
     words[_DY], words[_CHECKPOINTS] = dy.data_ptr(), checkpoints.data_ptr()
     words[_DFINAL] = 0 if dfinal is None else dfinal.data_ptr()
@@ -247,8 +247,12 @@ def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | 
         kernel.launch(grid, threads, words)
 
 
-def _signature(call: ScanCall, pointers: list[int]) -> tuple[Any, ...]:
-    """All that a plan depends on, besides what is asked for."""
+def signature(call: ScanCall, pointers: list[int]) -> tuple[Any, ...]:
+    """All that a plan depends on, besides what is asked for.
+
+    Args:
+        pointers: The addresses of the call's tensors, 0 where there is none.
+    """
     u, delta, A, B, C, D, z, delta_bias, initial_state, mask, cu_seqlens, softplus, reverse = call[:13]
     return (
         u.get_device(),
@@ -277,7 +281,8 @@ def _signature(call: ScanCall, pointers: list[int]) -> tuple[Any, ...]:
     )
 
 
-def _keep(plans: dict[Any, Plan | None], key: Any, plan: Plan | None) -> None:
+def keep(plans: dict[Any, Any], key: Any, plan: Any) -> None:
+    """Put a plan among those that are kept."""
     if len(plans) >= MOST_PLANS:
         plans.clear()
     plans[key] = plan

@@ -107,7 +107,7 @@ def plan_forward(call: ScanCall, y: Tensor, interval: int, grid: Grid | None = N
         grid: Where every group walks a grid on its own route; activations are (b, l, g, d / g) then.
     """
     index, sizes = call.u.get_device(), Sizes.of(call)
-    macros = _macros(call, TYPES[y.dtype], (call.u, call.delta, call.z, y), grid)
+    macros = call_macros(call, TYPES[y.dtype], (call.u, call.delta, call.z, y), grid)
     if grid is None and is_short(call):
         launch, interval = short.forward(sizes, macros, index)
     elif sizes.states <= geometry.NARROW_STATES:
@@ -134,7 +134,7 @@ def plan_backward(
 ) -> Plan:
     """The plan of a backward call whose tensors fit."""
     index, sizes = call.u.get_device(), Sizes.of(call)
-    macros = _macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz), grid)
+    macros = call_macros(call, TYPES[call.u.dtype], (call.u, call.delta, call.z, dy, du, ddelta, dz), grid)
     if grid is None and is_short(call):
         return _plan_short_backward(call, sizes, macros, (dy, du, ddelta, dz), index)
     if sizes.states <= geometry.NARROW_STATES:
@@ -225,7 +225,13 @@ def _set_strides(words: list[int], place: int, tensor: Tensor | None) -> None:
         words[place + 1 : place + 1 + tensor.dim()] = tensor.stride()
 
 
-def _macros(call: ScanCall, out_type: int, activations: Sequence[Tensor | None], grid: Grid | None) -> Macros:
+def call_macros(call: ScanCall, out_type: int, activations: Sequence[Tensor | None], grid: Grid | None) -> Macros:
+    """The constants of scan_call.cuh.
+
+    Args:
+        activations: All that a kernel reads and writes by position and channel.
+        grid: As in `plan_forward`.
+    """
     u, B, C = call.u, call.B, call.C
     vectors = (call.A.shape[0] // B.shape[2]) % 8 == 0 and all(x is None or _in_eights(x) for x in activations)
     facts = {

@@ -4,6 +4,10 @@
 //   UNROLLED      groups of eight steps that are written out one after the other
 //   INTERVAL      steps between two checkpoints
 //   RESIDENT      blocks of a multiprocessor that the registers must suffice for
+//   LAST_TOO      whether scan_states looks at a sequence's last chunk too. 0 where it is not given
+#ifndef LAST_TOO
+#define LAST_TOO 0
+#endif
 #include "scan_forward_tiles.cuh"
 
 // A step's decays, of the four numbers of every tile: 2^(dt A log2 e).
@@ -225,13 +229,13 @@ KERNEL __launch_bounds__(THREADS, RESIDENT) scan_forward(const __grid_constant__
 
 // What a chunk makes of a zero state, and the sum of its steps: from these the chunks are chained. The chunk is walked
 // from its end, each step's part decayed by the steps behind it, until nothing of what lies further back is left.
-// Nobody asks what the last chunk makes.
+// Nobody asks what the last chunk makes, but where another process holds what follows.
 KERNEL __launch_bounds__(THREADS, RESIDENT) scan_states(const __grid_constant__ ScanCall call) {
     SHARED_MEMORY(memory);
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     Block my;
     my.find(shared, call);
-    if (my.chunk >= last_chunk(call, my.sequence)) return;
+    if (!LAST_TOO && my.chunk >= last_chunk(call, my.sequence)) return;
     States a, h;
     load_decays(a, call, my.channels, my.at);
     load_states(h, nullptr, my.channels, my.at);

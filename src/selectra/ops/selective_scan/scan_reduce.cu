@@ -109,3 +109,22 @@ KERNEL __launch_bounds__(256) scan_chain_forward(const __grid_constant__ ScanCal
 KERNEL __launch_bounds__(256) scan_chain_backward(const __grid_constant__ ScanCall call) {
     chain(call, call.dfinal, true);
 }
+
+// What all chunks together make of zero, into final_state; chunk_state stays.
+DEVICE void add_up(const ScanCall& call, bool back) {
+    int64 index = int64(block_x()) * 256 + thread_index(), n_states = call.channels * STATES;
+    if (index >= call.n_seqs * n_states) return;
+    int64 sequence = index / n_states, place = index % n_states;
+    int64 channel = place / STATES, state = place % STATES;
+    float a = call.A[channel * call.A_channel + state * call.A_state] * LOG2_E, h = 0.0f;
+    for (int64 step = 0; step < call.n_chunks; ++step) {
+        int64 chunk = sequence * call.n_chunks + (back ? call.n_chunks - 1 - step : step);
+        float decay = exp2_fast(a * call.chunk_delta[chunk * call.channels + channel]);
+        h = fma(decay, h, call.chunk_state[chunk * n_states + place]);
+    }
+    call.final_state[index] = h;
+}
+
+KERNEL __launch_bounds__(256) scan_effect(const __grid_constant__ ScanCall call) { add_up(call, false); }
+
+KERNEL __launch_bounds__(256) scan_effect_back(const __grid_constant__ ScanCall call) { add_up(call, true); }

@@ -103,6 +103,30 @@ def backward(sizes: Sizes, macros: Macros, interval: int, device_index: int) -> 
     return Launch(tuple(passes), n_blocks, chunk, n_chunks, rows_of_sums)
 
 
+def forward_effect(
+    sizes: Sizes, macros: Macros, interval: int, chunk: int, n_chunks: int, device_index: int
+) -> tuple[Pass, ...]:
+    """The launches that find what all chunks, the last one too, make of a zero state: each, and together."""
+    layout = geometry.forward_layout(sizes.states, cuda.shared_limit(device_index))
+    told = (*macros, *layout.macros, ("INTERVAL", interval), ("LAST_TOO", 1))
+    kernel = cuda.kernel(FORWARD, "scan_states", told, device_index, geometry.forward_shared(layout))
+    grid = (geometry.blocks(layout.width, sizes.channels, sizes.groups) * sizes.n_seqs, n_chunks, 1)
+    found = Pass(kernel, grid, layout.threads, chunk)
+    return found, _chain(sizes, macros, "scan_effect", chunk, device_index)
+
+
+def backward_effect(
+    sizes: Sizes, macros: Macros, interval: int, chunk: int, n_chunks: int, device_index: int
+) -> tuple[Pass, ...]:
+    """The launches that find what all chunks make of a zero adjoint: each, and together."""
+    layout = geometry.backward_layout(sizes.states, sizes.gated, interval, cuda.shared_limit(device_index))
+    told = (*macros, *layout.macros, ("INTERVAL", interval))
+    kernel = cuda.kernel(BACKWARD, "scan_adjoint", told, device_index, geometry.adjoint_shared(layout))
+    grid = (geometry.blocks(layout.width, sizes.channels, sizes.groups) * sizes.n_seqs, n_chunks, 1)
+    found = Pass(kernel, grid, layout.threads, chunk)
+    return found, _chain(sizes, macros, "scan_effect_back", chunk, device_index)
+
+
 def _slices(
     sizes: Sizes, layout: Layout, n_blocks: int, chunk: int, interval: int, device_index: int
 ) -> tuple[Slice, ...]:

@@ -26,6 +26,14 @@ SMALL = {
     "retnet": Spec("retnet", d_model=128, depth=2, n_heads=2, d_ff=256),
     "hyena": Spec("hyena", d_model=128, depth=3, d_ff=256),
 }  # fmt: skip
+# As small, with one head as in Zoology: two of 16 channels each take several times as many steps to find a key.
+# RetNet's heads forget at different rates, so it has four.
+REMEMBERING = {
+    **SMALL,
+    "gpt": SMALL["gpt"].replace(n_heads=1),
+    "hybrid": SMALL["hybrid"].replace(n_heads=1, n_kv_heads=1),
+    "retnet": SMALL["retnet"].replace(n_heads=4),
+}
 KINDS = {"gpt": "attention", "mamba": "mamba", "hybrid": "mamba", "rwkv": "recurrent", "retnet": "recurrent",
          "hyena": "convolution"}  # fmt: skip
 
