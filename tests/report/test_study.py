@@ -20,7 +20,7 @@ from selectra.cli import main
 from selectra.compare.results import crossover, require_alike, results, write_results
 from selectra.compare.store import Store
 from selectra.errors import DataError
-from selectra.report.study import markdown, page, read_study, write_reports
+from selectra.report.study import markdown, page, read_study, reading, write_reports
 from tests.compare.studies import finished
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -129,6 +129,19 @@ def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
     assert verdict({**content, "overall": made[:1]})["text"].startswith("Yes: on waves")
     assert verdict({**content, "overall": made[2:]})["text"].startswith("Not shown: on waves")
     assert verdict({**content, "overall": []})["text"].startswith("No verdict yet")
+
+
+def test_how_costs_were_measured_is_said_as_recorded(content: dict[str, Any]) -> None:
+    plain = "float32, without TF32, eager, batches of 32, layout: images NCHW, all else channels last, on cpu"
+    assert reading(content)[-1].endswith(f"interquartile range: {plain}.")
+    other = json.loads(json.dumps(content))
+    for row in other["rows"]:
+        row["cost"] |= {"dtype": "bfloat16", "tf32": True, "compiled": True}
+    assert "range: bfloat16, with TF32, compiled, batches of 32" in reading(other)[-1]
+    other["rows"][0] |= {"cost": content["rows"][0]["cost"], "base": "rain"}
+    assert f"{plain} (rain); bfloat16" in reading(other)[-1]
+    del other["rows"][0]["cost"]["layout"]
+    assert "layout not recorded, on cpu (rain)" in reading(other)[-1]
 
 
 def test_names_from_a_file_cannot_break_the_page(content: dict[str, Any]) -> None:

@@ -228,9 +228,25 @@ def reading(content: Row) -> list[str]:
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
         "many seeds of this spread can tell from chance, alone.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
-        "synchronised calls after a warm-up, with the interquartile range, in float32, eager"
-        + (", with TF32." if any(row["cost"]["tf32"] for row in content["rows"]) else ", without TF32."),
+        f"synchronised calls after a warm-up, with the interquartile range: {'; '.join(_settings(content))}.",
     ]
+
+
+def _settings(content: Row) -> list[str]:
+    """How costs were measured, as their records say: once where all are alike, else with the data's name."""
+    found: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        cost = row["cost"]
+        words = (
+            f"{cost['dtype']}, {'with' if cost['tf32'] else 'without'} TF32, "
+            f"{'compiled' if cost['compiled'] else 'eager'}, batches of {cost['batch']}"
+            # Records of before the layout was kept do not know it.
+            + (f", layout: {cost['layout']}" if "layout" in cost else ", layout not recorded")
+            + f", on {cost['device']}"
+        )
+        found.setdefault(words, []).append(row["base"])
+    alike = len(found) == 1
+    return [words if alike else f"{words} ({', '.join(dict.fromkeys(bases))})" for words, bases in found.items()]
 
 
 def missing(content: Row) -> list[str]:
