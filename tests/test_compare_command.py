@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 
 from selectra.cli import main
+from selectra.compare import questions
 from selectra.compare.questions import Asked, amount_of, find_study, forecasting_study, vision_study
+from selectra.compare.study import Tuning
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models, studies
 from selectra.runs import registries
 from selectra.spec import Spec
 from selectra.train import job
 from tests.compare.small import write_series
+from tests.compare.studies import make_study
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +90,34 @@ def test_the_quick_study_has_five_kinds_on_the_bundled_data() -> None:
     assert (study.seeds, study.bases[0].data.args.get("path")) == (3, None)
     with pytest.raises(DataError, match="there is no"):
         forecasting_study(Asked(file="absent.csv"))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "ranges"),
+    [
+        (
+            Tuning(ranges={"optim.weight_decay": (0.01, 1.0)}, trials=5, prune=False),
+            {"optim.weight_decay": (0.01, 1.0)},
+        ),
+        (Tuning(values={"optim.lr": (0.05, 0.01, 0.02)}), {"optim.lr": (0.01, 0.05)}),
+        (None, {"optim.lr": (1e-4, 1e-2)}),
+    ],
+)
+def test_trials_are_drawn_from_a_study_s_own_ranges(
+    tuning: Tuning | None, ranges: dict[str, tuple[float, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    study = make_study(write_series(tmp_path), tuning=tuning, declared={"optim.lr": "x", "optim.weight_decay": "x"})
+    monkeypatch.setattr(questions, "_from_file", lambda path: study)
+    found = find_study("own.py", Asked(trials=9)).tuning
+    assert found is not None
+    assert (found.ranges, found.trials, found.prune) == (ranges, 9, tuning is None or tuning.prune)
+
+
+def test_values_that_span_nothing_are_not_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(write_series(tmp_path), tuning=Tuning(values={"optim.schedule": ("cosine", "constant")}))
+    monkeypatch.setattr(questions, "_from_file", lambda path: study)
+    with pytest.raises(ConfigError, match="between which nothing can be drawn; leave --trials"):
+        find_study("own.py", Asked(trials=9))
 
 
 def test_images_are_asked_for_where_there_are_any() -> None:

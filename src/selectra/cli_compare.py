@@ -38,7 +38,8 @@ def compare(
     lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
     seeds: Annotated[int | None, typer.Option(min=1, help="Trainings of every model; at least 3.")] = None,
     trials: Annotated[
-        int | None, typer.Option(min=0, help="Draws of the learning rate by optuna for every model; 0: none.")
+        int | None,
+        typer.Option(min=0, help="Draws by optuna for every model, in the study's range of learning rates; 0: none."),
     ] = None,
     budget_params: Annotated[
         str | None, typer.Option(help="Bring every model to so many parameters, such as 5M or 300k.")

@@ -66,7 +66,7 @@ class Asked:
         quick: For a first look within minutes.
         lookback: Rows that a forecast sees.
         horizon: Rows that are forecast.
-        trials: Draws of the learning rate by optuna, in place of three fixed ones.
+        trials: Draws by optuna from the study's own ranges, or between its own values, in place of these.
         img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
     """
 
@@ -162,12 +162,32 @@ def _changed(study: Study, asked: Asked) -> Study:
     if asked.budget is not None:
         changes["budget"] = asked.budget
     if asked.trials:
-        tuned = study.tuning.names if study.tuning else ("optim.lr",)
-        changes["tuning"] = Tuning(ranges=dict.fromkeys(tuned, RANGE), trials=asked.trials)
+        prune = study.tuning is None or study.tuning.prune
+        changes["tuning"] = Tuning(ranges=_ranges(study), trials=asked.trials, prune=prune)
         changes["declared"] = {**DECLARED, **study.declared}
     elif asked.trials == 0:
         changes["tuning"] = None
     return Study.model_validate({**dict(study), **changes})
+
+
+def _ranges(study: Study) -> dict[str, tuple[float, float]]:
+    """What is drawn from: the study's own ranges, or from the least to the greatest of its own values.
+
+    Raises:
+        ConfigError: Its values span no range.
+    """
+    if study.tuning is None:
+        return {"optim.lr": RANGE}
+    found = dict(study.tuning.ranges)
+    for name, values in study.tuning.values.items():
+        numbers = [each for each in values if isinstance(each, (int, float)) and not isinstance(each, bool)]
+        if len(numbers) < len(values) or not 0 < min(numbers) < max(numbers):
+            raise ConfigError(
+                f"the study '{study.name}' tries {name} in {list(values)}, between which nothing can be drawn; "
+                "leave --trials, or give the study `ranges`."
+            )
+        found[name] = (min(numbers), max(numbers))
+    return found
 
 
 def _paced(run: Run) -> Run:
