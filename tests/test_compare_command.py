@@ -62,6 +62,19 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["forecasting", "--budget-params", "5X"], "'5X' is no amount; write 5M, 300k or 1.2e6"),
         (["forecasting", "--budget-params", "5M", "--budget-flops", "1G"], "models are brought to one budget"),
         (["forecasting", "--tables", "a", "--quick"], "they take no file, study or --quick"),
+        (["forecasting", "--img-size", "8"], "--img-size is for `compare vision`"),
+        (["vision", "--horizon", "99"], "--horizon is for `compare forecasting`; images have --img-size; leave it"),
+        (["vision", "--lookback", "1"], "--lookback is for `compare forecasting`"),
+        (["language", "--img-size", "77"], "--img-size is for other kinds of data"),
+        (["language", "--horizon", "99"], "--horizon is for other kinds of data"),
+        (["selection", "--horizon", "720"], "--horizon is for a table of your own, as in `compare selection my.csv`"),
+        (["image_kinds", "folder", "--lookback", "7"], "studies of series, and 'image_kinds' is none"),
+        (["own.py", "my.csv"], "the second argument is for studies that have a name"),
+        (["own.py", "--lookback", "7"], "--lookback is for studies that have a name"),
+        (["costs", "--horizon", "7"], "--horizon is for studies; `compare costs` trains nothing"),
+        (["costs", "--trials", "0"], "--trials is for studies"),
+        (["forecasting", "--tables", "a", "--models", "tsm2"], "--models is for studies; the built-in tables"),
+        (["forecasting", "--tables", "a", "--seeds", "4"], "--seeds is for studies; the built-in tables"),
         (["selection", "--quick"], "quick is for `compare forecasting`, `compare vision` and `compare language`"),
     ],
 )
@@ -69,6 +82,15 @@ def test_bad_input_is_refused_in_words(words: list[str], found: str, capsys: pyt
     code, text = said(capsys, "compare", *words, "--device", "cpu")
     assert code == 2
     assert found in text
+
+
+def test_rows_of_a_forecast_reach_a_study_on_ones_own_table() -> None:
+    for what in ("selection", "forecasting"):
+        Path("my.csv").touch()
+        data = find_study(what, Asked(file="my.csv", lookback=7, horizon=720)).bases[0].data
+        assert (data.args["seq_len"], data.args["horizon"]) == (7, 720)
+        data = find_study(what, Asked(file="my.csv")).bases[0].data
+        assert (data.args["seq_len"], data.args["horizon"]) == (96, 24)
 
 
 @pytest.mark.parametrize(("text", "amount"), [("5M", 5e6), ("300k", 3e5), ("1.2e6", 1.2e6), ("2G", 2e9), ("7", 7.0)])

@@ -52,6 +52,9 @@ RATES = (2e-4, 1e-3, 5e-3)
 RANGE = (1e-4, 1e-2)
 DECLARED = {"optim.lr": "models want different learning rates, so each gets the best of the same trials"}
 LENGTHS = (96, 200, 336, 720)
+LOOKBACK, HORIZON = 96, 24
+# Options that only forecasts have.
+ROWS = ("lookback", "horizon")
 # A letter after a number of parameters or FLOPs.
 LETTERS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
@@ -64,8 +67,8 @@ class Asked:
         file: A table of series, a folder of images, or a text.
         models: Names, for a study of a user's own data.
         quick: For a first look within minutes.
-        lookback: Rows that a forecast sees.
-        horizon: Rows that are forecast.
+        lookback: Rows that a forecast sees; None is 96.
+        horizon: Rows that are forecast; None is 24.
         trials: Draws by optuna from the study's own ranges, or between its own values, in place of these.
         img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
     """
@@ -73,8 +76,8 @@ class Asked:
     file: str | None = None
     models: tuple[str, ...] = ()
     quick: bool = False
-    lookback: int = 96
-    horizon: int = 24
+    lookback: int | None = None
+    horizon: int | None = None
     steps: int | None = None
     batch_size: int | None = None
     seeds: int | None = None
@@ -87,38 +90,56 @@ def find_study(what: str, asked: Asked) -> Study:
     """The study that a word stands for: forecasting, vision, language, a built-in name, or a file of Python.
 
     Raises:
-        ConfigError: There is none, or it cannot be read.
+        ConfigError: There is none, it cannot be read, or something is asked that would have no effect on it.
     """
     if what == "forecasting":
-        if asked.img_size is not None:
-            raise ConfigError("--img-size is for `compare vision`; a forecast has --lookback and --horizon.")
+        _refuse(asked, ("img_size",), "`compare vision`; a forecast has --lookback and --horizon")
         study = forecasting_study(asked)
     elif what == "vision":
+        _refuse(asked, ROWS, "`compare forecasting`; images have --img-size")
         study = vision_study(asked)
     elif what == "language":
+        _refuse(asked, (*ROWS, "img_size"), "other kinds of data; a text's pieces are as long as the study says")
         study = language_study(asked)
     else:
-        own = what.endswith(".py")
-        given = [name for name in (*(("file",) if own else ()), "quick", "models", "img_size") if getattr(asked, name)]
-        if given:
-            raise ConfigError(
-                f"{given[0]} is for `compare forecasting`, `compare vision` and `compare language`; "
-                "a study says it itself."
-            )
-        study = _from_file(Path(what)) if own else _on_data(_built_in(what), asked)
+        _refuse(asked, ("quick", "models", "img_size"),
+                "`compare forecasting`, `compare vision` and `compare language`; a study says it itself")  # fmt: skip
+        if what.endswith(".py"):
+            _refuse(asked, ("file", *ROWS), "studies that have a name; one in a file of Python says its data itself")
+            study = _from_file(Path(what))
+        else:
+            study = _on_data(_built_in(what), asked)
     return _changed(study, asked)
+
+
+def _refuse(asked: Asked, names: Sequence[str], belongs: str) -> None:
+    """Refuse what would have no effect.
+
+    Args:
+        belongs: What it is for, and where the study in hand has the like.
+    """
+    usual = Asked()
+    for name in names:
+        if getattr(asked, name) != getattr(usual, name):
+            option = "the second argument" if name == "file" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for {belongs}; leave it out.")
 
 
 def _on_data(study: Study, asked: Asked) -> Study:
     """A built-in study on a user's tables or folders, each of them a base, in place of the bundled data."""
-    if asked.file is None:
-        return study
     first, bases = study.bases[0], []
+    rows = datasets.entry(first.data.name).kind == "series"
+    if not rows:
+        _refuse(asked, ROWS, f"studies of series, and '{study.name}' is none")
+    if asked.file is None:
+        _refuse(asked, ROWS, f"a table of your own, as in `compare {study.name} my.csv`; without one '{study.name}' "
+                "has its own data")  # fmt: skip
+        return study
     for file in asked.file.split(","):
         name = Path(file).name.split(".")[0]
-        if datasets.entry(first.data.name).kind == "series":
-            shape = {"seq_len": asked.lookback, "horizon": asked.horizon}
-            name, data = f"{name} {asked.horizon}", first.data.replace(path=file, **shape)
+        if rows:
+            shape = {"seq_len": asked.lookback or LOOKBACK, "horizon": asked.horizon or HORIZON}
+            name, data = f"{name} {shape['horizon']}", first.data.replace(path=file, **shape)
         else:
             data = first.data.replace(path=file)
         bases.append(first.model_copy(update={"name": name, "data": data}))
@@ -205,8 +226,8 @@ def forecasting_study(asked: Asked) -> Study:
     name = Path(asked.file).name.split(".")[0] if asked.file else "New York weather"
     if asked.file and Path(asked.file).suffix and not Path(asked.file).is_file():
         raise DataError(f"there is no '{asked.file}'; name a table of series, or a public set such as ETTh1.")
-    data = Spec("series_file", **({"path": asked.file} if asked.file else {}), seq_len=asked.lookback,
-                horizon=asked.horizon)  # fmt: skip
+    data = Spec("series_file", **({"path": asked.file} if asked.file else {}), seq_len=asked.lookback or LOOKBACK,
+                horizon=asked.horizon or HORIZON)  # fmt: skip
     base = Run(
         name=name,
         model=Spec("naive"),
