@@ -21,6 +21,7 @@ from selectra.compare.results import crossover, require_alike, results, write_re
 from selectra.compare.store import Store
 from selectra.errors import DataError
 from selectra.report.study import markdown, page, read_study, reading, write_reports
+from selectra.report.study_claims import claims
 from tests.compare.studies import finished
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -75,9 +76,9 @@ def test_numbers_on_the_page_are_those_of_the_records(content: dict[str, Any], s
     truth = [record["test"]["mse"] for _, _, record in opened.cells() if record and "test" in record]
     opened.close()
     assert read.exact == truth
-    every = next(i for i, row in enumerate(read.rows) if row[:3] == ["data", "model", "seed"])
+    every = next(i for i, row in enumerate(read.rows) if row[:4] == ["number", "data", "model", "seed"])
     shown = read.rows[every + 1 : every + 1 + len(truth)]
-    assert [row[3] for row in shown] == [f"{value:.4f}" for value in truth]
+    assert [row[4] for row in shown] == [f"{value:.4f}" for value in truth]
     for row in content["rows"]:
         mine = next(each for each in read.rows if each[0] == row["variant"])
         assert mine[2] == f"{row['mean']:.4f}"
@@ -114,6 +115,36 @@ def test_verdict_comes_first_and_losses_are_said(content: dict[str, Any]) -> Non
         assert (f"worse than {rival} on waves" in lost) == (outcome == "worse")
     assert "needs more parameters on waves" in lost
     assert len(re.findall(r"^selectra train ", text, re.M)) == 7
+
+
+def test_every_claim_leads_to_its_records(content: dict[str, Any]) -> None:
+    made = [{**content["by_base"][0], "rival": rival, "outcome": outcome}
+            for rival, outcome in (("dlinear", "better"), ("linear", "worse"))]  # fmt: skip
+    changed = {**content, "by_base": made}
+    text = page(changed)
+    items = re.findall(r"<li>(.*?)</li>", text[text.index('class="claims"') : text.index("<table")])
+    n_claims = sum(len(claims(changed, outcome)) for outcome in ("better", "worse", "level"))
+    assert len(items) == n_claims >= 3
+    keys = {cell["key"]: cell for cell in content["cells"]}
+    for item in items:
+        places = re.findall(r'href="#([^"]+)"', item)
+        assert places and all(f'<tr id="{place}"' in text for place in places), item
+        cells = [keys[place.removeprefix("cell-")] for place in places if place.startswith("cell-")]
+        rival = next((name for name in ("dlinear", "linear") if f"than {name} " in item), "")
+        if cells:
+            assert {cell["variant"] for cell in cells} == {"tsm2", rival}
+            # Three seeds of each, and one of what no seed changes.
+            assert len(cells) == (4 if rival == "linear" else 6)
+    lines = markdown(changed).splitlines()
+    won = next(line for line in lines if line.startswith("- tsm2 is better than dlinear"))
+    numbers = [each for part in re.findall(r" (\d+(?:, \d+)*)", won[won.index("(trainings:") :])
+               for each in part.split(", ")]  # fmt: skip
+    rows = [[each.strip() for each in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    named = [row for row in rows if len(row) == 9 and row[0] in numbers]
+    assert sorted((row[2], row[3]) for row in named) == [
+        (name, str(i)) for name in ("dlinear", "tsm2") for i in range(3)
+    ]
+    assert {row[-1] for row in named} <= set(keys)
 
 
 def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
