@@ -84,6 +84,27 @@ def test_bad_input_is_refused_in_words(words: list[str], found: str, capsys: pyt
     assert found in text
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("x = 1\ndef (\n", "'own.py', line 2, is no Python: "),
+        ("from selectra.compare.study import Study\n\nstudy = Study(name='x')\n",
+         "'own.py', line 3: Study: question: Field required."),
+        ("from selectra.spec import Train\n\n\ndef f():\n    return Train(steps=-1)\n\nf()\n",
+         "'own.py', line 5: Train: steps is -1: "),
+        ("from selectra.spec import Spec\nSpec('a', b=object())\n", "'own.py', line 2: argument 'b' has the value"),
+        ("import absent_module\n", "'own.py', line 1: No module named 'absent_module'"),
+        ("study = Studie()\n", "'own.py', line 1: name 'Studie' is not defined"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_study_s_file_is_said_with_its_line(
+    text: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    Path("own.py").write_text(text)
+    code, shown = said(capsys, "compare", "own.py")
+    assert code == 2 and found in shown, shown
+
+
 def test_rows_of_a_forecast_reach_a_study_on_ones_own_table() -> None:
     for what in ("selection", "forecasting"):
         Path("my.csv").touch()

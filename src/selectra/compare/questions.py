@@ -1,11 +1,14 @@
 """The studies that a user asks for by name, by a file of Python, or by a table, a folder or a text of their own."""
 
 import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from pydantic import ValidationError
 
 from selectra import data as _data
 from selectra import models as _models
@@ -13,7 +16,7 @@ from selectra import tasks as _tasks
 from selectra.compare.study import FEWEST_SEEDS, Budget, Study, Tuning, Variant
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, studies
-from selectra.spec import Optim, Run, Spec, Train, nearest, override
+from selectra.spec import Optim, Run, Spec, Train, describe_problem, nearest, override
 
 __all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "language_study",
            "vision_study"]  # fmt: skip
@@ -156,19 +159,35 @@ def _built_in(name: str) -> Study:
 
 
 def _from_file(path: Path) -> Study:
-    """The one Study that a file defines, as a value or as a function without arguments."""
+    """The one Study that a file defines, as a value or as a function without arguments.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be run, or it defines no study or several; with file and line.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no '{path}'; a study is a file of Python that defines a selectra Study.")
-    found = runpy.run_path(str(path))
-    mine = {name: value for name, value in found.items() if isinstance(value, Study)}
-    if not mine:
-        makers = {name: value for name, value in found.items()
-                  if getattr(value, "__annotations__", {}).get("return") in (Study, "Study")}  # fmt: skip
-        mine = {name: make() for name, make in makers.items()}
+    try:
+        found = runpy.run_path(str(path))
+        mine = {name: value for name, value in found.items() if isinstance(value, Study)}
+        if not mine:
+            makers = {name: value for name, value in found.items()
+                      if getattr(value, "__annotations__", {}).get("return") in (Study, "Study")}  # fmt: skip
+            mine = {name: make() for name, make in makers.items()}
+    except SyntaxError as error:
+        raise ConfigError(f"'{error.filename}', line {error.lineno}, is no Python: {error.msg}.") from error
+    except (ValidationError, ConfigError, ImportError, NameError) as error:
+        problem = f"{error.title}: {describe_problem(error)}" if isinstance(error, ValidationError) else error
+        raise ConfigError(f"'{path}', line {_line_in(path, error)}: {problem}") from error
     if len(mine) != 1:
         raise ConfigError(f"'{path}' defines {len(mine)} studies{': ' + ', '.join(mine) if mine else ''}; "
                           "it must define one, as `study = Study(...)`.")  # fmt: skip
     return next(iter(mine.values()))
+
+
+def _line_in(path: Path, error: Exception) -> int | None:
+    """The line of a file that an error came through last."""
+    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(path)]
+    return lines[-1] if lines else None
 
 
 def _changed(study: Study, asked: Asked) -> Study:
