@@ -75,6 +75,9 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["costs", "--trials", "0"], "--trials is for studies"),
         (["forecasting", "--tables", "a", "--models", "tsm2"], "--models is for studies; the built-in tables"),
         (["forecasting", "--tables", "a", "--seeds", "4"], "--seeds is for studies; the built-in tables"),
+        (["forecasting", "--match", "depth"], "and there is none; name one, such as --budget-params 5M"),
+        (["forecasting", "--match", "height"], "'width', 'depth'"),
+        (["costs", "--match", "depth"], "--match is for studies"),
         (["selection", "--quick"], "quick is for `compare forecasting`, `compare vision` and `compare language`"),
     ],
 )
@@ -117,6 +120,18 @@ def test_rows_of_a_forecast_reach_a_study_on_ones_own_table() -> None:
 @pytest.mark.parametrize(("text", "amount"), [("5M", 5e6), ("300k", 3e5), ("1.2e6", 1.2e6), ("2G", 2e9), ("7", 7.0)])
 def test_amounts_as_people_write_them(text: str, amount: float) -> None:
     assert amount_of(text) == amount
+
+
+def test_models_are_matched_by_depth_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_series(tmp_path)
+    words = ["compare", "forecasting", "series.csv", "--models", "tsm2_smoke,itransformer_smoke", "--lookback", "16"]
+    words += ["--horizon", "4", "--steps", "2", "--trials", "0", "--device", "cpu", "--workers", "1"]
+    code, text = said(capsys, *words, "--budget-params", "4320", "--match", "depth")
+    assert code == 0, text
+    assert "itransformer_smoke (depth = 9 for 4,364 params)" in text
+    # The study's own budget is kept, and turned.
+    found = find_study("image_kinds", Asked(match="depth")).budget
+    assert found is not None and (found.amount, found.over) == (2_200_000, "depth")
 
 
 @pytest.mark.parametrize("text", ["", "M", "-5M", "infM", "nan", "5 apples"])

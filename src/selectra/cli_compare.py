@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from selectra.choices import Match
 from selectra.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def compare(
     budget_latency: Annotated[
         str | None, typer.Option(help="Or to so many milliseconds of a forward pass of 32 samples, here.")
     ] = None,
+    match: Annotated[
+        Match | None, typer.Option(help="What is turned to meet the budget, width or depth; default: width.")
+    ] = None,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
     time_limit: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which nothing is begun any more.")
@@ -74,7 +78,7 @@ def compare(
 
     of_studies = {"--quick": quick, "--seeds": seeds, "--trials": trials, "--horizon": horizon,
                   "--lookback": lookback, "--img-size": img_size, "--budget-flops": budget_flops,
-                  "--budget-latency": budget_latency}  # fmt: skip
+                  "--budget-latency": budget_latency, "--match": match}  # fmt: skip
     if what == "costs":
         given = {**of_studies, "--steps": steps, "--batch-size": batch_size, "--tables": tables, "--workers": workers}
         _costs((file, models, points), given, budget_params, store, device, time_limit)
@@ -92,7 +96,8 @@ def compare(
         return
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
     names = () if models is None else tuple(name.strip() for name in models.split(","))
-    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size)
+    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size,
+                  None if match is None else match.value)  # fmt: skip
     study = find_study(what, asked)
     from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
     from selectra.compare.crew import Crew  # noqa: PLC0415

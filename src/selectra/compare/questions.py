@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -74,6 +74,7 @@ class Asked:
         horizon: Rows that are forecast; None is 24.
         trials: Draws by optuna from the study's own ranges, or between its own values, in place of these.
         img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
+        match: What is turned to meet the budget.
     """
 
     file: str | None = None
@@ -87,6 +88,7 @@ class Asked:
     trials: int | None = None
     budget: Budget | None = None
     img_size: int | None = None
+    match: Literal["width", "depth"] | None = None
 
 
 def find_study(what: str, asked: Asked) -> Study:
@@ -199,8 +201,12 @@ def _changed(study: Study, asked: Asked) -> Study:
         changes["bases"] = tuple(_paced(override(base, words)) for base in study.bases)
     if asked.seeds is not None:
         changes["seeds"] = asked.seeds
-    if asked.budget is not None:
-        changes["budget"] = asked.budget
+    budget = asked.budget or study.budget
+    if budget is None and asked.match is not None:
+        raise ConfigError(f"--match {asked.match} turns models to a budget, and there is none; "
+                          "name one, such as --budget-params 5M.")  # fmt: skip
+    if budget is not None:
+        changes["budget"] = budget if asked.match is None else budget.model_copy(update={"over": asked.match})
     if asked.trials:
         prune = study.tuning is None or study.tuning.prune
         changes["tuning"] = Tuning(ranges=_ranges(study), trials=asked.trials, prune=prune)
