@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from selectra.classifier import explain, from_run
 from selectra.classifier.explaining import class_map, field_map
-from selectra.classifier.routes import sites, without_everywhere
+from selectra.classifier.routes import GRID, sites, without_everywhere
 from selectra.errors import ConfigError
 from selectra.mixers import S6, Bidirectional, CrossPaths, SelectiveChannel
 from selectra.models.rsmamba import PathMixer
@@ -56,6 +56,32 @@ def test_a_route_left_out_is_the_one_of_its_name(route: int) -> None:
     rows, columns = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
     places = (rows * 5 + columns, columns * 4 + rows, -(rows * 5 + columns), -(columns * 4 + rows))[route]
     assert torch.equal(seen, places >= places[1, 2])
+
+
+@pytest.mark.parametrize("routes", [("right",), ("right", "left"), ("up", "down", "right")])
+def test_fewer_routes_have_their_own_names(routes: tuple[str, ...]) -> None:
+    torch.manual_seed(1)
+    path, u = CrossPaths(6, d_state=3, d_conv=1, routes=routes), torch.randn(1, 4, 5, 6)
+    found = sites(nn.Sequential(path))
+    assert [site.routes for site in found] == ([] if len(routes) == 1 else [tuple(GRID[name] for name in routes)])
+    for site in found:
+        with torch.no_grad():
+            whole = path.mix(u)
+            for i, name in enumerate(routes):
+                # What is missing is what a mixer with this route alone gives.
+                alone = CrossPaths(6, d_state=3, d_conv=1, routes=(name,))
+                for key, value in path.named_parameters():
+                    alone.get_parameter(key).copy_(value if key.startswith("conv2d") else value[i : i + 1])
+                with site.without(i):
+                    torch.testing.assert_close(whole - path.mix(u), alone.mix(u))
+
+
+@pytest.mark.parametrize("routes", [("right",), ("right", "left")])
+def test_models_of_fewer_routes_are_explained(routes: tuple[str, ...], make_run: Make, make_image: Make) -> None:
+    found = explain(from_run(make_run(routes=routes)), make_image())
+    names = None if found.routes is None else found.routes.names
+    assert names == (None if len(routes) == 1 else (GRID["right"], GRID["left"]))
+    explanation_figure(found)
 
 
 @pytest.mark.parametrize("kind", [Bidirectional, SelectiveChannel])
