@@ -41,6 +41,11 @@ class Loaded(NamedTuple):
     fresh: tuple[str, ...]
     """A head for other classes, and positions in time where the file is of images: they stay as they were."""
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """Of what was resized, the first filters, of other channels or frames; the rest are positions."""
+        return tuple(key for key in self.resized if key.endswith(".weight"))
+
 
 def load_pretrained(
     model: nn.Module, source: str | Path | Mapping[str, Tensor], grid: tuple[int, int] | None = None
