@@ -175,12 +175,12 @@ def _has_size(spec: Spec, over: str) -> bool:
 
 def _curves(study: Study, found: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
     """Time and memory of every variant, at the sizes of the first base, against the look-back."""
-    rows = []
+    rows, how = [], {"device": device, "precision": study.bases[0].train.precision}
     for each in found:
         for length in study.lengths if each["base"] == study.bases[0].name else ():
             facts = {**each["facts"], "seq_len": length}
             try:
-                cost = measure(Spec.from_json(each["spec"]), facts, device=device, batch=LENGTH_BATCH, seconds=0.1)
+                cost = measure(Spec.from_json(each["spec"]), facts, batch=LENGTH_BATCH, seconds=0.1, **how)
             except (ConfigError, torch.OutOfMemoryError) as error:
                 rows.append({"variant": each["variant"], "length": length, "reason": str(error)})
                 continue

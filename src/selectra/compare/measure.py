@@ -71,6 +71,7 @@ class Cost:
     dtype: str = "float32"
     tf32: bool = False
     compiled: bool = False
+    layout: str = "images NCHW, all else channels last"
 
     @property
     def throughput(self) -> float:
