@@ -238,21 +238,32 @@ def _report_json(records: Path, out: Path | None, console: Console) -> None:
     from selectra.report.forecasting import write_page  # noqa: PLC0415
     from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
 
-    start = records.read_text("utf-8")[:2000]
-    if f'"{costs.WHAT}"' in start:
+    what = _what_of(records)
+    if what == costs.WHAT:
         content = costs.read_costs(records)
         paths = costs.write_reports(content, (out or records).with_suffix(""))
         console.print(costs.verdict(content), highlight=False, markup=False, soft_wrap=True, style="bold")
         console.print(f"The page is {paths[0]}, beside {', '.join(each.name for each in (*paths[1:], records))}",
                       highlight=False, soft_wrap=True)  # fmt: skip
         return
-    if f'"{WHAT}"' in start[:200]:
+    if what == WHAT:
         paths = write_reports(read_study(records), (out or records).with_suffix(""))
         console.print(f"The page is {paths[0]}, made from {records}", highlight=False, soft_wrap=True)
         return
     out = out or Path("forecasting.md")
     write_page(records, out)
     console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+
+
+def _what_of(records: Path) -> object:
+    """What a file of records says that it is, wherever it says so; None where it says nothing."""
+    import json  # noqa: PLC0415
+
+    try:
+        content = json.loads(records.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"'{records}' cannot be read as records: {error}.") from error
+    return content.get("what") if isinstance(content, dict) else None
 
 
 def _report_tables(store: "Store", records: Path, out: Path | None, export: Path | None, console: Console) -> None:
