@@ -89,7 +89,7 @@ def compare(
         if what != "forecasting" or file is not None or quick:
             raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
         of_studies |= {"--models": models, "--budget-params": budget_params}
-        if ignored := [name for name, value in of_studies.items() if value not in (None, False)]:
+        if ignored := [name for name, value in of_studies.items() if value is not None and value is not False]:
             raise ConfigError(f"{ignored[0]} is for studies; the built-in tables of forecasters have their own. "
                               "Leave it out, or leave out --tables and name another --store.")  # fmt: skip
         _tables(store, tables or "a,b", (device, time_limit, workers or 1, packed), (steps or 1000, batch_size or 32))
@@ -118,7 +118,7 @@ def _costs(
     from selectra.compare.curves import Wish  # noqa: PLC0415
     from selectra.compare.questions import amount_of  # noqa: PLC0415
 
-    refused = [name for name, value in given.items() if value not in (None, False)]
+    refused = [name for name, value in given.items() if value is not None and value is not False]
     if refused:
         raise ConfigError(f"{refused[0]} is for studies; `compare costs` trains nothing to the end.")
     kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
