@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
+from selectra.mixers.fixed import fixed_normal
 from selectra.mixers.hyper import HyperAttention, added, plain
 
 
@@ -59,6 +60,45 @@ def test_any_length_is_causal_and_gets_gradients(n):
     assert torch.allclose(attention(later)[:, : n // 2], y[:, : n // 2], atol=1e-5)
 
 
+def test_evaluation_draws_nothing():
+    """Calls, places in a batch and a loaded state change nothing; in training torch's generator decides."""
+    torch.manual_seed(0)
+    attention, x = HyperAttention(16, 2, exact_up_to=16, block_size=8, sample_size=8).eval(), torch.randn(3, 100, 16)
+    before = torch.get_rng_state()
+    with torch.no_grad():
+        y = attention(x)
+        assert torch.equal(attention(x), y) and torch.equal(torch.get_rng_state(), before)
+        assert torch.allclose(attention(x[2:]), y[2:], atol=1e-6)
+        loaded = HyperAttention(16, 2, exact_up_to=16, block_size=8, sample_size=8).eval()
+        loaded.load_state_dict(attention.state_dict())
+        assert torch.equal(loaded(x), y)
+        draws = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            draws.append(attention.train()(x))
+    assert torch.equal(draws[0], draws[1]) and not torch.allclose(draws[0], draws[2], atol=1e-4)
+
+
+def test_a_fixed_sample_is_as_near_as_a_drawn_one():
+    q, k, v = (each / 2 for each in heads(128, 1, 2))
+    wanted = exact(q, k, v)
+    outputs = [
+        HyperAttention(16, 2, exact_up_to=16, block_size=16, sample_size=32, seed=seed).eval().causal(q, k, v).y
+        for seed in range(60)
+    ]
+    error = (torch.stack(outputs).mean(0) - wanted).norm() / wanted.norm()
+    assert error < 0.1 and error < (outputs[0] - wanted).norm() / wanted.norm() < 0.6
+
+
+def test_fixed_values_are_as_of_a_normal_distribution():
+    cpu = torch.device("cpu")
+    values, others = (fixed_normal(200, 50, seed, cpu) for seed in (0, 1))
+    assert (
+        abs(values.mean()) < 0.03 and abs(values.std() - 1) < 0.03 and 0.66 < (values.abs() < 1).float().mean() < 0.71
+    )
+    assert abs((values * others).mean()) < 0.03 and torch.equal(values, fixed_normal(200, 50, 0, cpu))
+
+
 def test_short_sequences_are_exact_and_the_last_can_be_asked_for():
     attention, x = HyperAttention(16, 2), torch.randn(1, 12, 16)
     q, k, v = attention.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
@@ -71,7 +111,7 @@ def test_neighbouring_cells_differ_in_one_sign():
     attention = HyperAttention(16, 2, n_projections=3)
     x = torch.randn(1, 2, 500, 8)
     codes = attention.hashed(x)
-    bits = ((x @ attention.projections) > 0)[0, 0].int()
+    bits = ((x @ attention.directions(8, x.device)) > 0)[0, 0].int()
     found = {int(code): bits[i] for i, code in enumerate(codes[0, 0])}
     for code in range(7):
         if code in found and code + 1 in found:

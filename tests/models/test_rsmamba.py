@@ -8,7 +8,8 @@ import torch
 
 from selectra.errors import ConfigError
 from selectra.mixers import S6
-from selectra.models.rsmamba import PathMixer, RSMamba, fixed_order
+from selectra.mixers.fixed import fixed_order
+from selectra.models.rsmamba import PathMixer, RSMamba
 from selectra.official import from_official, readers
 from selectra.registry import models
 from selectra.spec import Spec

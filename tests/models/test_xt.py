@@ -230,10 +230,25 @@ def test_what_is_not_supported_is_named(config, message):
 
 
 def test_official_hyper_layers_are_read():
-    """Their hash directions, which the state may hold, are drawn anew."""
+    """Their hash directions, which the state may hold, are our own."""
     config = {**CONFIG, "hidden_size": 128, "attention_method": "hyper"}
     ours = readers[DECODER](**config).model.state_dict()
     state = {key.removeprefix("context."): value for key, value in ours.items()}
     state["layers.0.attn.attn.lsh.proj_dir"] = torch.randn(1, 1, 128, 7)
-    official = from_official(DECODER, config, state)
-    assert official(torch.randn(2, 20, 3, 4))[0].shape == (2, 5)
+    official, x = from_official(DECODER, config, state), torch.randn(2, 20, 3, 4)
+    assert official(x)[0].shape == (2, 5)
+    # Made in parts on a device, as large ones are.
+    assert torch.equal(from_official(DECODER, config, state, device="cpu")(x)[0], official(x)[0])
+
+
+def test_large_images_give_the_same_at_every_call_and_after_loading():
+    """More than 4,096 tokens, where HyperAttention samples."""
+    torch.manual_seed(0)
+    context, grid = Context("hyper", 4, 8, 2).eval(), torch.randn(1, 65, 64, 4)
+    loaded = Context("hyper", 4, 8, 2).eval()
+    loaded.load_state_dict(context.state_dict())
+    with torch.no_grad():
+        tokens, cls = context(grid)
+        for other in (context, loaded):
+            for one, wanted in zip(other(grid), (tokens, cls), strict=True):
+                assert torch.equal(one, wanted)

@@ -18,6 +18,7 @@ QUESTIONS = {
     "language": ("Language: what Mamba and attention have learned, speed aside", "selectra compare language"),
     "costs": ("Time, memory and energy at equal parameters", "selectra compare costs --device cuda"),
     "selection": ("Token and channel selection (MambaMixer's ablation)", "selectra compare selection"),
+    "selection_images": ("Token and channel selection on images", "selectra compare selection_images"),
     "channel_mixers": ("Channel mixers (SiMBA's ablation)", "selectra compare channel_mixers"),
     "channel_mixers_images": ("Channel mixers on images", "selectra compare channel_mixers_images"),
     "channel_mixers_deep": ("Channel mixers in deep stacks", "selectra compare channel_mixers_deep"),

@@ -6,19 +6,26 @@ halves the sequence: each half by itself, and the second half's view of the firs
 
 Source: github.com/insuhan/hyper-attn, as xT has it: `hyper_attn/attention/hyper_attn.py`.
 
-Departures: the last block may be shorter here, where the official code pads or drops what does not fill one; the
-official code hides sampled keys that a block has seen by their place among unsorted keys, here by their sorted place.
+Outside of training the sample is fixed by a seed, the same for every image of a batch; so are the hash's directions,
+always. The same image then gives the same at every call, and after saving and loading. In training samples are drawn
+anew at every call, by torch's generator.
+
+Departures: the official code draws directions when it is built, without saving them, and samples at every call, in
+evaluation too, so that its results change from call to call; the last block may be shorter here, where the official
+code pads or drops what does not fill one; the official code hides sampled keys that a block has seen by their place
+among unsorted keys, here by their sorted place.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
+from selectra.mixers.fixed import fixed_normal, fixed_numbers
 from selectra.mixers.sizes import require_sizes
 
 
@@ -57,13 +64,12 @@ class HyperAttention(nn.Module):
         block_size: Sorted keys that a block of queries sees exactly.
         sample_size: Keys that stand for all others.
         n_projections: Bits of the hash.
+        seed: Of the hash's directions, and of the sample outside of training.
     """
-
-    projections: Tensor
 
     def __init__(
         self, d_model: int, n_heads: int, exact_up_to: int = 4096, block_size: int = 256, sample_size: int = 256,
-        n_projections: int = 7,
+        n_projections: int = 7, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         require_sizes(d_model=d_model, n_heads=n_heads, block_size=block_size, sample_size=sample_size)
@@ -71,8 +77,8 @@ class HyperAttention(nn.Module):
             raise ConfigError(f"n_heads={n_heads} must divide d_model={d_model}")
         self.n_heads, self.exact_up_to = n_heads, max(exact_up_to, block_size)
         self.block_size, self.sample_size = block_size, sample_size
+        self.n_projections, self.seed = n_projections, seed
         self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.register_buffer("projections", torch.randn(d_model // n_heads, n_projections), persistent=False)
 
     def forward(self, x: Float[Tensor, "b l d"], queries: int | None = None) -> Float[Tensor, "b q d"]:
         """Mix positions; each sees itself and those before it.
@@ -116,7 +122,7 @@ class HyperAttention(nn.Module):
             if i * rows < q.shape[2]
         ]
         near = Weighted(*(torch.cat(parts, 2) for parts in zip(*blocks, strict=True)))
-        sample = torch.randint(n, (*k.shape[:2], self.sample_size), device=k.device)
+        sample = self.sample(n, k.shape[0], k.shape[1], k.device)
         own = torch.arange(q.shape[2], device=q.device) // rows
         hidden = own[:, None] == (sample // size)[:, :, None, :]
         far = plain(q, _taken(k, sample), _taken(v, sample), hidden)
@@ -127,9 +133,21 @@ class HyperAttention(nn.Module):
         back = q_order.argsort(dim=2, stable=True)
         return Weighted(_taken(both.y, back), _taken(both.log_sum, back))
 
+    def sample(self, n: int, batch: int, heads: int, device: torch.device) -> Int64[Tensor, "batch heads m"]:
+        """Which of `n` keys stand for all, one set a head."""
+        if self.training:
+            return torch.randint(n, (batch, heads, self.sample_size), device=device)
+        # Directions have the seed itself; what an image gives does not depend on its place in the batch.
+        drawn = fixed_numbers(heads * self.sample_size, self.seed + 2**16, device) % n
+        return drawn.view(1, heads, -1).expand(batch, -1, -1)
+
+    def directions(self, d_head: int, device: torch.device) -> Float[Tensor, "d_head bits"]:
+        """Of the hash; made from the seed, so that no file has to hold them."""
+        return fixed_normal(d_head, self.n_projections, self.seed, device)
+
     def hashed(self, x: Float[Tensor, "b h l p"]) -> Tensor:
         """Numbers of cells, of which neighbours in order differ in one projection's sign (a Gray code)."""
-        bits = (x @ self.projections.to(x.dtype)) > 0
+        bits = (x @ self.directions(x.shape[-1], x.device).to(x.dtype)) > 0
         code = torch.zeros(bits.shape[:-1], dtype=torch.long, device=x.device)
         last = torch.zeros_like(bits[..., 0])
         for i in range(bits.shape[-1]):

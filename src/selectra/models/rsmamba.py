@@ -40,6 +40,7 @@ from selectra.layers.image import (
 )
 from selectra.layers.image_model import Plain
 from selectra.mixers import S6
+from selectra.mixers.fixed import fixed_order
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
@@ -80,16 +81,6 @@ class PathMixer(nn.Module):
         means = self.mamba.out_proj(torch.stack([y.mean(1) for y in ys], dim=1))  # b paths d
         weights = self.gate(means.flatten(1)).softmax(-1).to(ys[0].dtype)
         return self.mamba.out_proj(torch.einsum("bk,kbld->bld", weights, torch.stack(ys)))
-
-
-def fixed_order(length: int, seed: int, device: torch.device) -> Int64[Tensor, " length"]:
-    """A permutation that looks random and depends on length and seed alone, on every device alike."""
-    mask = 0xFFFFFFFF
-    keys = torch.arange(length, device=device) + (seed + 1) * 0x9E3779B1 % mask
-    # Murmur's last steps; products stay below 2^63.
-    for _ in range(2):
-        keys = ((keys ^ (keys >> 16)) & mask) * 0x45D9F3B & mask
-    return torch.argsort(keys ^ (keys >> 16), stable=True)
 
 
 BASE: dict[str, Any] = {}

@@ -16,6 +16,8 @@ Departures, paper and official code against each other and against this:
                of all chunks are averaged, as there
   gradients    with `grad_ratio` below 1 the official code puts regions back in another order than it took them; here
                they keep their places
+  draws        HyperAttention (above 4,096 tokens) samples keys anew at every call in the official code; here it does in
+               training, and has a fixed sample in evaluation, and fixed directions of its hash
   naive        the official attention of this name gets its arguments shifted and cannot be built; left out
   encoders     the paper's are Swin V2 and Hiera with weights of ImageNet; here any, such as `swin_tiny`
   dense tasks  the released code has none; here `features` gives the regions' grids side by side, the coarsest one
@@ -79,9 +81,9 @@ class GatedMLP(nn.Module):
 class AttentionLayer(nn.Module):
     """Causal attention and a gated MLP, each behind an RMS norm and added to its input."""
 
-    def __init__(self, d_model: int, mlp_ratio: int = 4, drop_path: float = 0.0) -> None:
+    def __init__(self, d_model: int, mlp_ratio: int = 4, drop_path: float = 0.0, seed: int = 0) -> None:
         super().__init__()
-        self.attn = HyperAttention(d_model, max(1, d_model // D_HEAD))
+        self.attn = HyperAttention(d_model, max(1, d_model // D_HEAD), seed=seed)
         self.input_layernorm = nn.RMSNorm(d_model, eps=1e-5)
         self.post_attention_layernorm = nn.RMSNorm(d_model, eps=1e-5)
         self.mlp, self.drop_path = GatedMLP(d_model, mlp_ratio * d_model), DropPath(drop_path)
@@ -120,7 +122,7 @@ class Context(nn.Module):
         self.layers = nn.ModuleList(
             MambaLayer(S6(d_model, d_state), LayerNorm(d_model), i % 2 == 0, rate)
             if kind == "mamba"
-            else AttentionLayer(d_model, mlp_ratio, rate)
+            else AttentionLayer(d_model, mlp_ratio, rate, seed=i)
             for i, rate in enumerate(rates)
         )
         self.cls_token: nn.Parameter | None = nn.Parameter(torch.empty(1, 1, d_model))
@@ -159,6 +161,11 @@ class Context(nn.Module):
         if self.cls_token is None:
             return x
         return torch.cat([x, self.cls_token.to(x.dtype).expand(len(x), -1, -1)], 1)
+
+
+def side_by_side(grids: Float[Tensor, "n h w d"], rows: int, columns: int) -> Float[Tensor, "b rh cw d"]:
+    """Grids of regions, those of an image by rows one behind the other, as a grid of each image."""
+    return grids.unflatten(0, (-1, rows, columns)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
 
 
 @models.register(
@@ -260,14 +267,18 @@ class XT(nn.Module):
         require_image(x, self.in_channels)
         b, c, height, width = x.shape
         side = self.region
-        rows, columns = -(-height // side), -(-width // side)
+        rows, columns = self.counts((height, width))
         x = F.pad(x, (0, columns * side - width, 0, rows * side - height))
         regions = x.view(b, c, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
         grids = []
         for grid, stride in zip(self._each(regions), self.feature_strides, strict=True):
-            whole = grid.unflatten(0, (b, rows, columns)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+            whole = side_by_side(grid, rows, columns)
             grids.append(whole[:, : -(-height // stride), : -(-width // stride)])
         return grids
+
+    def counts(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the regions of an image of this height and width."""
+        return -(-size[0] // self.region), -(-size[1] // self.region)
 
     def _each(self, regions: Tensor) -> Sequence[Tensor]:
         """Grids of regions, some at once; those that do not train the encoder without a gradient."""
@@ -332,7 +343,7 @@ class OfficialDecoder(Official):
 
 
 def _decoder_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Directions of hashes are drawn anew.
+    # Directions of hashes are made from a seed.
     kept = {key: value for key, value in state.items() if ".attn.lsh." not in key}
     return {key if key.startswith("cls.") else f"context.{key}": value for key, value in kept.items()}
 
