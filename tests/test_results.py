@@ -39,6 +39,7 @@ def test_every_claim_of_the_answer_leads_to_a_record() -> None:
 def test_every_built_in_study_is_a_question_or_answers_one() -> None:
     for name in registries()["studies"].names():
         assert _question(name) in QUESTIONS, name
+    assert [_question(name) for name in ("selection_other", "vision_photos")] == ["selection_other", "images"]
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,9 @@ QUESTIONS = {
     "directions": ("Both directions or one", "selectra compare directions"),
     "discretisation": ("What discretisation buys", "selectra compare discretisation"),
 }  # fmt: skip
-# A study that answers a question in another way.
-SAME = {"cifar10": "images"}
+# What else answers a question: another study, and those of `selectra compare vision folder/` and the like, by the
+# first word of their names.
+SAME = {"cifar10": "images", "forecasting": "forecasting", "vision": "images", "language": "language"}
 MAMBA_IMAGES = ("vim2", "vmamba", "vim", "simba")
 IMAGES = "CIFAR-10-JPEG, top-1, equal parameters and steps, three seeds, after Holm's correction"
 OUTCOMES = {"better": "wins", "worse": "loses", "level": "level"}
@@ -174,7 +175,7 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
 
 def _question(name: str) -> str:
     """The question that a study answers: its own, or that of the command that made it, as `language_my_text`."""
-    return name if name in QUESTIONS else SAME.get(name, name.partition("_")[0])
+    return name if name in QUESTIONS else SAME.get(name.partition("_")[0], name)
 
 
 def _contest(found: Row, name: str, record: Row) -> None:
