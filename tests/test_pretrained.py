@@ -1,10 +1,12 @@
 """Weights from files into image models."""
 
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -128,9 +130,21 @@ class Malicious:
 def test_a_malicious_pickle_runs_nothing(tmp_path: Path):
     path, mark = tmp_path / "bad.pth", tmp_path / "ran"
     torch.save({"model": {"weight": torch.zeros(1)}, "evil": Malicious(mark)}, path)
-    with pytest.raises(DataError, match="could run its code"):
+    with pytest.raises(DataError, match=rf"could run its code: it asks for {os.system.__module__}.system\. Save the"):
         load_pretrained(vim(), path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_pickles_of_any_age_are_told_from_damage(protocol, tmp_path: Path):
+    path, mark = tmp_path / "bad.pth", tmp_path / "ran"
+    path.write_bytes(pickle.dumps({"evil": Malicious(mark)}, protocol=protocol))
+    with pytest.raises(DataError, match=r"could run its code: it asks for \w+\.system") as caught:
+        read_state(path)
+    assert "weights_only" not in str(caught.value) and not mark.exists()
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=protocol > 0)
+    with pytest.raises(DataError, match=r"it asks for torch\.nn\.modules\.linear\.Linear.*state_dict"):
+        read_state(path)
 
 
 def test_the_readmes_example(tmp_path: Path):
@@ -150,6 +164,26 @@ def test_files_that_hold_no_weights_are_named(tmp_path: Path):
         (tmp_path / name).write_text("no weights")
         with pytest.raises(DataError, match=name):
             read_state(tmp_path / name)
+    with pytest.raises(DataError, match=r"is a folder; name a file of weights in it, such as 'text\.pth'"):
+        read_state(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="is a folder; name a file of weights; it holds none"):
+        read_state(tmp_path / "empty")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     with pytest.raises(DataError, match="holds no state"):
         read_state(tmp_path / "list.pt")
+
+
+def test_damaged_files_are_called_damaged(tmp_path: Path):
+    path, generator = tmp_path / "rnd.pth", np.random.default_rng(0)
+    whole, old = tmp_path / "whole.pth", tmp_path / "old.pth"
+    torch.save({"weight": torch.zeros(1000)}, whole)
+    torch.save({"weight": torch.zeros(1000)}, old, _use_new_zipfile_serialization=False)
+    contents = [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", b'{"a": 1}']
+    contents += [generator.bytes(4096) for _ in range(30)]
+    contents += [each.read_bytes()[:size] for each in (whole, old) for size in (100, 200, 300, 2000)]
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"is damaged, cut short, or not what torch\.save writes") as caught:
+            read_state(path)
+        assert "weights_only" not in str(caught.value) and "code" not in str(caught.value)

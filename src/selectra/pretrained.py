@@ -6,10 +6,16 @@ of other channels are summed or repeated, those of images see the middle frame o
 fit is an error.
 """
 
+import io
 import math
 import pickle
+import pickletools
+import re
+import struct
+import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +37,17 @@ DECODERS = ("network.", "decoder.", "levels.", "backbone.stages.", "backbone.lay
 MOST_SHOWN = 8
 # Settings that official trainings save beside their weights; they are read as dictionaries, which run nothing.
 SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# What a pickle of tensors and plain values asks for.
+OF_TENSORS = re.compile(
+    r"torch\._utils\.\w+|torch\.(storage\.)?\w+(Storage|Tensor)|collections\.(OrderedDict|Counter)"
+    r"|(__builtin__|builtins)\.(set|bytearray|complex)|_codecs\.encode"
+)
+# PyTorch's reader meets bytes that are no pickle with whatever they happen to lead it to.
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+    ArithmeticError, AssertionError, struct.error,
+)  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -40,6 +57,11 @@ class Loaded(NamedTuple):
     """Positions of another grid and filters of other channels or frames."""
     fresh: tuple[str, ...]
     """A head for other classes, and positions in time where the file is of images: they stay as they were."""
+
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """Of what was resized, the first filters, of other channels or frames; the rest are positions."""
+        return tuple(key for key in self.resized if key.endswith(".weight"))
 
 
 def load_pretrained(
@@ -106,6 +128,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         DataError: It is no such file, is damaged, or would run code.
     """
+    if path.is_dir():
+        inside = sorted(each.name for each in path.iterdir() if each.suffix in SUFFIXES)
+        raise DataError(f"'{path}' is a folder; name a file of weights{_listed(inside)}.")
     if not path.is_file():
         raise DataError(f"there is no file '{path}'.")
     try:
@@ -113,11 +138,21 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return strip(load_file(path))
         with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"'{path}' holds more than weights, and reading it could run its code: {reason}") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"'{path}' cannot be read as weights: {str(error).partition(chr(10))[0]}") from error
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"'{path}' cannot be read as weights: {error}") from error
+    except UNREADABLE as error:
+        # PyTorch's own words for all of these are advice to read the file without care.
+        wanted = {name for name in _globals_in(path) if name not in SETTINGS and not OF_TENSORS.fullmatch(name)}
+        if isinstance(error, pickle.UnpicklingError) and wanted:
+            raise DataError(
+                f"'{path}' holds more than weights, and reading it could run its code: it asks for "
+                f"{', '.join(sorted(wanted)[:MOST_SHOWN])}. "
+                "Save the weights alone: torch.save(model.state_dict(), FILE)."
+            ) from error
+        raise DataError(
+            f"'{path}' cannot be read as weights: it is damaged, cut short, or not what torch.save writes. "
+            "Copy or download it anew."
+        ) from error
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -125,6 +160,41 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise DataError(f"'{path}' holds no state: a mapping of names to tensors, or one of {', '.join(CONTAINERS)}.")
     return strip({str(key): value for key, value in content.items() if isinstance(value, Tensor)})
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" in it, such as '{names[0]}'" if names else "; it holds none, no " + ", ".join(SUFFIXES)
+
+
+def _globals_in(path: Path) -> set[str]:
+    """Names that a file's pickles ask for, as far as their text tells; nothing is run. None if it holds no pickle."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+                parts = [archive.read(name) for name in names]
+        else:
+            parts = [path.read_bytes()]
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError):
+        return set()
+    return {name for part in parts for name in _globals(io.BytesIO(part))}
+
+
+def _globals(stream: io.BytesIO) -> Iterator[str]:
+    """Of the pickles that a stream begins with; older files are several, and tensors behind them."""
+    while True:
+        found, texts = [], []
+        try:
+            for code, value, _ in pickletools.genops(stream):
+                if code.name in ("GLOBAL", "INST"):
+                    found.append(str(value).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(value, str):
+                    texts.append(value)
+        except ValueError:
+            return
+        yield from found
 
 
 def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:

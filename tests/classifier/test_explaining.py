@@ -11,9 +11,9 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor, nn
 
-from selectra.classifier import explain, from_run
+from selectra.classifier import explain, explaining, from_run
 from selectra.classifier.explaining import class_map, field_map
-from selectra.classifier.routes import sites, without_everywhere
+from selectra.classifier.routes import GRID, sites, without_everywhere
 from selectra.errors import ConfigError
 from selectra.mixers import S6, Bidirectional, CrossPaths, SelectiveChannel
 from selectra.models.rsmamba import PathMixer
@@ -23,7 +23,14 @@ from selectra.spec import Spec
 from tests.classifier.conftest import CLASSES, SIZE
 
 Make = Callable[..., Path]
-FAMILIES = {"vmamba_smoke": 4, "vim2_smoke": 4, "vim_smoke": 2, "videomamba_smoke": 2, "rsmamba_smoke": 3}
+FAMILIES = {
+    "vmamba_smoke": 4,
+    "vim2_smoke": 4,
+    "vim_smoke": 2,
+    "videomamba_smoke": 2,
+    "rsmamba_smoke": 3,
+    "xt_smoke": 4,
+}
 
 
 def test_what_the_routes_of_a_grid_add_makes_up_the_whole() -> None:
@@ -56,6 +63,32 @@ def test_a_route_left_out_is_the_one_of_its_name(route: int) -> None:
     rows, columns = torch.meshgrid(torch.arange(4), torch.arange(5), indexing="ij")
     places = (rows * 5 + columns, columns * 4 + rows, -(rows * 5 + columns), -(columns * 4 + rows))[route]
     assert torch.equal(seen, places >= places[1, 2])
+
+
+@pytest.mark.parametrize("routes", [("right",), ("right", "left"), ("up", "down", "right")])
+def test_fewer_routes_have_their_own_names(routes: tuple[str, ...]) -> None:
+    torch.manual_seed(1)
+    path, u = CrossPaths(6, d_state=3, d_conv=1, routes=routes), torch.randn(1, 4, 5, 6)
+    found = sites(nn.Sequential(path))
+    assert [site.routes for site in found] == ([] if len(routes) == 1 else [tuple(GRID[name] for name in routes)])
+    for site in found:
+        with torch.no_grad():
+            whole = path.mix(u)
+            for i, name in enumerate(routes):
+                # What is missing is what a mixer with this route alone gives.
+                alone = CrossPaths(6, d_state=3, d_conv=1, routes=(name,))
+                for key, value in path.named_parameters():
+                    alone.get_parameter(key).copy_(value if key.startswith("conv2d") else value[i : i + 1])
+                with site.without(i):
+                    torch.testing.assert_close(whole - path.mix(u), alone.mix(u))
+
+
+@pytest.mark.parametrize("routes", [("right",), ("right", "left")])
+def test_models_of_fewer_routes_are_explained(routes: tuple[str, ...], make_run: Make, make_image: Make) -> None:
+    found = explain(from_run(make_run(routes=routes)), make_image())
+    names = None if found.routes is None else found.routes.names
+    assert names == (None if len(routes) == 1 else (GRID["right"], GRID["left"]))
+    explanation_figure(found)
 
 
 @pytest.mark.parametrize("kind", [Bidirectional, SelectiveChannel])
@@ -145,6 +178,36 @@ def test_every_family_is_explained(model: str, make_run: Make, make_image: Make,
     save_explanation(found, tmp_path / "out" / "picture.png")
     with Image.open(tmp_path / "out" / "picture.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
+
+
+@pytest.mark.parametrize("backbone", ["vmamba_smoke", "vim_smoke"])
+def test_maps_of_regions_lie_where_the_regions_are(backbone: str) -> None:
+    torch.manual_seed(0)
+    spec = Spec("xt_smoke", backbone=Spec(backbone), region=16)
+    model: Any = models.build(spec, {"n_classes": 5}).eval()
+    x = torch.randn(1, 3, 28, 40)
+    found = [site for site in sites(model) if site.kind == "tokens"]
+    with torch.no_grad():
+        inputs = explaining._inputs(model, found, x)
+        for site, calls in zip(found, inputs, strict=True):
+            parts = explaining._change(site, 0, calls)[None]
+            placed = explaining._placed(model, parts, x)
+            assert placed is not None and placed.shape == (1, 28, 40)
+            # The map of a region alone; away from its border neighbours mix nothing in.
+            alone = torch.nn.functional.pad(x, (0, 8, 0, 4))[:, :, 16:, 16:32]
+            grid = explaining._on_grid(
+                model.backbone,
+                explaining._change(site, 0, explaining._inputs(model, found, alone)[found.index(site)]),
+                (16, 16),
+            )
+            assert grid is not None
+            inner = torch.nn.functional.interpolate(grid[None], (16, 16), mode="bilinear")[0]
+            edge = 8 // min(8, grid.shape[1])
+            torch.testing.assert_close(placed[:, 16 + edge :, 16 + edge : 32 - edge], inner[:, edge:12, edge:-edge])
+        model.at_once = 4
+        for calls, others in zip(inputs, explaining._inputs(model, found, x), strict=True):
+            assert len(others) == 2
+            torch.testing.assert_close(torch.cat([args[0] for args, _ in others]), calls[0][0][0])
 
 
 def test_the_picture_says_what_it_shows(make_run: Make, make_image: Make) -> None:

@@ -167,6 +167,16 @@ def test_weights_alone_with_class_names(make_image: Make, tmp_path: Path) -> Non
         from_weights("vim_smoke", tmp_path / "weights.pth", tmp_path / "names.txt")
 
 
+@pytest.mark.parametrize("channels", [1, 13])
+@pytest.mark.parametrize("name", ["vim_smoke", "vmamba_smoke", "vit_smoke"])
+def test_weights_of_other_channels_are_refused(name: str, channels: int, tmp_path: Path) -> None:
+    """They would be summed or repeated, and give other classes than they were trained for."""
+    model: Any = models.build(Spec(name, n_classes=7, in_channels=channels), {})
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(DataError, match=rf"is of images of {channels} channels, and --weights is for 3.*--run FOLDER"):
+        from_weights(name, tmp_path / "weights.pth")
+
+
 def test_weights_without_a_head_give_no_classes(tmp_path: Path) -> None:
     model: Any = models.build(Spec("vim_smoke"), {})
     torch.save({k: v for k, v in model.state_dict().items() if not k.startswith("head")}, tmp_path / "backbone.pth")

@@ -14,6 +14,7 @@ from selectra.classifier.predicting import prepared
 from selectra.classifier.routes import Site, sites, without_everywhere
 from selectra.classifier.trained import Trained
 from selectra.errors import ConfigError
+from selectra.models.xt import XT, side_by_side
 from selectra.report.explanation import Explanation, Field, Routes
 from selectra.spec import nearest
 
@@ -141,12 +142,12 @@ def _routes(model: nn.Module, x: Float[Tensor, "1 c h w"], chosen: int) -> Route
     return Routes(names, full, tuple(left), tuple(site.layer for site in found), np.array(shares), drawn)
 
 
-def _inputs(model: nn.Module, found: list[Site], x: Tensor) -> list[tuple[Any, Any]]:
-    """What each mixer is called with when the model sees the image."""
-    kept: dict[int, tuple[Any, Any]] = {}
+def _inputs(model: nn.Module, found: list[Site], x: Tensor) -> list[list[tuple[Any, Any]]]:
+    """What each mixer is called with when the model sees the image; several times where regions go one by one."""
+    kept: dict[int, list[tuple[Any, Any]]] = {id(site.mixer): [] for site in found}
 
     def keep(module: nn.Module, args: Any, options: Any) -> None:
-        kept[id(module)] = (args, options)
+        kept[id(module)].append((args, options))
 
     handles = [site.mixer.register_forward_pre_hook(keep, with_kwargs=True) for site in found]
     try:
@@ -157,24 +158,44 @@ def _inputs(model: nn.Module, found: list[Site], x: Tensor) -> list[tuple[Any, A
     return [kept[id(site.mixer)] for site in found]
 
 
-def _change(site: Site, route: int, inputs: tuple[Any, Any]) -> Float[Tensor, " *places"]:
-    """How far a mixer's output moves at every position when a direction is left out."""
-    args, options = inputs
-    whole = site.mixer(*args, **options)
-    with site.without(route):
-        part = site.mixer(*args, **options)
-    return (whole - part).norm(dim=-1)[0]
+def _change(site: Site, route: int, calls: list[tuple[Any, Any]]) -> Float[Tensor, " n *places"]:
+    """How far a mixer's output moves at every position, of the image or of each region, without a direction."""
+    changes = []
+    for args, options in calls:
+        whole = site.mixer(*args, **options)
+        with site.without(route):
+            part = site.mixer(*args, **options)
+        changes.append((whole - part).norm(dim=-1))
+    return torch.cat(changes)
 
 
-def _placed(model: Any, parts: Float[Tensor, " k *places"], x: Tensor) -> Float[Tensor, "k h w"] | None:
-    """Values of a grid, or of a line of its tokens with class tokens among them, at the image's size."""
-    if parts.dim() == 2:
-        height, width = model.patch_embed.grid(tuple(x.shape[2:]))
-        extra = parts.shape[1] - height * width
-        if extra not in (0, 1):
-            return None
-        if extra:
-            at = model.slots(height * width)[0] if hasattr(model, "slots") else 0
-            parts = torch.cat([parts[:, :at], parts[:, at + 1 :]], 1)
-        parts = parts.unflatten(1, (height, width))
-    return F.interpolate(parts[None], tuple(x.shape[2:]), mode="bilinear", align_corners=False)[0]
+def _placed(model: Any, parts: Float[Tensor, "k n *places"], x: Tensor) -> Float[Tensor, "k h w"] | None:
+    """Values of a grid, or of a line of its tokens with class tokens among them, at the image's size.
+
+    Those of xT's regions lie side by side, as the regions do, and reach over the image's border as they do.
+    """
+    size = (x.shape[2], x.shape[3])
+    rows, columns = model.counts(size) if isinstance(model, XT) else (1, 1)
+    encoder: Any = model.backbone if isinstance(model, XT) else model
+    covered = (rows * model.region, columns * model.region) if isinstance(model, XT) else size
+    if parts.shape[1] != rows * columns:
+        return None
+    grids = _on_grid(encoder, parts.flatten(0, 1), (covered[0] // rows, covered[1] // columns))
+    if grids is None:
+        return None
+    whole = side_by_side(grids[..., None], rows, columns)[..., 0]
+    return F.interpolate(whole[None], covered, mode="bilinear", align_corners=False)[0, :, : size[0], : size[1]]
+
+
+def _on_grid(model: Any, parts: Float[Tensor, " n *places"], size: tuple[int, int]) -> Float[Tensor, "n h w"] | None:
+    """Values of positions on the grid of an image of this size, class tokens left out; None if they have no place."""
+    if parts.dim() != 2:
+        return parts
+    height, width = model.patch_embed.grid(size)
+    extra = parts.shape[1] - height * width
+    if extra not in (0, 1):
+        return None
+    if extra:
+        at = model.slots(height * width)[0] if hasattr(model, "slots") else 0
+        parts = torch.cat([parts[:, :at], parts[:, at + 1 :]], 1)
+    return parts.unflatten(1, (height, width))

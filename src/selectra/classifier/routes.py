@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from selectra.mixers import Bidirectional, CrossPaths, SelectiveChannel
-from selectra.mixers.cross_scan_2d import ROUTES
 from selectra.models.rsmamba import PathMixer
 
 # Names for people; of a grid, of a line of tokens, and of what scans channels.
@@ -35,8 +34,8 @@ def sites(model: nn.Module) -> list[Site]:
     """All mixers of a model that scan in more than one direction, in the model's order."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, CrossPaths):
-            found.append(Site(name, module, "tokens", tuple(GRID[route] for route in ROUTES), _of_grid(module)))
+        if isinstance(module, CrossPaths) and len(module.routes) > 1:
+            found.append(Site(name, module, "tokens", tuple(GRID[route] for route in module.routes), _of_grid(module)))
         elif isinstance(module, PathMixer) and module.n_paths > 1:
             found.append(Site(name, module, "tokens", LINE[: module.n_paths], _of_paths(module)))
         elif isinstance(module, (Bidirectional, SelectiveChannel)):

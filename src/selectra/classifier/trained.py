@@ -90,7 +90,7 @@ def from_weights(name: str, weights: Path, classes: Path | None = None, img_size
         img_size: Pixels of the sides; by default 224.
 
     Raises:
-        DataError: A file cannot be read, or holds weights of another model.
+        DataError: A file cannot be read, or holds weights of another model or for other than 3 channels.
         ConfigError: There is no such model of images.
     """
     spec = Spec(name)
@@ -107,6 +107,12 @@ def from_weights(name: str, weights: Path, classes: Path | None = None, img_size
     loaded = load_pretrained(model, state)
     if loaded.fresh:
         raise DataError(f"'{weights}' lacks {', '.join(loaded.fresh)} of '{name}', so its classes would be random.")
+    if loaded.filters:
+        raise DataError(
+            f"'{weights}' is of images of {_channels_in(state, loaded.filters)} channels, and --weights is for 3, "
+            "standardised as ImageNet's are: a file of weights does not say how others are. Give the training's folder "
+            f"instead, --run FOLDER, or fine-tune it: `selectra train {name} ... train.pretrained={weights}`."
+        )
     names = tuple(map(str, range(count))) if classes is None else _names(classes, count)
     shown = models.entry(name).name
     return Trained(shown, model.eval(), names, size, 3, IMAGENET_MEAN, IMAGENET_STD, IMAGENET_CROP)
@@ -132,6 +138,12 @@ def _classes_in(state: Mapping[str, Tensor]) -> int | None:
     """How many classes the head of a state has."""
     heads = [x for key, x in state.items() if key in ("head.weight", "classifier.head.weight", "head.fc.weight")]
     return len(heads[0]) if heads else None
+
+
+def _channels_in(state: Mapping[str, Tensor], filters: tuple[str, ...]) -> str:
+    """How many channels the first filters of a state see, if they have our name there."""
+    found = [state[key].shape[1] for key in filters if key in state]
+    return str(found[0]) if found else "other than 3"
 
 
 def _names(path: Path, count: int) -> tuple[str, ...]:

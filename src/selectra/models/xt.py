@@ -163,6 +163,11 @@ class Context(nn.Module):
         return torch.cat([x, self.cls_token.to(x.dtype).expand(len(x), -1, -1)], 1)
 
 
+def side_by_side(grids: Float[Tensor, "n h w d"], rows: int, columns: int) -> Float[Tensor, "b rh cw d"]:
+    """Grids of regions, those of an image by rows one behind the other, as a grid of each image."""
+    return grids.unflatten(0, (-1, rows, columns)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+
+
 @models.register(
     "xt",
     kind="image",
@@ -262,14 +267,18 @@ class XT(nn.Module):
         require_image(x, self.in_channels)
         b, c, height, width = x.shape
         side = self.region
-        rows, columns = -(-height // side), -(-width // side)
+        rows, columns = self.counts((height, width))
         x = F.pad(x, (0, columns * side - width, 0, rows * side - height))
         regions = x.view(b, c, rows, side, columns, side).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, side, side)
         grids = []
         for grid, stride in zip(self._each(regions), self.feature_strides, strict=True):
-            whole = grid.unflatten(0, (b, rows, columns)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+            whole = side_by_side(grid, rows, columns)
             grids.append(whole[:, : -(-height // stride), : -(-width // stride)])
         return grids
+
+    def counts(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the regions of an image of this height and width."""
+        return -(-size[0] // self.region), -(-size[1] // self.region)
 
     def _each(self, regions: Tensor) -> Sequence[Tensor]:
         """Grids of regions, some at once; those that do not train the encoder without a gradient."""
