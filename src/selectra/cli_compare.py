@@ -89,7 +89,7 @@ def compare(
         if what != "forecasting" or file is not None or quick:
             raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
         of_studies |= {"--models": models, "--budget-params": budget_params}
-        if ignored := [name for name, value in of_studies.items() if value not in (None, False)]:
+        if ignored := [name for name, value in of_studies.items() if value is not None and value is not False]:
             raise ConfigError(f"{ignored[0]} is for studies; the built-in tables of forecasters have their own. "
                               "Leave it out, or leave out --tables and name another --store.")  # fmt: skip
         _tables(store, tables or "a,b", (device, time_limit, workers or 1, packed), (steps or 1000, batch_size or 32))
@@ -118,7 +118,7 @@ def _costs(
     from selectra.compare.curves import Wish  # noqa: PLC0415
     from selectra.compare.questions import amount_of  # noqa: PLC0415
 
-    refused = [name for name, value in given.items() if value not in (None, False)]
+    refused = [name for name, value in given.items() if value is not None and value is not False]
     if refused:
         raise ConfigError(f"{refused[0]} is for studies; `compare costs` trains nothing to the end.")
     kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
@@ -238,21 +238,32 @@ def _report_json(records: Path, out: Path | None, console: Console) -> None:
     from selectra.report.forecasting import write_page  # noqa: PLC0415
     from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
 
-    start = records.read_text("utf-8")[:2000]
-    if f'"{costs.WHAT}"' in start:
+    what = _what_of(records)
+    if what == costs.WHAT:
         content = costs.read_costs(records)
         paths = costs.write_reports(content, (out or records).with_suffix(""))
         console.print(costs.verdict(content), highlight=False, markup=False, soft_wrap=True, style="bold")
         console.print(f"The page is {paths[0]}, beside {', '.join(each.name for each in (*paths[1:], records))}",
                       highlight=False, soft_wrap=True)  # fmt: skip
         return
-    if f'"{WHAT}"' in start[:200]:
+    if what == WHAT:
         paths = write_reports(read_study(records), (out or records).with_suffix(""))
         console.print(f"The page is {paths[0]}, made from {records}", highlight=False, soft_wrap=True)
         return
     out = out or Path("forecasting.md")
     write_page(records, out)
     console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+
+
+def _what_of(records: Path) -> object:
+    """What a file of records says that it is, wherever it says so; None where it says nothing."""
+    import json  # noqa: PLC0415
+
+    try:
+        content = json.loads(records.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"'{records}' cannot be read as records: {error}.") from error
+    return content.get("what") if isinstance(content, dict) else None
 
 
 def _report_tables(store: "Store", records: Path, out: Path | None, export: Path | None, console: Console) -> None:

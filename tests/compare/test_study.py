@@ -1,5 +1,6 @@
 """What a study refuses, what it does, and what a kill leaves of it."""
 
+import itertools
 import json
 import os
 import random
@@ -9,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from selectra.compare import worker
-from selectra.compare.conduct import Wish, conduct, decide, stored_study
+from selectra.compare import prepare, worker
+from selectra.compare.conduct import Wish, conduct, decide, open_study, stored_study
+from selectra.compare.measure import measure
 from selectra.compare.store import Store
 from selectra.compare.study import Budget, Study, Tuning, Variant
 from selectra.compare.tune import best_settings, next_settings, pruner
@@ -151,10 +155,48 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path, undisturbed: Path,
         conduct(make_study(series), Wish(path, device="cpu"), QUIET)
 
 
+def prepared_file(path: Path, study: Study) -> Store:
+    """A file of a study whose models are matched and measured, and none trained."""
+    store = Store(path)
+    open_study(store, study, torch.device("cpu"), QUIET)
+    return store
+
+
+def test_a_limit_of_time_holds_while_models_are_measured(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    measured: list[Spec] = []
+
+    def measuring(spec: Spec, *args: Any, **more: Any) -> Any:
+        measured.append(spec)
+        return measure(spec, *args, **more)
+
+    monkeypatch.setattr(prepare, "measure", measuring)
+    path, console = tmp_path / "a.sqlite", Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    counts = conduct(make_study(series), Wish(path, device="cpu", time_limit=0.0), console)
+    assert (sum(counts.values()), measured) == (0, [])
+    assert "while models were matched and measured, after 0 of 3, before the first training" in console.export_text()
+    store = Store(path)
+    assert store.recall("study") is None and store.recall("prepared") is None
+    store.close()
+    # A clock that goes on by a second whenever it is looked at: the limit comes between two sizes that are tried.
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    study = make_study(series, budget=Budget(quantity="params", amount=4850))
+    with pytest.raises(prepare.TimeUpError, match="after 0 of 3"):
+        prepare.prepare(study, torch.device("cpu"), console, until=5)
+    assert measured == []
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    with pytest.raises(prepare.TimeUpError, match="after 1 of 3"):
+        prepare.prepare(make_study(series), torch.device("cpu"), console, until=4)
+    assert len(measured) == 1
+    assert "1 of 3: waves, tsm2: " in console.export_text()
+
+
 def test_a_limit_of_time_begins_nothing_and_the_file_can_be_moved(tmp_path: Path, undisturbed: Path) -> None:
     series = next(undisturbed.parent.glob("*.csv"))
-    counts = conduct(make_study(series), Wish(tmp_path / "a.sqlite", device="cpu", time_limit=0.0), QUIET)
-    assert counts["done"] == 0
+    wish = Wish(tmp_path / "a.sqlite", device="cpu", time_limit=0.0)
+    prepared_file(wish.store, make_study(series)).close()
+    assert conduct(make_study(series), wish, QUIET)["done"] == 0
     (tmp_path / "elsewhere").mkdir()
     moved = tmp_path / "elsewhere" / "b.sqlite"
     shutil.move(tmp_path / "a.sqlite", moved)
@@ -220,9 +262,7 @@ def test_without_optuna_the_message_says_what_to_install(series: Path, tmp_path:
 
 
 def test_a_budget_brings_what_has_a_width_to_one_size(series: Path, tmp_path: Path) -> None:
-    wish = Wish(tmp_path / "a.sqlite", device="cpu", time_limit=0.0)
-    conduct(make_study(series, budget=Budget(quantity="params", amount=4850)), wish, QUIET)
-    store = Store(wish.store)
+    store = prepared_file(tmp_path / "a.sqlite", make_study(series, budget=Budget(quantity="params", amount=4850)))
     found = {each["variant"]: each for each in store.recall("prepared")["models"]}
     decide(store, stored_study(store))
     sizes = {cell.label["variant"]: cell.run.model for cell, _, _ in store.cells()}

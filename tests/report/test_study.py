@@ -236,6 +236,18 @@ def test_the_command_writes_the_page(store: Path, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "s.json"), "--out", str(tmp_path / "again.html")])
     assert (tmp_path / "again.html").read_text() == made
+    # The records of a GPU begin with what made them, and say what they are at the end.
+    found = json.loads((tmp_path / "s.json").read_text())
+    later = {"command": "x" * 3000, **{name: found[name] for name in found if name != "what"}, "what": found["what"]}
+    (tmp_path / "gpu.json").write_text(json.dumps(later))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "gpu.json")])
+    assert ended.value.code == 0
+    assert (tmp_path / "gpu.html").read_text() == made
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "broken.json")])
+    assert "cannot be read as records" in capsys.readouterr().err
 
 
 def test_a_store_without_a_study_is_refused(tmp_path: Path) -> None:
