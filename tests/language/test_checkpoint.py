@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,10 @@ def test_folders_that_do_not_fit_are_refused_in_words(tmp_path):
     change(tmp_path, model_type="mamba", vocab_size=300)
     with pytest.raises(DataError, match=r"vocabulary has 300 tokens and 'backbone\.embeddings\.weight' has 256"):
         from_pretrained(tmp_path)
+    for size in ("abc", None, [3]):
+        change(tmp_path, vocab_size=size)
+        with pytest.raises(ConfigError, match=re.escape(f"option 'vocab_size' is {size!r}, which is no int")):
+            from_pretrained(tmp_path)
     change(tmp_path, vocab_size=256, hidden_size=24)
     with pytest.raises((DataError, ConfigError), match=r"24|intermediate_size"):
         from_pretrained(tmp_path)

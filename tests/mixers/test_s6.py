@@ -25,6 +25,18 @@ D_MODEL = 6
 SIZES: dict[str, Any] = {"d_model": D_MODEL, "d_state": 5, "d_conv": 3, "expand": 1.5, "dt_rank": 2}
 
 
+@pytest.mark.parametrize(
+    ("d_model", "d_state", "expected"),
+    [
+        *((192, 16, 251_520), (768, 16, 3_770_880), (64, 64, 51_072), (128, 64, 153_344)),
+        *((320, 64, 767_360), (448, 64, 1_432_704), (512, 64, 1_842_176)),
+    ],
+)
+def test_the_official_blocks_sizes(d_model, d_state, expected):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in S6(d_model, d_state).parameters()) == expected
+
+
 def block(**changes) -> S6:
     """A small block whose every parameter is away from its initial value."""
     mixer = S6(**{**SIZES, **changes}).double()

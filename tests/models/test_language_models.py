@@ -49,6 +49,12 @@ def test_published_sizes(name, millions, vocab_size):
     assert got == pytest.approx(millions, rel=0.05 if vocab_size else 2e-4)
 
 
+def test_mambas_130_million_to_the_last_one():
+    with torch.device("meta"):
+        model = models.build(Spec("mamba_lm_130m"), {})
+    assert sum(p.numel() for p in model.parameters()) == 129_135_360
+
+
 def test_of_jambas_52_billion_12_are_active():
     with torch.device("meta"):
         model = models.build(Spec("jamba_v01"))

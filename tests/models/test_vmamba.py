@@ -9,7 +9,7 @@ from torch import Tensor
 
 from selectra.errors import ConfigError, DataError
 from selectra.mixers import CrossScan2d
-from selectra.models.vmamba import VMamba
+from selectra.models.vmamba import UngatedCrossScan2d, VMamba
 from selectra.official import from_official
 from selectra.registry import models
 from selectra.spec import Spec
@@ -46,6 +46,21 @@ def test_published_sizes(size, expected):
 def test_the_gated_mixers_sizes(d_model, expected):
     with torch.device("meta"):
         assert sum(p.numel() for p in CrossScan2d(d_model).parameters()) == expected
+
+
+# With one state, by `expand` and width.
+UNGATED = {
+    2: {96: 52_032, 192: 196_224, 384: 761_088, 768: 2_996_736},
+    1: {96: 26_016, 192: 98_112, 384: 380_544, 768: 1_498_368},
+}
+
+
+@pytest.mark.parametrize("expand", UNGATED)
+@pytest.mark.parametrize("d_model", UNGATED[1])
+def test_the_ungated_mixers_sizes(d_model, expand):
+    with torch.device("meta"):
+        mixer = UngatedCrossScan2d(d_model, expand=expand)
+    assert sum(p.numel() for p in mixer.parameters()) == UNGATED[expand][d_model]
 
 
 CONFIG: dict[str, Any] = {

@@ -2,6 +2,9 @@
 
 import json
 import math
+from dataclasses import replace
+from io import StringIO
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.nn import functional as F
 import selectra.models
 import selectra.recipes  # noqa: F401
 from selectra.data.text import IGNORED, TextBatch
-from selectra.errors import ConfigError
+from selectra.errors import ConfigError, DataError
 from selectra.language.command import GenerateJob, generate_command
 from selectra.layers.moe import balance
 from selectra.registry import models, recipes
@@ -72,3 +75,10 @@ def test_a_recipe_trains_and_its_model_writes(data_folder, tmp_path):
     job = GenerateJob(tmp_path / "out" / "pretrained", ("to be",), max_new_tokens=9)
     (text,) = generate_command(job, Console(quiet=True))
     assert len(text) == 9 and set(text) <= set((tmp_path / "a.txt").read_text())
+    # What cannot be is said before anything is shown.
+    cases: Any = (({"graphed": True}, "a CUDA graph needs it on a GPU"), ({"prompts": ("",)}, "is empty"))
+    for changes, message in cases:
+        console = Console(record=True, quiet=False, file=StringIO())
+        with pytest.raises((ConfigError, DataError), match=message):
+            generate_command(replace(job, **changes), console)
+        assert console.export_text() == ""

@@ -193,8 +193,12 @@ def _common_dtype(state: dict[str, Tensor]) -> torch.dtype | None:
 def _require_vocabulary(config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Say a vocabulary that does not fit in words of its own, not as the shape of a matrix."""
     for key, value in state.items():
-        multiple = int(config.get("pad_vocab_size_multiple", 1)) if "model_type" not in config else 1
-        vocab = -(-int(config.get("vocab_size", len(value))) // multiple) * multiple
+        multiple = config.get("pad_vocab_size_multiple", 1) if "model_type" not in config else 1
+        size = config.get("vocab_size", len(value))
+        if not (isinstance(size, int) and isinstance(multiple, int) and multiple > 0):
+            # What is no number has no shape to compare; the configuration's reader says so.
+            return
+        vocab = -(-size // multiple) * multiple
         if key.rpartition(".")[0].endswith(("embedding", "embeddings", "embed_tokens")) and len(value) != vocab:
             raise DataError(
                 f"the configuration's vocabulary has {vocab} tokens and '{key}' has {len(value)}: "

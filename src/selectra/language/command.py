@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from selectra.errors import DataError
 from selectra.language.checkpoint import CONFIG, from_pretrained, read_config
-from selectra.language.generate import generate
+from selectra.language.generate import generate, require_possible
+from selectra.language.graphed import require_gpu
 from selectra.language.model import LanguageModel
 from selectra.language.sampling import Sampling
 from selectra.language.tokens import Tokenizer, Writer, find_tokenizer
@@ -62,6 +63,9 @@ def generate_command(job: GenerateJob, console: Console) -> list[str]:
     model = from_pretrained(job.folder, device=read_device(job.device), dtype=job.dtype)
     _require_fitting(tokenizer, model)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
+    require_possible(model, ids, job.max_new_tokens)
+    if job.graphed:
+        require_gpu(model)
     writers = [Writer(tokenizer, job.stops) for _ in ids]
     alone = len(ids) == 1
     if alone:

@@ -52,10 +52,9 @@ def generate(
         ConfigError: Prompt and answer together need more memory than there is, or are longer than the model takes; or
             a graph is asked for and the model is not on a GPU.
     """
-    _require_prompts(model, prompts, max_new_tokens, chunk)
+    require_possible(model, prompts, max_new_tokens, chunk)
     tokens, mask = padded(prompts, model.embedding.weight.device)
     capacity = tokens.shape[1] + max_new_tokens
-    require_memory(model, len(prompts), capacity)
     state = model.init_state(len(prompts), capacity)
     logits = read_prompts(model, tokens, mask, state, chunk)
     answers: list[list[int]] = [[] for _ in prompts]
@@ -75,6 +74,18 @@ def generate(
         tokens = drawn[:, None]
         logits = model.step_(tokens, state, n_logits=1) if replayed is None else replayed(tokens)
     return answers
+
+
+def require_possible(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int = PREFILL
+) -> None:
+    """Raise unless there is room for these prompts and their answers, before anything is computed or shown.
+
+    Raises:
+        DataError, ConfigError: As those of `generate`.
+    """
+    _require_prompts(model, prompts, max_new_tokens, chunk)
+    require_memory(model, len(prompts), max(map(len, prompts)) + max_new_tokens)
 
 
 def read_prompts(

@@ -9,6 +9,17 @@ from selectra.language.model import LanguageModel
 from selectra.language.stream import Stream
 
 
+def require_gpu(model: LanguageModel) -> None:
+    """Raise unless the model is where graphs can be recorded.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    device = model.embedding.weight.device
+    if device.type != "cuda":
+        raise ConfigError(f"the model is on {device}; a CUDA graph needs it on a GPU.")
+
+
 class GraphedStep:
     """`model.step_` of one token for every row, recorded once and replayed.
 
@@ -21,9 +32,8 @@ class GraphedStep:
     """
 
     def __init__(self, model: LanguageModel, state: Stream) -> None:
+        require_gpu(model)
         device = model.embedding.weight.device
-        if device.type != "cuda":
-            raise ConfigError(f"the model is on {device}; a CUDA graph needs it on a GPU.")
         self.state = state
         self._tokens = torch.zeros(len(state.seen), 1, dtype=torch.int64, device=device)
         before = _Before(state)
