@@ -43,6 +43,7 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
                 "the first training; nothing is stored. Give it more time with --time-limit."
             )
 
+    _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
     for base in study.bases:
         in_time()
         facts = load(typed(base).data).facts
