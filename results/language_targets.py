@@ -5,7 +5,8 @@
 writes them into the study's record, beside what stands there.
 
 Losses are nats a character: of the best weights on the half that chose them ("val"), on the half that did not ("test")
-and on both together ("held_out", the last tenth of the text), and of the last weights on both ("last").
+and on both together ("held_out", the last tenth of the text), and of the last weights on both ("last"). Beside each
+p-value stands the one that is corrected for all of these comparisons by Holm's method.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 from scipy import stats
 
-from selectra.compare.stats import CONFIDENCE
+from selectra.compare.stats import CONFIDENCE, holm
 from selectra.report.study import read_study
 
 RIVAL, OURS = "gpt", ("mamba", "hybrid")
@@ -36,17 +37,19 @@ def losses(content: dict[str, Any], variant: str) -> dict[str, dict[int, float]]
 
 
 def against(ours: dict[int, float], rival: dict[int, float]) -> dict[str, Any]:
-    """The means, their paired difference with Student's interval over seeds, and on which side of zero that lies."""
+    """The means, their paired difference with Student's interval and test over seeds, and its side of zero, alone."""
     seeds = sorted(ours.keys() & rival.keys())
     if len(seeds) < 3:
         return {"seeds": len(seeds), "outcome": "too few seeds"}
     each = [ours[seed] - rival[seed] for seed in seeds]
     mean, error = fmean(each), float(stats.sem(each))
     low, high = map(float, stats.t.interval(CONFIDENCE, len(each) - 1, mean, error)) if error else (mean, mean)
+    p_value = float(stats.ttest_1samp(each, 0.0).pvalue) if error else float(mean == 0)
     outcome = "below" if high < 0 else "above" if low > 0 else "level"
     return {
         "mean": fmean(ours[seed] for seed in seeds), "rival_mean": fmean(rival[seed] for seed in seeds),
         "difference": mean, "low": low, "high": high, "seeds": len(seeds), "outcome": outcome,
+        "p": p_value,
     }  # fmt: skip
 
 
@@ -60,6 +63,9 @@ def main() -> None:
     for model in OURS:
         ours = losses(content, model)
         targets += [{"model": model, "rival": RIVAL, "on": part, **against(ours[part], rival[part])} for part in ours]
+    tested = [each for each in targets if "p" in each]
+    for each, p_adjusted in zip(tested, holm([each["p"] for each in tested]), strict=True):
+        each["p_adjusted"] = p_adjusted
     record = json.loads(words.study.read_text("utf-8")) | {"targets": targets}
     words.study.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -5,7 +5,8 @@
 A family's step is measured alone, as the CUDA graph that the study replays. All families get the same number of steps,
 the largest of those below at which all trainings fit; `selectra compare NAME --steps N --packed M` does the same study.
 Every training is stored as it ends, and the record is written before the limit; the same command in the same folder
-goes on with what is not done. With `--device cpu` the same on one thread or more, all by the plain loop.
+goes on with what is not done, and with `--seconds 0` writes the record of what is. With `--device cpu` all trainings
+go one after the other, and the one that has begun is ended after the limit.
 """
 
 import argparse
@@ -145,14 +146,14 @@ def command() -> str:
     return shlex.join(["python", *words])
 
 
-def written(path: Path, record: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Write what the store holds as one record and as pages; what the pages say."""
+def written(path: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write what the store holds as one record and as pages, whoever trained it; what the pages say."""
     write_results(path, path.with_suffix(".json"))
     stand = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    devices = sorted({cell["device"].replace("cpu", "CPU") for cell in stand["cells"] if "device" in cell})
     made = {
-        "command": command(), "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "torch": torch.__version__,
-        "speeds": record["speeds"], "failed": record["failed"],
+        "command": command(), "date": datetime.now(UTC).date().isoformat(), "device": " and ".join(devices),
+        "torch": torch.__version__, "speeds": record["speeds"], "failed": record["failed"],
     }  # fmt: skip
     path.with_suffix(".json").write_text(json.dumps(made | stand, indent=1) + "\n", encoding="utf-8")
     content = read_study(path.with_suffix(".json"))
@@ -193,7 +194,7 @@ def main() -> None:
     study = without(chosen(asked, steps), {each["variant"] for each in record["failed"]})
     path = asked.out / f"{study.name}.sqlite"
     conduct(study, Wish(path, str(device), until - time.monotonic(), 1, asked.packed), console)
-    content = written(path, record, device)
+    content = written(path, record)
     console.print(content["verdict"]["text"], highlight=False, markup=False)
     for row in content["rows"]:
         console.print({name: row[name] for name in ("base", "variant", "mean", "interval", "val", "seconds", "missing",

@@ -220,7 +220,8 @@ def main(
             record = json.loads(path.read_text())
             record[f"problem of {each}"] = str(error).strip()[-3000:]
             path.write_text(json.dumps(record, indent=1) + "\n")
-        console.print(each, f"{time.perf_counter() - start:.0f} s", json.loads(path.read_text())["parts"].get(each))
+        found = {name: row for name, row in json.loads(path.read_text())["parts"].items() if name.startswith(each)}
+        console.print(f"{time.perf_counter() - start:.0f} s", found or f"{each}: nothing")
     console.print(f"written to {path}")
 
 

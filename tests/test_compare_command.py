@@ -5,13 +5,16 @@ from pathlib import Path
 import pytest
 
 from selectra.cli import main
+from selectra.compare import questions
 from selectra.compare.questions import Asked, amount_of, find_study, forecasting_study, vision_study
+from selectra.compare.study import Tuning
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models, studies
 from selectra.runs import registries
 from selectra.spec import Spec
 from selectra.train import job
 from tests.compare.small import write_series
+from tests.compare.studies import make_study
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,22 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["forecasting", "--budget-params", "5X"], "'5X' is no amount; write 5M, 300k or 1.2e6"),
         (["forecasting", "--budget-params", "5M", "--budget-flops", "1G"], "models are brought to one budget"),
         (["forecasting", "--tables", "a", "--quick"], "they take no file, study or --quick"),
+        (["forecasting", "--img-size", "8"], "--img-size is for `compare vision`"),
+        (["vision", "--horizon", "99"], "--horizon is for `compare forecasting`; images have --img-size; leave it"),
+        (["vision", "--lookback", "1"], "--lookback is for `compare forecasting`"),
+        (["language", "--img-size", "77"], "--img-size is for other kinds of data"),
+        (["language", "--horizon", "99"], "--horizon is for other kinds of data"),
+        (["selection", "--horizon", "720"], "--horizon is for a table of your own, as in `compare selection my.csv`"),
+        (["image_kinds", "folder", "--lookback", "7"], "studies of series, and 'image_kinds' is none"),
+        (["own.py", "my.csv"], "the second argument is for studies that have a name"),
+        (["own.py", "--lookback", "7"], "--lookback is for studies that have a name"),
+        (["costs", "--horizon", "7"], "--horizon is for studies; `compare costs` trains nothing"),
+        (["costs", "--trials", "0"], "--trials is for studies"),
+        (["forecasting", "--tables", "a", "--models", "tsm2"], "--models is for studies; the built-in tables"),
+        (["forecasting", "--tables", "a", "--seeds", "4"], "--seeds is for studies; the built-in tables"),
+        (["forecasting", "--match", "depth"], "and there is none; name one, such as --budget-params 5M"),
+        (["forecasting", "--match", "height"], "'width', 'depth'"),
+        (["costs", "--match", "depth"], "--match is for studies"),
         (["selection", "--quick"], "quick is for `compare forecasting`, `compare vision` and `compare language`"),
     ],
 )
@@ -68,9 +87,51 @@ def test_bad_input_is_refused_in_words(words: list[str], found: str, capsys: pyt
     assert found in text
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("x = 1\ndef (\n", "'own.py', line 2, is no Python: "),
+        ("from selectra.compare.study import Study\n\nstudy = Study(name='x')\n",
+         "'own.py', line 3: Study: question: Field required."),
+        ("from selectra.spec import Train\n\n\ndef f():\n    return Train(steps=-1)\n\nf()\n",
+         "'own.py', line 5: Train: steps is -1: "),
+        ("from selectra.spec import Spec\nSpec('a', b=object())\n", "'own.py', line 2: argument 'b' has the value"),
+        ("import absent_module\n", "'own.py', line 1: No module named 'absent_module'"),
+        ("study = Studie()\n", "'own.py', line 1: name 'Studie' is not defined"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_study_s_file_is_said_with_its_line(
+    text: str, found: str, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    Path("own.py").write_text(text)
+    code, shown = said(capsys, "compare", "own.py")
+    assert code == 2 and found in shown, shown
+
+
+def test_rows_of_a_forecast_reach_a_study_on_ones_own_table() -> None:
+    for what in ("selection", "forecasting"):
+        Path("my.csv").touch()
+        data = find_study(what, Asked(file="my.csv", lookback=7, horizon=720)).bases[0].data
+        assert (data.args["seq_len"], data.args["horizon"]) == (7, 720)
+        data = find_study(what, Asked(file="my.csv")).bases[0].data
+        assert (data.args["seq_len"], data.args["horizon"]) == (96, 24)
+
+
 @pytest.mark.parametrize(("text", "amount"), [("5M", 5e6), ("300k", 3e5), ("1.2e6", 1.2e6), ("2G", 2e9), ("7", 7.0)])
 def test_amounts_as_people_write_them(text: str, amount: float) -> None:
     assert amount_of(text) == amount
+
+
+def test_models_are_matched_by_depth_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_series(tmp_path)
+    words = ["compare", "forecasting", "series.csv", "--models", "tsm2_smoke,itransformer_smoke", "--lookback", "16"]
+    words += ["--horizon", "4", "--steps", "2", "--trials", "0", "--device", "cpu", "--workers", "1"]
+    code, text = said(capsys, *words, "--budget-params", "4320", "--match", "depth")
+    assert code == 0, text
+    assert "itransformer_smoke (depth = 9 for 4,364 params)" in text
+    # The study's own budget is kept, and turned.
+    found = find_study("image_kinds", Asked(match="depth")).budget
+    assert found is not None and (found.amount, found.over) == (2_200_000, "depth")
 
 
 @pytest.mark.parametrize("text", ["", "M", "-5M", "infM", "nan", "5 apples"])
@@ -87,6 +148,34 @@ def test_the_quick_study_has_five_kinds_on_the_bundled_data() -> None:
     assert (study.seeds, study.bases[0].data.args.get("path")) == (3, None)
     with pytest.raises(DataError, match="there is no"):
         forecasting_study(Asked(file="absent.csv"))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "ranges"),
+    [
+        (
+            Tuning(ranges={"optim.weight_decay": (0.01, 1.0)}, trials=5, prune=False),
+            {"optim.weight_decay": (0.01, 1.0)},
+        ),
+        (Tuning(values={"optim.lr": (0.05, 0.01, 0.02)}), {"optim.lr": (0.01, 0.05)}),
+        (None, {"optim.lr": (1e-4, 1e-2)}),
+    ],
+)
+def test_trials_are_drawn_from_a_study_s_own_ranges(
+    tuning: Tuning | None, ranges: dict[str, tuple[float, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    study = make_study(write_series(tmp_path), tuning=tuning, declared={"optim.lr": "x", "optim.weight_decay": "x"})
+    monkeypatch.setattr(questions, "_from_file", lambda path: study)
+    found = find_study("own.py", Asked(trials=9)).tuning
+    assert found is not None
+    assert (found.ranges, found.trials, found.prune) == (ranges, 9, tuning is None or tuning.prune)
+
+
+def test_values_that_span_nothing_are_not_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(write_series(tmp_path), tuning=Tuning(values={"optim.schedule": ("cosine", "constant")}))
+    monkeypatch.setattr(questions, "_from_file", lambda path: study)
+    with pytest.raises(ConfigError, match="between which nothing can be drawn; leave --trials"):
+        find_study("own.py", Asked(trials=9))
 
 
 def test_images_are_asked_for_where_there_are_any() -> None:

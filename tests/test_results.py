@@ -1,14 +1,16 @@
 """The committed pages of results are those that their records give."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from selectra.compare.answer import QUESTIONS, collect
+from selectra.compare.answer import QUESTIONS, _question, collect
 from selectra.errors import DataError
 from selectra.report import answer
 from selectra.report.forecasting import page, read_records
+from selectra.runs import registries
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +34,31 @@ def test_every_claim_of_the_answer_leads_to_a_record() -> None:
     assert claims and all("](../results/" in line for line in claims)
     for target in re.findall(r"\]\(\.\./(results/[^)]+)\)", shown):
         assert (ROOT / target).is_file()
+
+
+def test_every_built_in_study_is_a_question_or_answers_one() -> None:
+    for name in registries()["studies"].names():
+        assert _question(name) in QUESTIONS, name
+    assert [_question(name) for name in ("selection_other", "vision_photos")] == ["selection_other", "images"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answered"),
+    [("language_shakespeare", "language"), ("language_my_text", "language"), ("language_recall", "language_recall")],
+)
+def test_a_record_answers_its_own_question_alone(name: str, answered: str, tmp_path: Path) -> None:
+    record = json.loads((ROOT / "results" / "language_shakespeare_nvidia_h200_2026-11-22.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps({**record, "name": name}))
+    content = collect(tmp_path)
+    missing = {each["question"] for each in content["missing"]}
+    assert missing == {question for key, (question, _) in QUESTIONS.items() if key != answered}
+    claims = {claim["text"].partition(",")[0]: claim for claim in content["claims"]}
+    against_gpt = claims["Tiny Shakespeare: hybrid against gpt"]
+    assert against_gpt["outcome"] == "level"
+    # Another Mamba is no rival: four are left.
+    assert "p 0.062 after Holm's correction for 4 rivals, so not told from chance" in against_gpt["text"]
+    assert "uncorrected: p 0.017)" in against_gpt["text"]
+    assert "uncorrected" not in claims["Tiny Shakespeare: hybrid against rwkv"]["text"]
 
 
 def test_an_answer_without_records_says_so(tmp_path: Path) -> None:

@@ -13,6 +13,13 @@ class Sort(StrEnum):
     studies = "studies"
 
 
+class Match(StrEnum):
+    """What of a model is turned to meet a budget."""
+
+    width = "width"
+    depth = "depth"
+
+
 class Split(StrEnum):
     """Where training ends and testing begins."""
 

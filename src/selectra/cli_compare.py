@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from selectra.choices import Match
 from selectra.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ def compare(
         Path | None, typer.Option(help="The file of cells and records; an earlier one is gone on with.")
     ] = None,
     models: Annotated[str | None, typer.Option(help="Models, separated by commas; the first kind is mamba.")] = None,
-    horizon: Annotated[int, typer.Option(min=1, help="Rows that are forecast.")] = 24,
-    lookback: Annotated[int, typer.Option(min=1, help="Rows that a forecast sees.")] = 96,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Rows that are forecast; default: 24.")] = None,
+    lookback: Annotated[int | None, typer.Option(min=1, help="Rows that a forecast sees; default: 96.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Trainings of every model; at least 3.")] = None,
     trials: Annotated[
-        int | None, typer.Option(min=0, help="Draws of the learning rate by optuna for every model; 0: none.")
+        int | None,
+        typer.Option(min=0, help="Draws by optuna for every model, in the study's range of learning rates; 0: none."),
     ] = None,
     budget_params: Annotated[
         str | None, typer.Option(help="Bring every model to so many parameters, such as 5M or 300k.")
@@ -46,6 +48,9 @@ def compare(
     budget_flops: Annotated[str | None, typer.Option(help="Or to so many FLOPs a sample.")] = None,
     budget_latency: Annotated[
         str | None, typer.Option(help="Or to so many milliseconds of a forward pass of 32 samples, here.")
+    ] = None,
+    match: Annotated[
+        Match | None, typer.Option(help="What is turned to meet the budget, width or depth; default: width.")
     ] = None,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
     time_limit: Annotated[
@@ -71,10 +76,11 @@ def compare(
     """Train models against each other, every finished cell stored at once, and write the page that says who wins."""
     from selectra.compare.questions import Asked, find_study  # noqa: PLC0415
 
+    of_studies = {"--quick": quick, "--seeds": seeds, "--trials": trials, "--horizon": horizon,
+                  "--lookback": lookback, "--img-size": img_size, "--budget-flops": budget_flops,
+                  "--budget-latency": budget_latency, "--match": match}  # fmt: skip
     if what == "costs":
-        given = {"--quick": quick, "--seeds": seeds, "--trials": trials, "--budget-flops": budget_flops,
-                 "--budget-latency": budget_latency, "--steps": steps, "--batch-size": batch_size,
-                 "--tables": tables, "--workers": workers}  # fmt: skip
+        given = {**of_studies, "--steps": steps, "--batch-size": batch_size, "--tables": tables, "--workers": workers}
         _costs((file, models, points), given, budget_params, store, device, time_limit)
         return
     if points is not None:
@@ -82,11 +88,16 @@ def compare(
     if tables is not None or _holds_tables(store):
         if what != "forecasting" or file is not None or quick:
             raise ConfigError("--tables are the built-in tables of forecasters: they take no file, study or --quick.")
+        of_studies |= {"--models": models, "--budget-params": budget_params}
+        if ignored := [name for name, value in of_studies.items() if value is not None and value is not False]:
+            raise ConfigError(f"{ignored[0]} is for studies; the built-in tables of forecasters have their own. "
+                              "Leave it out, or leave out --tables and name another --store.")  # fmt: skip
         _tables(store, tables or "a,b", (device, time_limit, workers or 1, packed), (steps or 1000, batch_size or 32))
         return
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
     names = () if models is None else tuple(name.strip() for name in models.split(","))
-    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size)
+    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size,
+                  None if match is None else match.value)  # fmt: skip
     study = find_study(what, asked)
     from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
     from selectra.compare.crew import Crew  # noqa: PLC0415
@@ -107,7 +118,7 @@ def _costs(
     from selectra.compare.curves import Wish  # noqa: PLC0415
     from selectra.compare.questions import amount_of  # noqa: PLC0415
 
-    refused = [name for name, value in given.items() if value]
+    refused = [name for name, value in given.items() if value is not None and value is not False]
     if refused:
         raise ConfigError(f"{refused[0]} is for studies; `compare costs` trains nothing to the end.")
     kinds, names, points = (tuple(text.split(",")) if text else () for text in chosen)
@@ -227,21 +238,32 @@ def _report_json(records: Path, out: Path | None, console: Console) -> None:
     from selectra.report.forecasting import write_page  # noqa: PLC0415
     from selectra.report.study import WHAT, read_study, write_reports  # noqa: PLC0415
 
-    start = records.read_text("utf-8")[:2000]
-    if f'"{costs.WHAT}"' in start:
+    what = _what_of(records)
+    if what == costs.WHAT:
         content = costs.read_costs(records)
         paths = costs.write_reports(content, (out or records).with_suffix(""))
         console.print(costs.verdict(content), highlight=False, markup=False, soft_wrap=True, style="bold")
         console.print(f"The page is {paths[0]}, beside {', '.join(each.name for each in (*paths[1:], records))}",
                       highlight=False, soft_wrap=True)  # fmt: skip
         return
-    if f'"{WHAT}"' in start[:200]:
+    if what == WHAT:
         paths = write_reports(read_study(records), (out or records).with_suffix(""))
         console.print(f"The page is {paths[0]}, made from {records}", highlight=False, soft_wrap=True)
         return
     out = out or Path("forecasting.md")
     write_page(records, out)
     console.print(f"The page is {out}, made from {records}", highlight=False, soft_wrap=True)
+
+
+def _what_of(records: Path) -> object:
+    """What a file of records says that it is, wherever it says so; None where it says nothing."""
+    import json  # noqa: PLC0415
+
+    try:
+        content = json.loads(records.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"'{records}' cannot be read as records: {error}.") from error
+    return content.get("what") if isinstance(content, dict) else None
 
 
 def _report_tables(store: "Store", records: Path, out: Path | None, export: Path | None, console: Console) -> None:

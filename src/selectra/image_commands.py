@@ -48,8 +48,8 @@ def predict(
     """Say what is on images or videos: the likeliest classes, every pixel's class, or objects, as was trained for."""
     from selectra.classifier.clips import is_video  # noqa: PLC0415
     from selectra.classifier.command import predictions_table, trained_from  # noqa: PLC0415
+    from selectra.classifier.left_behind import kind_of  # noqa: PLC0415
     from selectra.classifier.predicting import predict as predict_images  # noqa: PLC0415
-    from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
     from selectra.train.parallel import pick_device  # noqa: PLC0415
 
     alone = (model, weights, classes, img_size) == (None,) * 4
@@ -135,7 +135,7 @@ def _name_skipped(console: Console, skipped: list[str] | None, any_found: bool) 
 
 def refuse_page(run: Path) -> None:
     """Say before a long evaluation that there will be no page of its cases."""
-    from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
+    from selectra.classifier.left_behind import kind_of  # noqa: PLC0415
 
     kind = kind_of(run)
     if kind not in ("segmentation", "detection"):
@@ -147,8 +147,8 @@ def refuse_page(run: Path) -> None:
 def write_cases(run: Path, part: str, metrics: dict[str, float], console: Console) -> None:
     """Write PART_cases.html into the folder of a training; by the first process alone."""
     from selectra.classifier.cases import cases_of  # noqa: PLC0415
+    from selectra.classifier.left_behind import kind_of  # noqa: PLC0415
     from selectra.classifier.object_cases import object_cases_of  # noqa: PLC0415
-    from selectra.classifier.segmenting import kind_of  # noqa: PLC0415
     from selectra.report import cases, object_cases  # noqa: PLC0415
 
     if os.environ.get("RANK", "0") != "0":

@@ -174,6 +174,9 @@ class Train(Section):
     """Do not store what is inside a block for the backward pass, and compute it again: less memory, more time."""
     compile: bool = False
     """Let torch.compile make one program of the model."""
+    deterministic: bool = False
+    """Take only operations that give the same bits every time, also on a GPU, and refuse what has none: a training
+    that was interrupted then equals the undisturbed one bit for bit. On a CPU it does so without."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

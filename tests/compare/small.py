@@ -56,7 +56,7 @@ def work(file: Path, log: Path, pause: float) -> None:
         return cell
 
     store.take = taking  # pyright: ignore[reportAttributeAccessIssue]
-    work_on_cpu(store, time.monotonic() + 120, lambda cell, state, record: note(log, f"{state} {cell.key}"))
+    work_on_cpu(store, time.monotonic() + 600, lambda cell, state, record: note(log, f"{state} {cell.key}"))
     store.close()
 
 

@@ -1,5 +1,6 @@
 """Studies that take seconds, importable by tests and by processes of their own."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,12 @@ import torch
 from rich.console import Console
 
 from selectra.compare.conduct import Wish, conduct
+from selectra.compare.results import command_of
 from selectra.compare.store import Store
 from selectra.compare.study import Study, Tuning, Variant
-from selectra.spec import Spec
+from selectra.runs import find_run
+from selectra.spec import Run, Spec
+from selectra.train.job import typed
 from tests.compare.small import make_run, write_series
 
 VARIANTS = (
@@ -49,6 +53,12 @@ def numbers(path: Path) -> dict[str, Any]:
         key: (state, {name: record[name] for name in kept if record and name in record})
         for key, (state, record) in cells.items()
     }
+
+
+def repeated(run: Run) -> Run:
+    """The run that the command printed for another one gives; the name is for folders alone."""
+    _, _, name, *words = shlex.split(command_of(run))
+    return typed(find_run(name, words)).model_copy(update={"name": ""})
 
 
 if __name__ == "__main__":

@@ -67,18 +67,26 @@ def test_power_is_found_although_the_counter_moves_in_steps() -> None:
     counter = Counter("steps", lambda: 2.0 * int((time.perf_counter() - start) / 0.02))
     with Power(counter) as power:
         time.sleep(0.4)
-    assert power.watts == pytest.approx(100, rel=0.15)
-    assert 0.3 < power.covered < 0.4
+    # Both ends may be a step of 2 J behind the clock; how long was seen is up to what else the machine does.
+    assert power.covered > 0.1
+    assert power.watts == pytest.approx(100, rel=0.25)
     with Power(Counter("still", lambda: 1.0)) as power:
         time.sleep(0.02)
     assert power.watts is None
 
 
 def test_a_sample_is_the_time_of_one_call() -> None:
-    calls = []
-    found = sample(lambda: (calls.append(0), time.sleep(0.01)), CPU, 0.1, NONE)
-    assert found.lower <= found.ms <= found.upper and 9 < found.ms < 40
-    assert found.calls == len(calls) - 2 and found.joules is None and found.watts is None
+    spent: list[float] = []
+
+    def call() -> None:
+        began = time.perf_counter()
+        time.sleep(0.01)
+        spent.append(1e3 * (time.perf_counter() - began))
+
+    found = sample(call, CPU, 0.1, NONE)
+    # Sleeps are as long as the machine makes them: the median is one of a single call.
+    assert found.lower <= found.ms <= found.upper and 9 < found.ms <= max(spent) + 5
+    assert found.calls == len(spent) - 2 and found.joules is None and found.watts is None
 
 
 def test_the_most_even_width_within_the_tolerance() -> None:

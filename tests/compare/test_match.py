@@ -9,6 +9,7 @@ from torch import nn
 
 from selectra.compare.match import TOLERANCE, match
 from selectra.compare.measure import (
+    SHAPES,
     build_model,
     count_flops,
     count_parameters,
@@ -108,8 +109,11 @@ def test_memory_kept_is_that_of_a_network_counted_by_hand() -> None:
     assert kept_for_backward(net, x) * 2**20 == 2 * 16 * 32 * 4
 
 
-def test_kinds_and_facts_that_cannot_be_measured_are_refused() -> None:
-    with pytest.raises(ConfigError, match="is for video"):
+def test_kinds_and_facts_that_cannot_be_measured_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="the facts must say img_size, n_frames"):
+        inputs_for(Spec("videomamba_clip_smoke"), {}, 1)
+    monkeypatch.delitem(SHAPES, "video")
+    with pytest.raises(ConfigError, match="is for video; what can be measured are models for series"):
         inputs_for(Spec("videomamba_clip_smoke"), {}, 1)
     with pytest.raises(ConfigError, match="the facts must say n_series"):
         inputs_for(Spec("tsm2"), {"seq_len": 4}, 1)

@@ -1,5 +1,6 @@
 """What a study refuses, what it does, and what a kill leaves of it."""
 
+import itertools
 import json
 import os
 import random
@@ -9,20 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from selectra.compare import worker
-from selectra.compare.conduct import Wish, conduct, decide, stored_study
+from selectra.compare import prepare, worker
+from selectra.compare.conduct import Wish, conduct, decide, open_study, stored_study
+from selectra.compare.measure import measure
 from selectra.compare.store import Store
 from selectra.compare.study import Budget, Study, Tuning, Variant
 from selectra.compare.tune import best_settings, next_settings, pruner
 from selectra.errors import ConfigError, DataError
 from selectra.spec import Spec, override
+from selectra.train.job import typed
 from tests.compare.small import write_series
-from tests.compare.studies import VARIANTS, finished, make_study, numbers
+from tests.compare.studies import VARIANTS, finished, make_study, numbers, repeated
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -150,10 +155,48 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path, undisturbed: Path,
         conduct(make_study(series), Wish(path, device="cpu"), QUIET)
 
 
+def prepared_file(path: Path, study: Study) -> Store:
+    """A file of a study whose models are matched and measured, and none trained."""
+    store = Store(path)
+    open_study(store, study, torch.device("cpu"), QUIET)
+    return store
+
+
+def test_a_limit_of_time_holds_while_models_are_measured(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    measured: list[Spec] = []
+
+    def measuring(spec: Spec, *args: Any, **more: Any) -> Any:
+        measured.append(spec)
+        return measure(spec, *args, **more)
+
+    monkeypatch.setattr(prepare, "measure", measuring)
+    path, console = tmp_path / "a.sqlite", Console(record=True, width=200, file=(tmp_path / "log").open("w"))
+    counts = conduct(make_study(series), Wish(path, device="cpu", time_limit=0.0), console)
+    assert (sum(counts.values()), measured) == (0, [])
+    assert "while models were matched and measured, after 0 of 3, before the first training" in console.export_text()
+    store = Store(path)
+    assert store.recall("study") is None and store.recall("prepared") is None
+    store.close()
+    # A clock that goes on by a second whenever it is looked at: the limit comes between two sizes that are tried.
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    study = make_study(series, budget=Budget(quantity="params", amount=4850))
+    with pytest.raises(prepare.TimeUpError, match="after 0 of 3"):
+        prepare.prepare(study, torch.device("cpu"), console, until=5)
+    assert measured == []
+    monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+    with pytest.raises(prepare.TimeUpError, match="after 1 of 3"):
+        prepare.prepare(make_study(series), torch.device("cpu"), console, until=4)
+    assert len(measured) == 1
+    assert "1 of 3: waves, tsm2: " in console.export_text()
+
+
 def test_a_limit_of_time_begins_nothing_and_the_file_can_be_moved(tmp_path: Path, undisturbed: Path) -> None:
     series = next(undisturbed.parent.glob("*.csv"))
-    counts = conduct(make_study(series), Wish(tmp_path / "a.sqlite", device="cpu", time_limit=0.0), QUIET)
-    assert counts["done"] == 0
+    wish = Wish(tmp_path / "a.sqlite", device="cpu", time_limit=0.0)
+    prepared_file(wish.store, make_study(series)).close()
+    assert conduct(make_study(series), wish, QUIET)["done"] == 0
     (tmp_path / "elsewhere").mkdir()
     moved = tmp_path / "elsewhere" / "b.sqlite"
     shutil.move(tmp_path / "a.sqlite", moved)
@@ -219,9 +262,7 @@ def test_without_optuna_the_message_says_what_to_install(series: Path, tmp_path:
 
 
 def test_a_budget_brings_what_has_a_width_to_one_size(series: Path, tmp_path: Path) -> None:
-    wish = Wish(tmp_path / "a.sqlite", device="cpu", time_limit=0.0)
-    conduct(make_study(series, budget=Budget(quantity="params", amount=4850)), wish, QUIET)
-    store = Store(wish.store)
+    store = prepared_file(tmp_path / "a.sqlite", make_study(series, budget=Budget(quantity="params", amount=4850)))
     found = {each["variant"]: each for each in store.recall("prepared")["models"]}
     decide(store, stored_study(store))
     sizes = {cell.label["variant"]: cell.run.model for cell, _, _ in store.cells()}
@@ -248,7 +289,7 @@ def test_kills_lose_nothing_but_the_cell_in_flight(tmp_path: Path, undisturbed: 
     seen: dict[str, Any] = {}
     for kill in range(2):
         process = start(series, path, 1)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         wanted = len(seen) + 1
         while time.monotonic() < until and process.poll() is None and done(path) < wanted:
             time.sleep(0.02)
@@ -261,7 +302,7 @@ def test_kills_lose_nothing_but_the_cell_in_flight(tmp_path: Path, undisturbed: 
         assert len(after) >= wanted
         seen = after
     process = start(series, path, 2)
-    assert process.wait(120) == 0
+    assert process.wait(600) == 0
     assert numbers(path) == numbers(undisturbed)
 
 
@@ -277,18 +318,9 @@ def done(path: Path) -> int:
 
 
 def test_commands_of_cells_repeat_their_runs(undisturbed: Path) -> None:
-    import shlex
-
-    from selectra.compare.results import command_of
-    from selectra.runs import find_run
-    from selectra.train.job import typed
-
     store = Store(undisturbed)
     for cell, _, _ in store.cells():
-        _, _, name, *words = shlex.split(command_of(cell.run))
-        found = typed(find_run(name, words))
-        # The name is for folders alone.
-        assert found.model_copy(update={"name": ""}) == typed(cell.run).model_copy(update={"name": ""})
+        assert repeated(cell.run) == typed(cell.run).model_copy(update={"name": ""})
     store.close()
 
 
@@ -327,7 +359,6 @@ def test_override_is_what_a_variant_changes(series: Path) -> None:
 
 def test_a_model_of_language_trains_on_the_data_that_the_command_names() -> None:
     from selectra.runs import find_run
-    from selectra.train.job import typed
 
     run = typed(find_run("gpt", ["data=recall", "data.keys=32", "task=language"]))
     assert (run.data, run.task.name, run.model.name) == (Spec("recall", keys=32), "language", "gpt")

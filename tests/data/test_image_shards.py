@@ -184,14 +184,14 @@ def test_a_server_that_stalls_is_named_in_time(folder, tmp_path):
         server.stall = "part-0002.tar"
         for workers in (0, 2):
             train = TRAIN.model_copy(update={"workers": workers})
-            with within(1.0 + 5), pytest.raises(SlowError, match=r"part-0002.tar' .* within the time limit of 1 s"):
+            with within(1.0 + 30), pytest.raises(SlowError, match=r"part-0002.tar' .* within the time limit of 1 s"):
                 one_pass(shards(index, timeout=1.0), train=train)
 
 
 def test_a_command_that_stalls_is_named_in_time(folder, tmp_path):
     rows = [{"url": f"pipe:cat {folder}/part-0000.tar; sleep 60", "nsamples": 99}]
     (tmp_path / "index.json").write_text(json.dumps({"shardlist": rows, "classes": 3}))
-    with within(1.0 + 5), pytest.raises(SlowError, match=r"sleep 60' .* within the time limit of 1 s"):
+    with within(1.0 + 30), pytest.raises(SlowError, match=r"sleep 60' .* within the time limit of 1 s"):
         one_pass(shards(tmp_path / "index.json", timeout=1.0))
 
 
@@ -207,7 +207,7 @@ def test_a_server_that_refuses_is_named(folder, tmp_path, status, said):
     with serving(folder) as server:
         index = indexed(folder, server, tmp_path / "index.json")
         server.status = status
-        with within(10), pytest.raises(DataError, match=rf"part-000\d.tar' cannot be read .*{said}"):
+        with within(30), pytest.raises(DataError, match=rf"part-000\d.tar' cannot be read .*{said}"):
             one_pass(shards(index, attempts=2, timeout=2.0))
 
 

@@ -83,6 +83,20 @@ def test_every_parameter_gets_a_gradient(mixer):
     assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize(("mixer", "channels"), [("none", "selective"), ("none", "none"), ("selective", "none")])
+def test_without_token_mixers_no_token_hears_of_another(mixer, channels):
+    sizes = {**SIZES, "dims": (8,), "depths": (3,), "channel_dims": (16,)}
+    model = moved(ViM2(**sizes, token_mixer=mixer, channel_mixer=channels)).eval()
+    images = torch.randn(1, 3, 20, 12)
+    others = images.clone()
+    others[:, :, 4:8, 8:] += 1
+    (grid,), (other,) = model.features(images), model.features(others)
+    changed = (grid != other).any(-1)[0]
+    assert changed.sum() == (1 if mixer == "none" else changed.numel())
+    assert changed[1, 2]
+    assert any(isinstance(m, CrossPaths) for m in model.modules()) == (mixer == "selective")
+
+
 def test_channel_mixers_see_one_token_and_all_its_channels():
     mixer, x = moved(GridChannels(8, 16, 4, 3)), torch.randn(1, 3, 4, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(mixer(x)[0, 1, 2].square().sum(), x)
@@ -199,6 +213,7 @@ def test_sizes(size, expected, published):
     [
         ({"channel_group": 3}, "channel_dims has 16: needs multiples of channel_group=3"),
         ({"channel_dims": (16,)}, "needs one of each a stage"),
+        ({"token_mixer": "mlp"}, "token_mixer='mlp': takes 'selective', 'none'"),
         ({"channel_mixer": "attention"}, "channel_mixer='attention': takes 'selective', 'mlp', 'none'"),
         ({"channel_every": 0}, "channel_every=0"),
     ],

@@ -38,7 +38,7 @@ def run_python(code: str, environment: dict[str, str] | None = None, where: Path
         env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -170,26 +170,40 @@ def test_slow_decays_over_many_pieces_do_not_drift() -> None:
         assert (final(torch.float32) - exact).abs().max() < 3e-6 * exact.abs().max()
 
 
-def threads_started(kernel: str, wanted: int, cores: int | None = None) -> int:
-    """Threads that start when a kernel may use `wanted`, in a fresh process kept to some cores: threads stay."""
+# A kernel, the threads that it may use, and the cores of its process.
+STARTS = [*((kernel, 2, 2) for kernel in THREADS_WORD), ("conv_forward", 16, 1), ("conv_forward", 16, 2)]
+
+
+@pytest.fixture(scope="module")
+def started() -> dict[tuple[str, int, int], int]:
+    """How many threads each of `STARTS` starts, in a process of its own, since threads stay."""
     code = f"""
 import os
 from pathlib import Path
 import torch
 from tests.ops import test_native
 from selectra.ops.native.library import Library
-def call(self, function, dtype, words, run=Library.call):
-    words[test_native.THREADS_WORD[function]] = {wanted} if function == "{kernel}" else 1
-    before = len(list(Path("/proc/self/task").iterdir()))
-    run(self, function, dtype, words)
-    if function == "{kernel}":
-        print("started", len(list(Path("/proc/self/task").iterdir())) - before)
-Library.call = call
 torch.set_num_threads(1)
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{cores}])
-test_native.{kernel.split("_", maxsplit=1)[0]}_results(torch.float32, **test_native.LARGE)
+def started(kernel, wanted, cores):
+    def call(self, function, dtype, words, run=Library.call):
+        words[test_native.THREADS_WORD[function]] = wanted if function == kernel else 1
+        before = len(list(Path("/proc/self/task").iterdir()))
+        run(self, function, dtype, words)
+        if function == kernel:
+            print(kernel, wanted, cores, len(list(Path("/proc/self/task").iterdir())) - before, flush=True)
+    Library.call = call
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    results = test_native.scan_results if kernel.startswith("scan") else test_native.conv_results
+    results(torch.float32, **test_native.LARGE)
+for each in {STARTS}:
+    child = os.fork()
+    if child == 0:
+        started(*each)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, each
 """
-    return int(run_python(code, where=Path(__file__).parents[2]).split("started")[1])
+    lines = [line.split() for line in run_python(code, where=Path(__file__).parents[2]).splitlines()]
+    return {(kernel, int(wanted), int(cores)): int(count) for kernel, wanted, cores, count in lines}
 
 
 needs_two_cores = pytest.mark.skipif(
@@ -201,15 +215,17 @@ needs_two_cores = pytest.mark.skipif(
 @needs_library
 @needs_two_cores
 @pytest.mark.parametrize("kernel", THREADS_WORD)
-def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared(kernel: str) -> None:
-    assert threads_started(kernel, 2) == 1
+def test_every_kernel_starts_threads_at_the_sizes_at_which_they_are_compared(
+    kernel: str, started: dict[tuple[str, int, int], int]
+) -> None:
+    assert started[kernel, 2, 2] == 1
 
 
 @needs_library
 @needs_two_cores
 @pytest.mark.parametrize("cores", [1, 2])
-def test_no_more_threads_run_than_the_process_has_cores(cores: int) -> None:
-    assert threads_started("conv_forward", 16, cores) == cores - 1
+def test_no_more_threads_run_than_the_process_has_cores(cores: int, started: dict[tuple[str, int, int], int]) -> None:
+    assert started["conv_forward", 16, cores] == cores - 1
 
 
 @needs_library
@@ -286,13 +302,13 @@ def test_a_build_without_openmp_runs_on_its_own_threads(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     configure = ["cmake", "-S", str(root), "-B", str(tmp_path), "-DSELECTRA_OPENMP=OFF", "-DSELECTRA_QUICK=ON"]
     subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(tmp_path)], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
     built = next(tmp_path.glob("libselectra_cpu.*"))
     assert b"GOMP_parallel" not in built.read_bytes()
     these = "a_forked_child or thread_count or several_threads or starts_threads or no_more_threads"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", these]
     environment = {**os.environ, LIBRARY_VARIABLE: str(built)}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout and "skipped" not in done.stdout
 

@@ -42,22 +42,26 @@ def small(dtype: torch.dtype = torch.float64, batch: int = 2, length: int = 5) -
 
 
 @pytest.mark.parametrize("first", range(0, N_CASES, BLOCK))
-@pytest.mark.parametrize("backend", FAST)
-def test_agrees_with_the_reference(backend: str, first: int) -> None:
-    available(backend)
+def test_agrees_with_the_reference(first: int) -> None:
+    """Every fast backend that runs here; the reference, the slowest of all, runs once for them."""
+    x = torch.zeros(1, 1, 1)
+    said = selective_scan.explain(x, x, -torch.ones(1, 1), x, x)
+    backends = [backend for backend in FAST if said[backend] == "ok"]
+    assert "portable" in backends
     for seed in range(first, first + BLOCK):
         case = cases.scan_case(seed)
         with selective_scan.using("reference"):
             outputs, grads = cases.run(selective_scan, case, torch.float64)
-        with selective_scan.using(backend):
-            for dtype, at_most, grads_at_most in (
-                (torch.float64, cases.FLOAT64, 10 * cases.FLOAT64),
-                (torch.float32, cases.FLOAT32_OUTPUT, cases.FLOAT32_GRADIENT),
-            ):
-                what = f"case {seed}, {backend}, {dtype}"
-                got, got_grads = cases.run(selective_scan, case, dtype)
-                cases.assert_close(got, outputs, at_most, what)
-                cases.assert_close(got_grads, grads, grads_at_most, what)
+        for backend in backends:
+            with selective_scan.using(backend):
+                for dtype, at_most, grads_at_most in (
+                    (torch.float64, cases.FLOAT64, 10 * cases.FLOAT64),
+                    (torch.float32, cases.FLOAT32_OUTPUT, cases.FLOAT32_GRADIENT),
+                ):
+                    what = f"case {seed}, {backend}, {dtype}"
+                    got, got_grads = cases.run(selective_scan, case, dtype)
+                    cases.assert_close(got, outputs, at_most, what)
+                    cases.assert_close(got_grads, grads, grads_at_most, what)
 
 
 @pytest.mark.parametrize("backend", FAST)

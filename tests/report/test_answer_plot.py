@@ -23,6 +23,10 @@ def rows(panels: dict[str, int]) -> list[dict[str, Any]]:
     return found[::2] + found[1::2]
 
 
+def floats(axis: Any) -> list[float]:
+    return [float(value) for value in axis]
+
+
 def drawn_rows(drawn: Figure) -> list[dict[str, Any]]:
     """What stands in a picture, by the looks of every point."""
     by_look = {(to_hex(color), marker): outcome for outcome, (color, marker, _) in LOOKS.items()}
@@ -34,11 +38,11 @@ def drawn_rows(drawn: Figure) -> list[dict[str, Any]]:
             }
             lines = [line for line in ax.lines if line.get_color() in {color for color, *_ in LOOKS.values()}]
             for bar, point in zip(lines[::2], lines[1::2], strict=True):
-                (value,), (place,) = (list(map(float, axis)) for axis in point.get_data())
-                assert list(bar.get_ydata()) == [place, place] and bar.get_color() == point.get_color()
+                (value,), (place,) = (floats(axis) for axis in point.get_data())
+                assert floats(bar.get_ydata()) == [place, place] and bar.get_color() == point.get_color()
                 mamba, _, rival = names[round(place)].partition(" against ")
-                low, high = map(float, bar.get_xdata())
-                outcome = by_look[to_hex(point.get_color()), point.get_marker()]
+                low, high = floats(bar.get_xdata())
+                outcome = by_look[to_hex(point.get_color()), str(point.get_marker())]
                 found.append({"panel": ax.get_title(loc="left"), "mamba": mamba, "rival": rival, "value": value,
                               "low": low, "high": high, "outcome": outcome})  # fmt: skip
     return found
@@ -56,7 +60,7 @@ def test_every_point_is_drawn_once_with_its_interval_and_its_outcome(panels: dic
     for sub in drawn.subfigs:
         for ax in sub.axes:
             # The line of no difference, and the first point of the list at the top.
-            assert any(list(line.get_xdata()) == [0, 0] for line in ax.lines)
+            assert any(floats(line.get_xdata()) == [0, 0] for line in ax.lines)
             bottom, top = ax.get_ylim()
             assert bottom > top
     said = [text.get_text() for legend in drawn.legends for text in legend.get_texts()]

@@ -9,6 +9,7 @@ import pytest
 from selectra.errors import DataError
 from selectra.report.decoding import size
 from selectra.report.language import NO_RECORD, SECTIONS, page, write_page
+from selectra.report.language_study import _targets
 
 ROOT = Path(__file__).parents[2]
 MADE_BY = {"command": "python results/x.py", "date": "2026-01-02", "device": "a GPU", "torch": "2.0"}
@@ -88,6 +89,23 @@ def test_accuracies_by_length_say_how_long_was_trained(tmp_path: Path) -> None:
     study["tuning"] = {"values": {"optim.lr": [0.002, 0.004]}, "trials": 0}
     put(tmp_path, "language_recall_a.json", record)
     assert "Each has the one of 2 learning rates that is best on validation" in page(tmp_path)
+
+
+def test_differences_say_which_hold_after_correction() -> None:
+    def target(on: str, p_adjusted: float) -> dict[str, Any]:
+        return {"model": "mamba", "rival": "gpt", "on": on, "difference": -0.1, "low": -0.15, "high": -0.05, "p": 0.01,
+                "p_adjusted": p_adjusted, "outcome": "below"}  # fmt: skip
+
+    verdict = {"rival": "gpt", "p": 0.02, "p_adjusted": 0.08, "outcome": "level"}
+    record = {"error_rate": 0.05, "subject": "hybrid", "overall": [verdict, {"rival": "rwkv"}],
+              "targets": [target("val", 0.04), target("test", 0.06), {"outcome": "too few seeds"}]}  # fmt: skip
+    _, table, words = _targets(record)
+    lines = table.splitlines()
+    assert lines[2].endswith("| 0.0100 | 0.0400 | lower |")
+    assert lines[3].endswith("| 0.0100 | 0.0600 | no difference; lower alone |")
+    assert "for the 2 comparisons of this table" in words
+    assert "hybrid against 2 rivals" in words and "gpt has p 0.0200 alone and 0.0800 corrected" in words
+    assert words.endswith("which is no difference.")
 
 
 @pytest.mark.parametrize(

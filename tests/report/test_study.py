@@ -20,7 +20,8 @@ from selectra.cli import main
 from selectra.compare.results import crossover, require_alike, results, write_results
 from selectra.compare.store import Store
 from selectra.errors import DataError
-from selectra.report.study import markdown, page, read_study, write_reports
+from selectra.report.study import markdown, page, read_study, reading, write_reports
+from selectra.report.study_claims import claims
 from tests.compare.studies import finished
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -75,9 +76,9 @@ def test_numbers_on_the_page_are_those_of_the_records(content: dict[str, Any], s
     truth = [record["test"]["mse"] for _, _, record in opened.cells() if record and "test" in record]
     opened.close()
     assert read.exact == truth
-    every = next(i for i, row in enumerate(read.rows) if row[:3] == ["data", "model", "seed"])
+    every = next(i for i, row in enumerate(read.rows) if row[:4] == ["number", "data", "model", "seed"])
     shown = read.rows[every + 1 : every + 1 + len(truth)]
-    assert [row[3] for row in shown] == [f"{value:.4f}" for value in truth]
+    assert [row[4] for row in shown] == [f"{value:.4f}" for value in truth]
     for row in content["rows"]:
         mine = next(each for each in read.rows if each[0] == row["variant"])
         assert mine[2] == f"{row['mean']:.4f}"
@@ -116,6 +117,36 @@ def test_verdict_comes_first_and_losses_are_said(content: dict[str, Any]) -> Non
     assert len(re.findall(r"^selectra train ", text, re.M)) == 7
 
 
+def test_every_claim_leads_to_its_records(content: dict[str, Any]) -> None:
+    made = [{**content["by_base"][0], "rival": rival, "outcome": outcome}
+            for rival, outcome in (("dlinear", "better"), ("linear", "worse"))]  # fmt: skip
+    changed = {**content, "by_base": made}
+    text = page(changed)
+    items = re.findall(r"<li>(.*?)</li>", text[text.index('class="claims"') : text.index("<table")])
+    n_claims = sum(len(claims(changed, outcome)) for outcome in ("better", "worse", "level"))
+    assert len(items) == n_claims >= 3
+    keys = {cell["key"]: cell for cell in content["cells"]}
+    for item in items:
+        places = re.findall(r'href="#([^"]+)"', item)
+        assert places and all(f'<tr id="{place}"' in text for place in places), item
+        cells = [keys[place.removeprefix("cell-")] for place in places if place.startswith("cell-")]
+        rival = next((name for name in ("dlinear", "linear") if f"than {name} " in item), "")
+        if cells:
+            assert {cell["variant"] for cell in cells} == {"tsm2", rival}
+            # Three seeds of each, and one of what no seed changes.
+            assert len(cells) == (4 if rival == "linear" else 6)
+    lines = markdown(changed).splitlines()
+    won = next(line for line in lines if line.startswith("- tsm2 is better than dlinear"))
+    numbers = [each for part in re.findall(r" (\d+(?:, \d+)*)", won[won.index("(trainings:") :])
+               for each in part.split(", ")]  # fmt: skip
+    rows = [[each.strip() for each in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    named = [row for row in rows if len(row) == 9 and row[0] in numbers]
+    assert sorted((row[2], row[3]) for row in named) == [
+        (name, str(i)) for name in ("dlinear", "tsm2") for i in range(3)
+    ]
+    assert {row[-1] for row in named} <= set(keys)
+
+
 def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
     from selectra.compare.results import verdict
 
@@ -129,6 +160,19 @@ def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
     assert verdict({**content, "overall": made[:1]})["text"].startswith("Yes: on waves")
     assert verdict({**content, "overall": made[2:]})["text"].startswith("Not shown: on waves")
     assert verdict({**content, "overall": []})["text"].startswith("No verdict yet")
+
+
+def test_how_costs_were_measured_is_said_as_recorded(content: dict[str, Any]) -> None:
+    plain = "float32, without TF32, eager, batches of 32, layout: images NCHW, all else channels last, on cpu"
+    assert reading(content)[-1].endswith(f"interquartile range: {plain}.")
+    other = json.loads(json.dumps(content))
+    for row in other["rows"]:
+        row["cost"] |= {"dtype": "bfloat16", "tf32": True, "compiled": True}
+    assert "range: bfloat16, with TF32, compiled, batches of 32" in reading(other)[-1]
+    other["rows"][0] |= {"cost": content["rows"][0]["cost"], "base": "rain"}
+    assert f"{plain} (rain); bfloat16" in reading(other)[-1]
+    del other["rows"][0]["cost"]["layout"]
+    assert "layout not recorded, on cpu (rain)" in reading(other)[-1]
 
 
 def test_names_from_a_file_cannot_break_the_page(content: dict[str, Any]) -> None:
@@ -192,6 +236,18 @@ def test_the_command_writes_the_page(store: Path, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "s.json"), "--out", str(tmp_path / "again.html")])
     assert (tmp_path / "again.html").read_text() == made
+    # The records of a GPU begin with what made them, and say what they are at the end.
+    found = json.loads((tmp_path / "s.json").read_text())
+    later = {"command": "x" * 3000, **{name: found[name] for name in found if name != "what"}, "what": found["what"]}
+    (tmp_path / "gpu.json").write_text(json.dumps(later))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "gpu.json")])
+    assert ended.value.code == 0
+    assert (tmp_path / "gpu.html").read_text() == made
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "broken.json")])
+    assert "cannot be read as records" in capsys.readouterr().err
 
 
 def test_a_store_without_a_study_is_refused(tmp_path: Path) -> None:

@@ -48,18 +48,18 @@ def train(fault, **settings):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loader_that_hangs_is_named_in_time(workers):
-    with within(1.5 + 5), pytest.raises(StalledError, match=r"prepare batches gave the next one within 1\.5 s"):
+    with within(1.5 + 30), pytest.raises(StalledError, match=r"prepare batches gave the next one within 1\.5 s"):
         train(lambda: time.sleep(60), workers=workers, load_timeout=1.5)
 
 
 def test_a_loader_that_hangs_in_an_evaluation_is_named_in_time():
-    run, val = make_run(workers=1, load_timeout=1.5), Faulty(lambda: time.sleep(8))
-    with within(1.5 + 5), pytest.raises(StalledError, match=r"prepare batches gave the next one within 1\.5 s"):
+    run, val = make_run(workers=1, load_timeout=1.5), Faulty(lambda: time.sleep(60))
+    with within(1.5 + 30), pytest.raises(StalledError, match=r"prepare batches gave the next one within 1\.5 s"):
         fit(TinyModel(), Forecasting(), windows(64), val, run, progress=False)
 
 
 def test_a_loader_that_is_killed_is_named():
-    with within(10), pytest.raises(StalledError, match=r"has ended: .*lower train\.workers or train\.batch_size"):
+    with within(30), pytest.raises(StalledError, match=r"has ended: .*lower train\.workers or train\.batch_size"):
         train(lambda: os._exit(9), workers=2)
 
 
@@ -91,7 +91,7 @@ class Struck(TinyModel):
 
 def test_a_loader_that_is_killed_while_nobody_waits_for_it_is_named():
     run = make_run(workers=2, batch_size=4)
-    with within(10), pytest.raises(StalledError, match=r"has ended: .*Killed.*lower train\.workers"):
+    with within(30), pytest.raises(StalledError, match=r"has ended: .*Killed.*lower train\.workers"):
         fit(Struck(signal.SIGKILL), Forecasting(), windows(64), None, run, progress=False)
 
 
@@ -99,7 +99,7 @@ def test_a_loader_that_is_killed_while_nobody_waits_for_it_is_named():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_that_reaches_every_process_saves(number, tmp_path):
     run = make_run(workers=2, batch_size=4)
-    with within(10), pytest.raises(StoppedError, match=r"stopped after step 3; go on with: "):
+    with within(30), pytest.raises(StoppedError, match=r"stopped after step 3; go on with: "):
         fit(Struck(number, itself=True), Forecasting(), windows(64), None, run, tmp_path, progress=False)
     assert fit(TinyModel(), Forecasting(), windows(64), None, run, tmp_path, progress=False).steps == 12
 
@@ -110,13 +110,13 @@ def test_a_process_that_prepares_batches_ends_when_the_training_says_so():
     next(batches)
     (process,) = started()
     process.terminate()
-    process.join(5)
+    process.join(60)
     assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_in_a_loader_keeps_its_own_words(workers):
-    with within(10), pytest.raises(DataError, match=r"^window 40 is damaged$"):
+    with within(30), pytest.raises(DataError, match=r"^window 40 is damaged$"):
         train(refuse, workers=workers)
 
 

@@ -99,7 +99,7 @@ def start(out: Path, pause: float) -> subprocess.Popen:
 
 
 def wait_for(out: Path, text: str) -> None:
-    for _ in range(3600):
+    for _ in range(6000):
         if (out / "record.jsonl").is_file() and text in (out / "record.jsonl").read_text():
             return
         time.sleep(0.05)

@@ -7,16 +7,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# Importing the room fills the registry.
-import selectra.models  # noqa: F401
+from selectra.classifier.left_behind import kind_of, read_trained
 from selectra.classifier.predicting import Prediction
 from selectra.data.clip_batches import Sampling
 from selectra.data.clip_files import SUFFIXES, FaultyClipError, ShortClipError, Video
 from selectra.data.clips import Crops, Short, require_length, test_views
 from selectra.errors import DataError
-from selectra.registry import models
-from selectra.train.checkpoint import WEIGHTS, load_weights
-from selectra.train.record import read_data, read_run
 
 KIND = "video"
 WANTED = ("classes", "n_frames", "sampling", "stride", "views", "crops", "short_clips", "img_size", "mean", "std")
@@ -55,7 +51,7 @@ def is_video(folder: Path) -> bool:
     Raises:
         DataError: It holds no training.
     """
-    return models.entry(read_run(_folder(folder)).model.name).kind == KIND
+    return kind_of(folder) == KIND
 
 
 def clip_model_from_run(folder: Path) -> ClipModel:
@@ -64,29 +60,13 @@ def clip_model_from_run(folder: Path) -> ClipModel:
     Raises:
         DataError: There is no run, no weights, or run.json does not say what is needed.
     """
-    folder = _folder(folder)
-    run, about = read_run(folder), read_data(folder) or {}
-    absent = [name for name in WANTED if name not in about]
-    if absent:
-        raise DataError(f"'{folder / 'run.json'}' does not say {', '.join(absent)} of its clips; train it again.")
+    run, about, model = read_trained(folder, WANTED, of="clips")
     height, width = about["img_size"]
-    facts = {
-        "n_classes": len(about["classes"]),
-        "in_channels": 3,
-        "img_size": height if height == width else (height, width),
-        "n_frames": about["n_frames"],
-    }
-    model = models.build(run.model, facts)
-    load_weights(folder / WEIGHTS, model)
+    classes, mean, std = (tuple(about[name]) for name in ("classes", "mean", "std"))
     sampling = Sampling(about["sampling"], about["n_frames"], about["stride"], about["views"])
     return ClipModel(
-        run.model.name, model.eval(), tuple(about["classes"]), sampling, (height, width), about["crops"],
-        about["short_clips"], tuple(about["mean"]), tuple(about["std"]),
-    )  # fmt: skip
-
-
-def _folder(folder: Path) -> Path:
-    return folder.parent if folder.name == "run.json" else folder
+        run.model.name, model, classes, sampling, (height, width), about["crops"], about["short_clips"], mean, std
+    )
 
 
 def predict_clips(

@@ -9,15 +9,11 @@ from jaxtyping import UInt8
 from rich.table import Table
 from torch import Tensor, nn
 
-# Importing the room fills the registry.
-import selectra.models  # noqa: F401
+from selectra.classifier.left_behind import colours_of, read_trained
 from selectra.classifier.reading import UnreadableError, read_image, standardised
 from selectra.classifier.segmenting import named_once
 from selectra.errors import ConfigError, DataError
-from selectra.registry import models
 from selectra.report.detected import Detected
-from selectra.train.checkpoint import WEIGHTS, load_weights
-from selectra.train.record import read_data, read_run
 
 WANTED = ("classes", "colours", "img_size", "in_channels", "mean", "std")
 THRESHOLD = 0.5
@@ -50,22 +46,9 @@ def detector_from_run(folder: Path) -> Detector:
     Raises:
         DataError: There is no run, no weights, or run.json does not say what is needed.
     """
-    folder = folder.parent if folder.name == "run.json" else folder
-    run, about = read_run(folder), read_data(folder) or {}
-    absent = [name for name in WANTED if name not in about]
-    if absent:
-        raise DataError(f"'{folder / 'run.json'}' does not say {', '.join(absent)} of its images; train it again.")
-    height, width = about["img_size"]
-    facts = {
-        "n_classes": len(about["classes"]),
-        "in_channels": about["in_channels"],
-        "img_size": height if height == width else (height, width),
-    }
-    model = models.build(run.model, facts)
-    load_weights(folder / WEIGHTS, model)
-    colours = tuple((red, green, blue) for red, green, blue in about["colours"])
-    mean, std = tuple(about["mean"]), tuple(about["std"])
-    return Detector(run.model.name, model.eval(), tuple(about["classes"]), colours, mean, std)
+    run, about, model = read_trained(folder, WANTED)
+    classes, mean, std = (tuple(about[name]) for name in ("classes", "mean", "std"))
+    return Detector(run.model.name, model, classes, colours_of(about), mean, std)
 
 
 def detect(trained: Detector, path: Path, device: torch.device | str = "cpu", threshold: float = THRESHOLD) -> Detected:

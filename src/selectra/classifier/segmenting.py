@@ -9,15 +9,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Importing the room fills the registry.
-import selectra.models  # noqa: F401
+from selectra.classifier.left_behind import colours_of, read_trained
 from selectra.classifier.reading import UnreadableError, read_image, standardised
 from selectra.errors import ConfigError, DataError
-from selectra.registry import models
 from selectra.report.overlay import Overlay
 from selectra.tasks.sliding import sliding_scores
-from selectra.train.checkpoint import WEIGHTS, load_weights
-from selectra.train.record import read_data, read_run
 
 WANTED = ("classes", "colours", "img_size", "in_channels", "mean", "std")
 
@@ -45,41 +41,15 @@ class Segmenter:
     short_side: int | None = None
 
 
-def kind_of(folder: Path) -> str:
-    """The kind of model of which a folder holds a training, such as "segmentation".
-
-    Raises:
-        DataError: It holds no training.
-    """
-    return models.entry(read_run(_folder(folder)).model.name).kind
-
-
 def segmenter_from_run(folder: Path) -> Segmenter:
     """The best weights of a training, with what its run.json says of the images.
 
     Raises:
         DataError: There is no run, no weights, or run.json does not say what is needed.
     """
-    folder = _folder(folder)
-    run, about = read_run(folder), read_data(folder) or {}
-    absent = [name for name in WANTED if name not in about]
-    if absent:
-        raise DataError(f"'{folder / 'run.json'}' does not say {', '.join(absent)} of its images; train it again.")
-    height, width = about["img_size"]
-    facts = {
-        "n_classes": len(about["classes"]),
-        "in_channels": about["in_channels"],
-        "img_size": height if height == width else (height, width),
-    }
-    model = models.build(run.model, facts)
-    load_weights(folder / WEIGHTS, model)
-    colours = tuple((red, green, blue) for red, green, blue in about["colours"])
-    mean, std = tuple(about["mean"]), tuple(about["std"])
-    return Segmenter(run.model.name, model.eval(), tuple(about["classes"]), colours, mean, std, about.get("short_side"))
-
-
-def _folder(folder: Path) -> Path:
-    return folder.parent if folder.name == "run.json" else folder
+    run, about, model = read_trained(folder, WANTED)
+    classes, mean, std = (tuple(about[name]) for name in ("classes", "mean", "std"))
+    return Segmenter(run.model.name, model, classes, colours_of(about), mean, std, about.get("short_side"))
 
 
 def segment(trained: Segmenter, path: Path, device: torch.device | str = "cpu", window: int | None = None) -> Overlay:

@@ -18,13 +18,21 @@ QUESTIONS = {
     "language": ("Language: what Mamba and attention have learned, speed aside", "selectra compare language"),
     "costs": ("Time, memory and energy at equal parameters", "selectra compare costs --device cuda"),
     "selection": ("Token and channel selection (MambaMixer's ablation)", "selectra compare selection"),
+    "selection_images": ("Token and channel selection on images", "selectra compare selection_images"),
     "channel_mixers": ("Channel mixers (SiMBA's ablation)", "selectra compare channel_mixers"),
     "channel_mixers_images": ("Channel mixers on images", "selectra compare channel_mixers_images"),
     "channel_mixers_deep": ("Channel mixers in deep stacks", "selectra compare channel_mixers_deep"),
     "scan_orders": ("Scan orders in 2D", "selectra compare scan_orders"),
+    "language_copying": ("Language: copying by length", "selectra compare language_copying"),
+    "language_recall": ("Language: recall by number of pairs", "selectra compare language_recall"),
+    "series_kinds": ("Series: kinds of models at equal parameters", "selectra compare series_kinds"),
+    "image_kinds": ("Images: kinds of models at equal parameters", "selectra compare image_kinds"),
     "directions": ("Both directions or one", "selectra compare directions"),
     "discretisation": ("What discretisation buys", "selectra compare discretisation"),
 }  # fmt: skip
+# What else answers a question: another study, and those of `selectra compare vision folder/` and the like, by the
+# first word of their names.
+SAME = {"cifar10": "images", "forecasting": "forecasting", "vision": "images", "language": "language"}
 MAMBA_IMAGES = ("vim2", "vmamba", "vim", "simba")
 IMAGES = "CIFAR-10-JPEG, top-1, equal parameters and steps, three seeds, after Holm's correction"
 OUTCOMES = {"better": "wins", "worse": "loses", "level": "level"}
@@ -153,8 +161,7 @@ def _common(ours: dict[int, float], theirs: dict[int, float]) -> tuple[list[floa
 def _studies(found: Row, records: dict[str, Row]) -> None:
     for name, record in records.items():
         done = sum("test" in cell for cell in record["cells"])
-        found["answered"].add(record["name"])
-        found["answered"].add(record["name"].partition("_")[0])
+        found["answered"].add(_question(record["name"]))
         if "mamba" in record["kinds"].values():
             _contest(found, name, record)
             continue
@@ -164,6 +171,11 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
                 "parameters": row["cost"]["parameters"], "seeds": len(row["values"])} for row in record["rows"]],
             "metric": record["metric"],
         })  # fmt: skip
+
+
+def _question(name: str) -> str:
+    """The question that a study answers: its own, or that of the command that made it, as `language_my_text`."""
+    return name if name in QUESTIONS else SAME.get(name.partition("_")[0], name)
 
 
 def _contest(found: Row, name: str, record: Row) -> None:
@@ -180,9 +192,18 @@ def _contest(found: Row, name: str, record: Row) -> None:
         low, high = signed.format(each["low"]), signed.format(each["high"])
         _claim(found, outcome, f"{bases}: {record['subject']} against {each['rival']}, {record['metric']} "
                f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval "
-               f"{low} to {high}; {each['pairs']} seeds)", [name])  # fmt: skip
+               f"{low} to {high}; {each['pairs']} seeds; {_chance(each, len(rivals))})", [name])  # fmt: skip
     if by_outcome:
         found["fields"][record["name"]] = f"{bases}, {record['subject']}: {_sums(by_outcome)}"
+
+
+def _chance(each: Row, n_rivals: int) -> str:
+    """The corrected p-value, and why a difference is none although its own interval leaves zero out."""
+    p_value = "< 0.001" if each["p_adjusted"] < 0.001 else f"{each['p_adjusted']:.3f}"
+    told = f"p {p_value}" + (f" after Holm's correction for {n_rivals} rivals" if n_rivals > 1 else "")
+    if each["outcome"] == "level" and not each["low"] <= 0 <= each["high"]:
+        told += f", so not told from chance; its interval, which leaves zero out, is uncorrected: p {each['p']:.3f}"
+    return told
 
 
 def _costs(found: Row, records: dict[str, Row]) -> None:

@@ -18,16 +18,14 @@ from rich.console import Console
 from selectra.compare.cells import Cell
 from selectra.compare.crew import Crew, dismiss
 from selectra.compare.image_worker import packs_images, work_on_images
-from selectra.compare.match import meet
-from selectra.compare.measure import build_model, measure
+from selectra.compare.prepare import TimeUpError, prepare
 from selectra.compare.store import Store
 from selectra.compare.study import Study, Variant
 from selectra.compare.tune import best_settings, finished_trials, next_settings, optuna, pruner, settings_of
-from selectra.compare.worker import load, never, work_on_cpu, work_on_gpu
+from selectra.compare.worker import never, work_on_cpu, work_on_gpu
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models
 from selectra.spec import Run, Spec
-from selectra.train.job import check, typed
 from selectra.train.progress import duration
 from selectra.train.stop import StoppedError
 
@@ -38,7 +36,6 @@ GRACE = 5.0
 WANT_OF_MEMORY = "out of memory"
 # Seconds between two looks at what others do.
 WAITING = 0.5
-LENGTH_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,14 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
     store = Store(wish.store)
     try:
         while crew.rank and store.recall(STUDY) is None:
+            if time.monotonic() >= until:
+                return store.counts()
             time.sleep(WAITING)
-        study = open_study(store, study, device, console)
+        try:
+            study = open_study(store, study, device, console, until)
+        except TimeUpError as error:
+            console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+            return store.counts()
         store.reopen(WANT_OF_MEMORY)
         decide(store, study)
         progress = Progress(store, study, wish, console)
@@ -94,11 +97,12 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
         store.close()
 
 
-def open_study(store: Store, study: Study, device: torch.device, console: Console) -> Study:
+def open_study(store: Store, study: Study, device: torch.device, console: Console, until: float = inf) -> Study:
     """Prepare a study in an empty file, or go on with the one that the file holds; the study as it was prepared.
 
     Raises:
         ConfigError: The file holds another study, or cells of the tables of `selectra compare forecasting`.
+        TimeUpError: `until` came before models were matched and measured.
     """
     text = json.loads(study.model_dump_json())
     before = store.recall(STUDY)
@@ -106,7 +110,7 @@ def open_study(store: Store, study: Study, device: torch.device, console: Consol
         if store.recall("budget") is not None or any(store.counts().values()):
             raise ConfigError(f"'{store.path}' holds the tables of forecasters and no study; name another file.")
         # What is slow and can fail comes before anything is stored.
-        store.settle(PREPARED, prepare(study, device, console))
+        store.settle(PREPARED, prepare(study, device, console, until))
         before = store.settle(STUDY, text)
     if before != text:
         changed = [name for name in text if before.get(name) != text[name]]
@@ -132,72 +136,6 @@ def stored_study(store: Store) -> Study:
 def prepared_models(store: Store) -> dict[tuple[str, str], dict[str, Any]]:
     """What was found out about each variant on each base before the first training."""
     return {(each["base"], each["variant"]): each for each in store.recall(PREPARED)["models"]}
-
-
-def prepare(study: Study, device: torch.device, console: Console) -> dict[str, Any]:
-    """Match every model to the budget, and measure what it costs; prints parameters, FLOPs and time of all."""
-    found = []
-    for base in study.bases:
-        facts = load(typed(base).data).facts
-        for variant in study.variants:
-            found.append({"base": base.name, "variant": variant.name, **_prepared(study, base, variant, facts, device)})
-    _print_costs(found, console)
-    return {"models": found, "curves": _curves(study, found, device)}
-
-
-def _prepared(study: Study, base: Run, variant: Variant, facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    run = typed(study.run(base, variant, 0))
-    check(run)
-    spec, note, cost = run.model, "", None
-    if study.budget is not None:
-        if _has_size(spec, study.budget.over):
-            quantity, over = study.budget.quantity, study.budget.over
-            amount, align = study.budget.amount, study.budget.align
-            found = meet(spec, facts, quantity, amount, over=over, device=device, align=align)
-            spec, note = found.spec, f"{found.turned.name} = {found.value} for {found.got:,.6g} {quantity}"
-        else:
-            note = f"has no {study.budget.over}, so it is as large as it is"
-    model = build_model(spec, facts)
-    learns = any(each.requires_grad for each in model.parameters()) and not hasattr(model, "solve")
-    cost = (cost or measure(spec, facts, device=device, precision=run.train.precision)).to_json()
-    return {"spec": spec.to_json(), "by_gradient": learns, "matched": note, "cost": cost, "facts": _plain(facts)}
-
-
-def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(facts, default=str))
-
-
-def _has_size(spec: Spec, over: str) -> bool:
-    takes = models.resolve(spec, partial=True)
-    names = ("d_model", "dims", "n1") if over == "width" else ("depth", "depths")
-    return any(name in takes for name in names)
-
-
-def _curves(study: Study, found: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """Time and memory of every variant, at the sizes of the first base, against the look-back."""
-    rows = []
-    for each in found:
-        for length in study.lengths if each["base"] == study.bases[0].name else ():
-            facts = {**each["facts"], "seq_len": length}
-            try:
-                cost = measure(Spec.from_json(each["spec"]), facts, device=device, batch=LENGTH_BATCH, seconds=0.1)
-            except (ConfigError, torch.OutOfMemoryError) as error:
-                rows.append({"variant": each["variant"], "length": length, "reason": str(error)})
-                continue
-            rows.append({"variant": each["variant"], "length": length, **cost.to_json()})
-    return rows
-
-
-def _print_costs(found: list[dict[str, Any]], console: Console) -> None:
-    for each in found:
-        cost, note = each["cost"], f" ({each['matched']})" if each["matched"] else ""
-        step = f", a training step {cost['step_ms']:.3g} ms" if cost["step_ms"] else ""
-        console.print(
-            f"{each['base']}, {each['variant']}{note}: {cost['parameters']:,} parameters, "
-            f"{cost['flops'] / 1e6:.4g} MFLOPs a sample, a forward pass of {cost['batch']} {cost['forward_ms']:.3g} ms"
-            f"{step}, {cost['activations_mb']:.3g} MiB of activations, {cost['throughput']:,.0f} samples a second",
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
 
 
 def sized(study: Study, known: dict[tuple[str, str], dict[str, Any]], base: Run, variant: Variant) -> Variant:

@@ -90,11 +90,20 @@ def match(
 def meet(
     spec: Spec, facts: Mapping[str, Any], quantity: Quantity, wanted: float, *,
     over: Literal["width", "depth"] = "width", tolerance: float = TOLERANCE, device: torch.device | str = "cpu",
-    align: int = 1,
+    align: int = 1, before_each: Callable[[], None] = lambda: None,
 ) -> "_Tried":  # fmt: skip
-    """`match` without measuring what the model costs."""
+    """`match` without measuring what the model costs.
+
+    Args:
+        before_each: Called before each size that is tried; what it raises ends the search.
+    """
     turned = _turned(spec, facts, over, align)
-    return _best(turned, partial(_quantity, quantity, facts=dict(facts), device=device), wanted, tolerance, quantity)
+
+    def cost(tried: Spec) -> float:
+        before_each()
+        return _quantity(quantity, tried, facts=dict(facts), device=device)
+
+    return _best(turned, cost, wanted, tolerance, quantity)
 
 
 def match_even(spec: Spec, facts: Mapping[str, Any], params: float, tolerance: float = TOLERANCE) -> tuple[Spec, int]:

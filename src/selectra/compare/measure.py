@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,11 +32,18 @@ MIB = 2**20
 # The shape of one input, beside the batch, from what the data says.
 SHAPES: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "series": lambda facts: (facts["seq_len"], facts["n_series"]),
-    "image": lambda facts: (facts.get("in_channels", 3), *_sides(facts["img_size"])),
     "language": lambda facts: (facts["seq_len"],),
+    "video": lambda facts: (facts.get("in_channels", 3), facts["n_frames"], *_sides(facts["img_size"])),
+    **dict.fromkeys(
+        ("image", "segmentation", "detection"),
+        lambda facts: (facts.get("in_channels", 3), *_sides(facts["img_size"])),
+    ),
 }
 # What the facts must say.
-NEEDED = {"series": ("seq_len", "n_series"), "image": ("img_size",), "language": ("vocab_size", "seq_len")}
+NEEDED = {
+    "series": ("seq_len", "n_series"), "language": ("vocab_size", "seq_len"), "video": ("img_size", "n_frames"),
+    **dict.fromkeys(("image", "segmentation", "detection"), ("img_size",)),
+}  # fmt: skip
 
 
 def _sides(size: Any) -> tuple[int, int]:
@@ -63,6 +71,7 @@ class Cost:
     dtype: str = "float32"
     tf32: bool = False
     compiled: bool = False
+    layout: str = "images NCHW, all else channels last"
 
     @property
     def throughput(self) -> float:
@@ -74,11 +83,36 @@ class Cost:
         return {**asdict(self), "throughput": self.throughput}
 
 
+class OneObjectEach(nn.Module):
+    """A detector as a function of one tensor; in training it gives the sum of its losses.
+
+    Args:
+        detector: Takes a list of images; every image shows one object, which covers a quarter of it.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Any:
+        """What was found on every image; in training the losses' sum."""
+        if not self.training:
+            return self.detector(list(x))
+        height, width = x.shape[-2:]
+        box = torch.tensor([[0.25 * width, 0.25 * height, 0.75 * width, 0.75 * height]], device=x.device)
+        mask = torch.zeros(1, height, width, dtype=torch.uint8, device=x.device)
+        mask[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+        target = {"boxes": box, "labels": torch.zeros(1, dtype=torch.long, device=x.device), "masks": mask}
+        losses = self.detector(list(x), [target] * len(x))
+        return torch.stack(list(losses.values())).sum()
+
+
 def build_model(spec: Spec, facts: Mapping[str, Any], device: torch.device | str = "cpu") -> nn.Module:
-    """A freshly seeded model; on the device "meta" nothing is allocated."""
+    """A freshly seeded model of one tensor; on the device "meta" nothing is allocated."""
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(SEED)
-        return models.build(spec, dict(facts))
+        model = models.build(spec, dict(facts))
+    return OneObjectEach(model) if models.entry(spec.name).kind == "detection" else model
 
 
 def inputs_for(spec: Spec, facts: Mapping[str, Any], batch: int, device: torch.device | str = "cpu") -> Tensor:
@@ -167,8 +201,10 @@ def measure(
     def step() -> None:
         model.zero_grad(set_to_none=True)
         with autocast(device, precision):
-            loss = model(inputs).square().mean()
-        loss.backward()
+            found = model(inputs)
+            # In training some have an auxiliary head beside the other.
+            loss = torch.stack([each.square().mean() for each in (found if isinstance(found, tuple) else (found,))])
+        loss.sum().backward()
 
     forward_ms, forward_iqr = _timed(forward, seconds)
     model.train()

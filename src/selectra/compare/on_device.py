@@ -304,6 +304,7 @@ def _require_simple(run: Run, task: Forecasting, train: Windows) -> None:
     asked = {
         "train.accumulate": run.train.accumulate != 1,
         "train.patience": run.train.patience is not None,
+        "train.deterministic": run.train.deterministic,
         "task.target_index": task.target_index is not None,
         "task.quantiles": bool(task.quantiles),
         "train.batch_size, larger than the training part": run.train.batch_size > len(train),

@@ -188,6 +188,7 @@ def refusal(run: Run) -> str | None:
         "train.epochs in place of train.steps": run.train.steps is None,
         "train.precision, float16": run.train.precision == "float16",
         "train.compile": run.train.compile,
+        "train.deterministic": run.train.deterministic,
         "train.recompute": run.train.recompute,
         "optim.layer_decay": run.optim.layer_decay != 1,
     }

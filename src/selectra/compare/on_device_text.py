@@ -169,6 +169,7 @@ def _require_simple(run: Run, splits: dict[str, HeldSplit]) -> None:
         "train.patience": run.train.patience is not None,
         "train.precision, float16": run.train.precision == "float16",
         "train.compile": run.train.compile,
+        "train.deterministic": run.train.deterministic,
         "train.ema": run.train.ema is not None,
         "train.epochs, but train.steps": run.train.steps is None,
     }

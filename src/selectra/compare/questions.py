@@ -1,11 +1,14 @@
 """The studies that a user asks for by name, by a file of Python, or by a table, a folder or a text of their own."""
 
 import runpy
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from selectra import data as _data
 from selectra import models as _models
@@ -13,7 +16,7 @@ from selectra import tasks as _tasks
 from selectra.compare.study import FEWEST_SEEDS, Budget, Study, Tuning, Variant
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, studies
-from selectra.spec import Optim, Run, Spec, Train, nearest, override
+from selectra.spec import Optim, Run, Spec, Train, describe_problem, nearest, override
 
 __all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "language_study",
            "vision_study"]  # fmt: skip
@@ -52,6 +55,9 @@ RATES = (2e-4, 1e-3, 5e-3)
 RANGE = (1e-4, 1e-2)
 DECLARED = {"optim.lr": "models want different learning rates, so each gets the best of the same trials"}
 LENGTHS = (96, 200, 336, 720)
+LOOKBACK, HORIZON = 96, 24
+# Options that only forecasts have.
+ROWS = ("lookback", "horizon")
 # A letter after a number of parameters or FLOPs.
 LETTERS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
@@ -64,61 +70,81 @@ class Asked:
         file: A table of series, a folder of images, or a text.
         models: Names, for a study of a user's own data.
         quick: For a first look within minutes.
-        lookback: Rows that a forecast sees.
-        horizon: Rows that are forecast.
-        trials: Draws of the learning rate by optuna, in place of three fixed ones.
+        lookback: Rows that a forecast sees; None is 96.
+        horizon: Rows that are forecast; None is 24.
+        trials: Draws by optuna from the study's own ranges, or between its own values, in place of these.
         img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
+        match: What is turned to meet the budget.
     """
 
     file: str | None = None
     models: tuple[str, ...] = ()
     quick: bool = False
-    lookback: int = 96
-    horizon: int = 24
+    lookback: int | None = None
+    horizon: int | None = None
     steps: int | None = None
     batch_size: int | None = None
     seeds: int | None = None
     trials: int | None = None
     budget: Budget | None = None
     img_size: int | None = None
+    match: Literal["width", "depth"] | None = None
 
 
 def find_study(what: str, asked: Asked) -> Study:
     """The study that a word stands for: forecasting, vision, language, a built-in name, or a file of Python.
 
     Raises:
-        ConfigError: There is none, or it cannot be read.
+        ConfigError: There is none, it cannot be read, or something is asked that would have no effect on it.
     """
     if what == "forecasting":
-        if asked.img_size is not None:
-            raise ConfigError("--img-size is for `compare vision`; a forecast has --lookback and --horizon.")
+        _refuse(asked, ("img_size",), "`compare vision`; a forecast has --lookback and --horizon")
         study = forecasting_study(asked)
     elif what == "vision":
+        _refuse(asked, ROWS, "`compare forecasting`; images have --img-size")
         study = vision_study(asked)
     elif what == "language":
+        _refuse(asked, (*ROWS, "img_size"), "other kinds of data; a text's pieces are as long as the study says")
         study = language_study(asked)
     else:
-        own = what.endswith(".py")
-        given = [name for name in (*(("file",) if own else ()), "quick", "models", "img_size") if getattr(asked, name)]
-        if given:
-            raise ConfigError(
-                f"{given[0]} is for `compare forecasting`, `compare vision` and `compare language`; "
-                "a study says it itself."
-            )
-        study = _from_file(Path(what)) if own else _on_data(_built_in(what), asked)
+        _refuse(asked, ("quick", "models", "img_size"),
+                "`compare forecasting`, `compare vision` and `compare language`; a study says it itself")  # fmt: skip
+        if what.endswith(".py"):
+            _refuse(asked, ("file", *ROWS), "studies that have a name; one in a file of Python says its data itself")
+            study = _from_file(Path(what))
+        else:
+            study = _on_data(_built_in(what), asked)
     return _changed(study, asked)
+
+
+def _refuse(asked: Asked, names: Sequence[str], belongs: str) -> None:
+    """Refuse what would have no effect.
+
+    Args:
+        belongs: What it is for, and where the study in hand has the like.
+    """
+    usual = Asked()
+    for name in names:
+        if getattr(asked, name) != getattr(usual, name):
+            option = "the second argument" if name == "file" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} is for {belongs}; leave it out.")
 
 
 def _on_data(study: Study, asked: Asked) -> Study:
     """A built-in study on a user's tables or folders, each of them a base, in place of the bundled data."""
-    if asked.file is None:
-        return study
     first, bases = study.bases[0], []
+    rows = datasets.entry(first.data.name).kind == "series"
+    if not rows:
+        _refuse(asked, ROWS, f"studies of series, and '{study.name}' is none")
+    if asked.file is None:
+        _refuse(asked, ROWS, f"a table of your own, as in `compare {study.name} my.csv`; without one '{study.name}' "
+                "has its own data")  # fmt: skip
+        return study
     for file in asked.file.split(","):
         name = Path(file).name.split(".")[0]
-        if datasets.entry(first.data.name).kind == "series":
-            shape = {"seq_len": asked.lookback, "horizon": asked.horizon}
-            name, data = f"{name} {asked.horizon}", first.data.replace(path=file, **shape)
+        if rows:
+            shape = {"seq_len": asked.lookback or LOOKBACK, "horizon": asked.horizon or HORIZON}
+            name, data = f"{name} {shape['horizon']}", first.data.replace(path=file, **shape)
         else:
             data = first.data.replace(path=file)
         bases.append(first.model_copy(update={"name": name, "data": data}))
@@ -135,19 +161,35 @@ def _built_in(name: str) -> Study:
 
 
 def _from_file(path: Path) -> Study:
-    """The one Study that a file defines, as a value or as a function without arguments."""
+    """The one Study that a file defines, as a value or as a function without arguments.
+
+    Raises:
+        ConfigError: There is no such file, it cannot be run, or it defines no study or several; with file and line.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no '{path}'; a study is a file of Python that defines a selectra Study.")
-    found = runpy.run_path(str(path))
-    mine = {name: value for name, value in found.items() if isinstance(value, Study)}
-    if not mine:
-        makers = {name: value for name, value in found.items()
-                  if getattr(value, "__annotations__", {}).get("return") in (Study, "Study")}  # fmt: skip
-        mine = {name: make() for name, make in makers.items()}
+    try:
+        found = runpy.run_path(str(path))
+        mine = {name: value for name, value in found.items() if isinstance(value, Study)}
+        if not mine:
+            makers = {name: value for name, value in found.items()
+                      if getattr(value, "__annotations__", {}).get("return") in (Study, "Study")}  # fmt: skip
+            mine = {name: make() for name, make in makers.items()}
+    except SyntaxError as error:
+        raise ConfigError(f"'{error.filename}', line {error.lineno}, is no Python: {error.msg}.") from error
+    except (ValidationError, ConfigError, ImportError, NameError) as error:
+        problem = f"{error.title}: {describe_problem(error)}" if isinstance(error, ValidationError) else error
+        raise ConfigError(f"'{path}', line {_line_in(path, error)}: {problem}") from error
     if len(mine) != 1:
         raise ConfigError(f"'{path}' defines {len(mine)} studies{': ' + ', '.join(mine) if mine else ''}; "
                           "it must define one, as `study = Study(...)`.")  # fmt: skip
     return next(iter(mine.values()))
+
+
+def _line_in(path: Path, error: Exception) -> int | None:
+    """The line of a file that an error came through last."""
+    lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(path)]
+    return lines[-1] if lines else None
 
 
 def _changed(study: Study, asked: Asked) -> Study:
@@ -159,15 +201,39 @@ def _changed(study: Study, asked: Asked) -> Study:
         changes["bases"] = tuple(_paced(override(base, words)) for base in study.bases)
     if asked.seeds is not None:
         changes["seeds"] = asked.seeds
-    if asked.budget is not None:
-        changes["budget"] = asked.budget
+    budget = asked.budget or study.budget
+    if budget is None and asked.match is not None:
+        raise ConfigError(f"--match {asked.match} turns models to a budget, and there is none; "
+                          "name one, such as --budget-params 5M.")  # fmt: skip
+    if budget is not None:
+        changes["budget"] = budget if asked.match is None else budget.model_copy(update={"over": asked.match})
     if asked.trials:
-        tuned = study.tuning.names if study.tuning else ("optim.lr",)
-        changes["tuning"] = Tuning(ranges=dict.fromkeys(tuned, RANGE), trials=asked.trials)
+        prune = study.tuning is None or study.tuning.prune
+        changes["tuning"] = Tuning(ranges=_ranges(study), trials=asked.trials, prune=prune)
         changes["declared"] = {**DECLARED, **study.declared}
     elif asked.trials == 0:
         changes["tuning"] = None
     return Study.model_validate({**dict(study), **changes})
+
+
+def _ranges(study: Study) -> dict[str, tuple[float, float]]:
+    """What is drawn from: the study's own ranges, or from the least to the greatest of its own values.
+
+    Raises:
+        ConfigError: Its values span no range.
+    """
+    if study.tuning is None:
+        return {"optim.lr": RANGE}
+    found = dict(study.tuning.ranges)
+    for name, values in study.tuning.values.items():
+        numbers = [each for each in values if isinstance(each, (int, float)) and not isinstance(each, bool)]
+        if len(numbers) < len(values) or not 0 < min(numbers) < max(numbers):
+            raise ConfigError(
+                f"the study '{study.name}' tries {name} in {list(values)}, between which nothing can be drawn; "
+                "leave --trials, or give the study `ranges`."
+            )
+        found[name] = (min(numbers), max(numbers))
+    return found
 
 
 def _paced(run: Run) -> Run:
@@ -185,8 +251,8 @@ def forecasting_study(asked: Asked) -> Study:
     name = Path(asked.file).name.split(".")[0] if asked.file else "New York weather"
     if asked.file and Path(asked.file).suffix and not Path(asked.file).is_file():
         raise DataError(f"there is no '{asked.file}'; name a table of series, or a public set such as ETTh1.")
-    data = Spec("series_file", **({"path": asked.file} if asked.file else {}), seq_len=asked.lookback,
-                horizon=asked.horizon)  # fmt: skip
+    data = Spec("series_file", **({"path": asked.file} if asked.file else {}), seq_len=asked.lookback or LOOKBACK,
+                horizon=asked.horizon or HORIZON)  # fmt: skip
     base = Run(
         name=name,
         model=Spec("naive"),

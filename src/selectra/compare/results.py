@@ -17,7 +17,7 @@ from selectra.compare.stats import CONFIDENCE, ERROR_RATE, contrast, judged, spr
 from selectra.compare.store import Store
 from selectra.compare.study import FEWEST_SEEDS, Study
 from selectra.errors import DataError
-from selectra.spec import Optim, Run, Spec, Train
+from selectra.spec import Run, Spec
 from selectra.train.checkpoint import replacing
 
 WHAT, FORMAT = "selectra study", 1
@@ -297,11 +297,14 @@ def command_of(run: Run) -> str:
     """A command that trains the same again, outside the study; `selectra eval` then tests it."""
     words = [f"data={run.data.name}", *_words("data", run.data), f"task={run.task.name}", *_words("task", run.task)]
     words += _words("model", run.model)
-    for name, usual in (("optim", Optim()), ("train", Train(epochs=1))):
-        section = getattr(run, name)
+    # What `selectra train MODEL data=... task=...` takes where no word says otherwise.
+    usual = Run(model=run.model, data=run.data, task=run.task)
+    for name in ("optim", "train", "parallel"):
+        section, bare = getattr(run, name), getattr(usual, name)
         for field in type(section).model_fields:
             value = getattr(section, field)
-            if value != getattr(usual, field) and value is not None:
+            # Of steps and epochs, to give the one takes the other away.
+            if value != getattr(bare, field) and not (value is None and field in ("steps", "epochs")):
                 words.append(f"{name}.{field}={_text(value)}")
     return shlex.join(["selectra", "train", run.model.name, *words])
 
@@ -318,5 +321,6 @@ def _words(prefix: str, spec: Spec) -> list[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(_text, value))
+        # A comma at the end: of a single value it could not be told that it stands in a tuple.
+        return ",".join(map(_text, value)) + ("," if len(value) == 1 else "")
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

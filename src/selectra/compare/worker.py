@@ -43,8 +43,10 @@ PARTS = ("train", "val", "test")
 # Evaluations that are queued ahead on a stream, so that the GPU has work while the host prepares the next training.
 AHEAD = 2
 ASK_EVERY = 0.5
-# Batches of an evaluation; no result depends on it.
+# Batches of an evaluation; no result depends on it. Clips, and pictures with masks or boxes, are larger: of these it is
+# as many as in a training step.
 EVALUATED = 256
+LARGER = ("video", "segmentation", "detection")
 OnDone = Callable[[Cell, str, dict[str, Any]], None]
 # For a trial: whether it is to be ended, from its validation errors so far.
 Judge = Callable[[Cell], Callable[[Sequence[float]], bool]]
@@ -228,8 +230,9 @@ def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[st
                 "backends": _backends(built, device),
             }  # fmt: skip
             if cell.trial is None:
-                precision = cell.run.train.precision
-                result["test"] = evaluate(built.model, built.task, built.parts["test"], EVALUATED, world, precision)
+                larger, precision = kind_of(cell) in LARGER, cell.run.train.precision
+                size = cell.run.train.batch_size if larger else EVALUATED
+                result["test"] = evaluate(built.model, built.task, built.parts["test"], size, world, precision)
     except (ConfigError, DataError, DivergedError) as error:
         return "failed", {**cell.label, "reason": str(error)}
     history = {"history": watched.history, "score": min(watched.history, default=None)}
@@ -237,11 +240,12 @@ def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[st
 
 
 def _backends(built: Built, device: torch.device) -> dict[str, str]:
-    watch, batch = BackendWatch(), built.parts["val"][[0]].to(device)
+    part = built.parts["val" if len(built.parts["val"]) else "train"]
+    watch, batch = BackendWatch(), part[[0]].to(device)
     # As it is measured: in training a batch norm would take this batch into the statistics that the test part meets.
     built.model.eval()
     with watch, torch.no_grad():
-        built.task.loss(built.model, batch)
+        built.task.evaluator().update(built.model, batch)
     return watch.found()
 
 

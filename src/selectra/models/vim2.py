@@ -54,7 +54,7 @@ from selectra.mixers import CrossScan2d, SelectiveChannel, SelectivePath, Weight
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
-ChannelMixer = Literal["selective", "mlp", "none"]
+TokenMixer, ChannelMixer = Literal["selective", "none"], Literal["selective", "mlp", "none"]
 
 
 class GridChannels(nn.Module):
@@ -140,6 +140,7 @@ class ViM2(Pyramid):
         dims: Width of every stage.
         depths: Layers of every stage.
         channel_dims: Inner width of every stage's channel mixers.
+        token_mixer: What mixes tokens; with "none" only patches and their merging do.
         channel_mixer: What mixes channels: the selective mixer, an MLP, as in the paper's ViM2-MLP, or nothing.
         channel_every: A channel mixer stands in every layer of this number, and in a stage's last.
         channel_group: Channels that are one step of the selective channel mixer.
@@ -159,6 +160,7 @@ class ViM2(Pyramid):
         dims: tuple[int, ...] = (96, 192, 384, 768),
         depths: tuple[int, ...] = (2, 2, 6, 2),
         channel_dims: tuple[int, ...] = (192, 384, 768, 768),
+        token_mixer: TokenMixer = "selective",
         channel_mixer: ChannelMixer = "selective",
         channel_every: int = 2,
         channel_group: int = 16,
@@ -173,14 +175,19 @@ class ViM2(Pyramid):
         require_sizes(n_classes=n_classes, channel_every=channel_every)
         if not dims or not len(dims) == len(depths) == len(channel_dims):
             raise ConfigError(f"dims={dims}, depths={depths}, channel_dims={channel_dims}: needs one of each a stage")
-        if channel_mixer not in get_args(ChannelMixer):
-            raise ConfigError(f"channel_mixer={channel_mixer!r}: takes {', '.join(map(repr, get_args(ChannelMixer)))}")
+        for name, mixer, kinds in (
+            ("token_mixer", token_mixer, get_args(TokenMixer)), ("channel_mixer", channel_mixer, get_args(ChannelMixer))
+        ):  # fmt: skip
+            if mixer not in kinds:
+                raise ConfigError(f"{name}={mixer!r}: takes {', '.join(map(repr, kinds))}")
         self.patch_embed = NormedPatches(in_channels, dims[0], patch_size)
         rates = rising_rates(drop_path, sum(depths))
         self.layers = nn.ModuleList()
         for d_model, depth, d_channels, d_next in zip(dims, depths, channel_dims, [*dims[1:], None], strict=True):
             own, rates = rates[:depth], rates[depth:]
-            tokens = [Residual(d_model, CrossScan2d(d_model, d_state, d_conv, expand), rate) for rate in own]
+            tokens: list[nn.Module] = [nn.Identity() for _ in own]
+            if token_mixer == "selective":
+                tokens = [Residual(d_model, CrossScan2d(d_model, d_state, d_conv, expand), rate) for rate in own]
             channels: list[nn.Module] = [nn.Identity() for _ in own]
             for i in [*range(channel_every - 1, depth - 1, channel_every), depth - 1]:
                 if channel_mixer == "selective":
@@ -188,7 +195,7 @@ class ViM2(Pyramid):
                 elif channel_mixer == "mlp":
                     channels[i] = Residual(d_model, Mlp(d_model, d_channels), own[i])
             way = None if d_next is None else PatchMerging(d_model, d_next)
-            self.layers.append(Stage([*tokens], channels, way, averaging))
+            self.layers.append(Stage(tokens, channels, way, averaging))
         self.norm = LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], n_classes)
         start_linear(self.modules(), (m.dt_proj for m in self.modules() if isinstance(m, SelectivePath)))

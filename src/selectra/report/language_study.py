@@ -31,7 +31,7 @@ def losses(record: Row) -> Iterator[str]:
     head = ["model", "parameters", "steps", "learning rate", "validation loss", "test loss", "95 % interval", "seeds",
             "ms a step", "tokens a second", "peak, GiB"]  # fmt: skip
     yield grid(head, lines)
-    yield from _targets(record.get("targets", []))
+    yield from _targets(record)
 
 
 def scores(record: Row) -> Iterator[str]:
@@ -99,15 +99,38 @@ def _share(row: Row) -> str:
     return f"{row['mean']:.3f}{spread}"
 
 
-def _targets(targets: list[dict[str, Any]]) -> Iterator[str]:
+def _targets(record: Row) -> Iterator[str]:
+    """Each of ours beside the Transformer: what holds alone, what after correction, and why the verdict may differ."""
+    targets = [each for each in record.get("targets", []) if "difference" in each]
     if not targets:
         return
     yield "Beside the Transformer, in pairs of seeds; losses of the held-out tenth of the text:"
     lines = []
     for each in targets:
-        if "difference" not in each:
-            continue
         between = f"{each['low']:+.4f} to {each['high']:+.4f}"
-        part = PARTS[each["on"]]
-        lines.append([each["model"], part, f"{each['difference']:+.4f}", between, OUTCOMES[each["outcome"]]])
-    yield grid(["model", "loss of", "difference", "95 % interval", ""], lines)
+        lines.append([each["model"], PARTS[each["on"]], f"{each['difference']:+.4f}", between, f"{each['p']:.4f}",
+                      f"{each['p_adjusted']:.4f}", _after_correction(each, record["error_rate"])])  # fmt: skip
+    yield grid(["model", "loss of", "difference", "95 % interval, alone", "p, alone", "p, corrected",
+                "after correction"], lines)  # fmt: skip
+    yield (
+        f"Corrected by Holm's method for the {len(targets)} comparisons of this table; intervals are each comparison's "
+        f"own. {_beside_the_verdict(record, targets[0]['rival'])}"
+    ).rstrip()
+
+
+def _after_correction(each: Row, error_rate: float) -> str:
+    lost = each["outcome"] in ("below", "above") and each["p_adjusted"] >= error_rate
+    return f"no difference; {OUTCOMES[each['outcome']]} alone" if lost else OUTCOMES[each["outcome"]]
+
+
+def _beside_the_verdict(record: Row, rival: str) -> str:
+    """What the verdict makes of the same rival, which it corrects for its own comparisons."""
+    found = next((each for each in record["overall"] if each["rival"] == rival), None)
+    if found is None:
+        return ""
+    outcome = {"better": "better", "worse": "worse", "level": "no difference"}[found["outcome"]]
+    return (
+        f"The verdict has another group, {record['subject']} against {len(record['overall'])} rivals by logarithms of "
+        f"the test loss: there {rival} has p {found['p']:.4f} alone and {found['p_adjusted']:.4f} corrected, "
+        f"which is {outcome}."
+    )

@@ -15,17 +15,21 @@ from markupsafe import Markup
 from selectra.errors import DataError
 from selectra.report.forecasting import grid
 from selectra.report.read import whole
+from selectra.report.study_claims import (
+    COSTS,
+    bases_of,
+    brief,
+    chance,
+    claims,
+    comparisons,
+    cost_place,
+    resolution,
+    signed,
+)
 from selectra.report.study_plots import pictures
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra study", 1
-# What a cost is called, how more of it is said, and its unit.
-COSTS = {
-    "parameters": ("parameters", "{} parameters", ""),
-    "forward_ms": ("time of a forward pass", "{} time for a forward pass", " ms"),
-    "step_ms": ("time of a training step", "{} time for a training step", " ms"),
-    "activations_mb": ("memory kept for the backward", "{} memory kept for the backward", " MiB"),
-}
 CURVES = ("forward_ms", "step_ms", "activations_mb")
 COLUMNS = (
     "part", "base", "variant", "seed", "trial", "metric", "test", "val", "pruned", "best_step", "steps", "seconds",
@@ -70,63 +74,6 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def signed(row: Row, name: str) -> str:
-    """A difference with its sign and unit."""
-    return f"{row[name]:+.2f} %" if row["unit"] == "%" else f"{row[name]:+.4f}"
-
-
-def chance(value: float) -> str:
-    """A p-value."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def claims(content: Row, outcome: str) -> list[str]:
-    """What is said under "wins", "loses" or "level": results over all data, on each, and costs."""
-    subject, metric = content["subject"], content["metric"]
-    words = {"better": "better than", "worse": "worse than", "level": "not told apart from"}[outcome]
-    found = []
-    for row in _comparisons(content):
-        if row["outcome"] == outcome:
-            where = f"on {row['base']}" if "base" in row else "over all data"
-            wins = row["pairs"] - row["wins"] if content["higher_is_better"] else row["wins"]
-            found.append(
-                f"{subject} is {words} {row['rival']} {where}: {metric} {row['mean']:.4f} against "
-                f"{row['rival_mean']:.4f}, {signed(row, 'difference')} (95 % interval {signed(row, 'low')} to "
-                f"{signed(row, 'high')}; better with {wins} of {row['pairs']} seeds; "
-                f"p {chance(row['p_adjusted'])} after correction)"
-                + (f"; these seeds could have shown {_resolution(row)}" if outcome == "level" else "")
-            )
-    return found + ([] if outcome == "level" else cost_claims(content, outcome))
-
-
-def _comparisons(content: Row) -> list[Row]:
-    """Over all data, where there are several, and on each."""
-    return [*(content["overall"] if len(_bases(content)) > 1 else ()), *content["by_base"]]
-
-
-def _resolution(row: Row) -> str:
-    return f"{row['resolution']:.2f} %" if row["unit"] == "%" else f"{row['resolution']:.4f}"
-
-
-def cost_claims(content: Row, outcome: str) -> list[str]:
-    """Where the subject costs less, or more."""
-    found = []
-    for quantity, (_, words, unit) in COSTS.items():
-        rows = [row for row in content["costs"] if row["quantity"] == quantity and row["outcome"] == outcome]
-        less = "more" if outcome == "worse" else "fewer" if quantity == "parameters" else "less"
-        for base in dict.fromkeys(row["base"] for row in rows):
-            mine = [row for row in rows if row["base"] == base]
-            rivals = ", ".join(f"{row['rival']} ({brief(row['theirs'])}{unit})" for row in mine)
-            own = f"{brief(mine[0]['ours'])}{unit}"
-            found.append(f"{content['subject']} needs {words.format(less)} on {base}, {own}, than {rivals}")
-    return found
-
-
-def brief(value: float) -> str:
-    """Three digits that count, or all those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def summary(content: Row, base: str) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of a base, best first."""
     rows = [row for row in content["rows"] if row["base"] == base]
@@ -135,6 +82,12 @@ def summary(content: Row, base: str) -> tuple[list[str], list[list[str]]]:
     head = ["model", "kind", content["metric"], "± seeds", "95 % of the mean", "parameters", "FLOPs a sample",
             "forward, ms", "step, ms", "activations, MiB", "samples a second", "training, s"]  # fmt: skip
     return head, [_summary_row(row) for row in rows]
+
+
+def _placed(content: Row, base: str) -> tuple[str, list[str], list[list[str]], list[str]]:
+    """The table of a base, with a name for every row that claims can lead to."""
+    head, rows = summary(content, base)
+    return base, head, rows, [cost_place(content, base, row[0]) for row in rows]
 
 
 def _summary_row(row: Row) -> list[str]:
@@ -153,11 +106,11 @@ def contrast_rows(content: Row) -> tuple[list[str], list[list[str]]]:
     head = ["where", "against", "difference", "95 % interval", "seeds won", "p", "p corrected", "could have shown",
             "outcome"]  # fmt: skip
     rows = []
-    for row in _comparisons(content):
+    for row in comparisons(content):
         wins = row["pairs"] - row["wins"] if content["higher_is_better"] else row["wins"]
         rows.append([row.get("base", "all data"), row["rival"], signed(row, "difference"),
                      f"{signed(row, 'low')} to {signed(row, 'high')}", f"{wins} of {row['pairs']}",
-                     chance(row["p"]), chance(row["p_adjusted"]), _resolution(row), row["outcome"]])  # fmt: skip
+                     chance(row["p"]), chance(row["p_adjusted"]), resolution(row), row["outcome"]])  # fmt: skip
     return head, rows
 
 
@@ -228,9 +181,25 @@ def reading(content: Row) -> list[str]:
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
         "many seeds of this spread can tell from chance, alone.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
-        "synchronised calls after a warm-up, with the interquartile range, in float32, eager"
-        + (", with TF32." if any(row["cost"]["tf32"] for row in content["rows"]) else ", without TF32."),
+        f"synchronised calls after a warm-up, with the interquartile range: {'; '.join(_settings(content))}.",
     ]
+
+
+def _settings(content: Row) -> list[str]:
+    """How costs were measured, as their records say: once where all are alike, else with the data's name."""
+    found: dict[str, list[str]] = {}
+    for row in content["rows"]:
+        cost = row["cost"]
+        words = (
+            f"{cost['dtype']}, {'with' if cost['tf32'] else 'without'} TF32, "
+            f"{'compiled' if cost['compiled'] else 'eager'}, batches of {cost['batch']}"
+            # Records of before the layout was kept do not know it.
+            + (f", layout: {cost['layout']}" if "layout" in cost else ", layout not recorded")
+            + f", on {cost['device']}"
+        )
+        found.setdefault(words, []).append(row["base"])
+    alike = len(found) == 1
+    return [words if alike else f"{words} ({', '.join(dict.fromkeys(bases))})" for words, bases in found.items()]
 
 
 def missing(content: Row) -> list[str]:
@@ -243,11 +212,12 @@ def missing(content: Row) -> list[str]:
 
 
 def cell_rows(content: Row) -> list[Row]:
-    """Every scored training."""
+    """Every scored training, numbered as claims name them."""
     metric = content["metric"]
     return [
         {
-            "key": cell["key"], "base": cell["base"], "variant": cell["variant"], "seed": cell["seed"],
+            "number": number, "key": cell["key"],
+            "base": cell["base"], "variant": cell["variant"], "seed": cell["seed"],
             "test": cell["test"][metric], "val": cell["val"].get(metric),
             "others": ", ".join(f"{name} {value:.4f}" for name, value in cell["test"].items() if name != metric),
             "steps": f"{cell['best_step']} of {cell['steps']}", "seconds": cell["seconds"],
@@ -256,7 +226,7 @@ def cell_rows(content: Row) -> list[Row]:
             "backends": ", ".join(f"{name}: {value}" for name, value in cell["backends"].items()) or "-",
             "command": cell["command"], "where": cell["environment"] + 1, "device": cell["device"],
         }
-        for cell in content["cells"] if "test" in cell
+        for number, cell in enumerate((cell for cell in content["cells"] if "test" in cell), 1)
     ]  # fmt: skip
 
 
@@ -288,7 +258,7 @@ def page(content: Row) -> str:
         content=content,
         title=content["subject_title"],
         sections={name: claims(content, name) if content["subject"] else [] for name in ("better", "worse", "level")},
-        summaries=[(base, *summary(content, base)) for base in _bases(content)],
+        summaries=[_placed(content, base) for base in bases_of(content)],
         contrasts=contrast_rows(content),
         crossings=crossings(content),
         fairness=fairness(content), reading=reading(content), missing=missing(content),
@@ -300,10 +270,6 @@ def page(content: Row) -> str:
     )  # fmt: skip
 
 
-def _bases(content: Row) -> list[str]:
-    return list(dict.fromkeys(row["base"] for row in content["rows"]))
-
-
 def markdown(content: Row) -> str:
     """The same without pictures, for a repository or a terminal."""
     title = content["subject_title"]
@@ -311,8 +277,8 @@ def markdown(content: Row) -> str:
     for name, heading in (("better", f"Where {title} wins"), ("worse", f"Where {title} loses"),
                           ("level", "Not told apart")):  # fmt: skip
         found = claims(content, name) if content["subject"] else []
-        parts += [f"## {heading}", _bullets(found) or "Nowhere."]
-    for base in _bases(content):
+        parts += [f"## {heading}", _bullets([each.in_words() for each in found]) or "Nowhere."]
+    for base in bases_of(content):
         parts += [f"## {base}", grid(*summary(content, base))]
     if content["overall"]:
         parts += ["## Every comparison", grid(*contrast_rows(content))]
@@ -320,9 +286,10 @@ def markdown(content: Row) -> str:
         parts += ["## Costs against the look-back", grid(*_curve_table(content)), _bullets(crossings(content))]
     if missing(content):
         parts += ["## Missing", _bullets(missing(content))]
-    head = ["data", "model", "seed", content["metric"], "validation", "seconds", "differs from the base in"]
-    rows = [[c["base"], c["variant"], str(c["seed"]), number(c["test"]), number(c["val"]), number(c["seconds"], 1),
-             c["differs"]] for c in cell_rows(content)]  # fmt: skip
+    head = ["number", "data", "model", "seed", content["metric"], "validation", "seconds", "differs from the base in",
+            "key of its record"]  # fmt: skip
+    rows = [[str(c["number"]), c["base"], c["variant"], str(c["seed"]), number(c["test"]), number(c["val"]),
+             number(c["seconds"], 1), c["differs"], c["key"]] for c in cell_rows(content)]  # fmt: skip
     parts += ["## Every training", grid(head, rows), "## What was alike", _bullets(fairness(content))]
     commands = "\n".join(cell["command"] for cell in cell_rows(content))
     parts += ["## How to read this", _bullets(reading(content)), "## Hardware and versions",

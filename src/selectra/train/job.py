@@ -23,6 +23,7 @@ from selectra.spec import Parallel, Run, Spec
 from selectra.tasks.task import Task
 from selectra.train.checkpoint import WEIGHTS, latest, load_weights, replacing, writable_folder
 from selectra.train.depth import freeze
+from selectra.train.deterministic import fix_products
 from selectra.train.evaluation import evaluate
 from selectra.train.loop import Fitted, fit
 from selectra.train.parallel import World, joined
@@ -99,6 +100,8 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True, tensor
     """Train a run into a folder, and say what came of it."""
     run = typed(run)
     check(run)
+    if run.train.deterministic:
+        fix_products()
     writable_folder(out)
     with joined(run.parallel, run.train.device) as world:
         built = build(run)

@@ -15,15 +15,15 @@ from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.tasks.task import Task
 from selectra.train import checkpoint
-from selectra.train.batches import Windows, of_each, training_order
+from selectra.train.batches import Order, Windows, of_each, training_order
 from selectra.train.memory import naming_full_memory
 from selectra.train.parallel import World, pick_device, recomputed
 from selectra.train.progress import Clock, Display
-from selectra.train.record import open_record
+from selectra.train.record import Record, open_record
 from selectra.train.solved import solve
 from selectra.train.state import State, StoppedBy
 from selectra.train.steps import Steps
-from selectra.train.stop import StoppedError, stopping_gently
+from selectra.train.stop import StopFlag, StoppedError, stopping_gently
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,6 @@ def fit(
     # The first process looks for all: the others see its folder, and maybe later.
     resume = resume and learns and out is not None and world.gather(checkpoint.latest(out) is not None)[0]
     length = state.resume() if resume else 0
-    shown = (console or Console()) if progress and world.first else None
     board = (tensorboard, state.at.step)
     with (
         checkpoint.full_disk_named(out),
@@ -100,15 +99,28 @@ def fit(
                 raise StoppedError(0, state.resume_command, flag.by_hand)
             record.write("metrics", step=0, split="val", best=True, **state.at.best)
         else:
-            n_eval = ceil(len(val_windows) / (world.size * of_each(run.train.batch_size, world))) if val_windows else 0
-            saves = None if out is None else run.train.save_every or state.eval_every
-            clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval), saves, state.at.step)
-            early = run.train.patience is not None
-            whole = naming_full_memory(state)
-            with Display(shown, clock, run.name, early) as display, recomputed(model, run.train.recompute), whole:
-                try:
-                    Steps(state, task, order, val_windows, record, display, flag).go()
-                finally:
-                    state.close()
+            shown = (console or Console()) if progress and world.first else None
+            _take_steps(state, task, order, val_windows, record, shown, flag)
     state.take_best()
     return Fitted(state.at.best, state.at.best_step, state.at.step, state.at.seconds, state.at.stopped_by)
+
+
+def _take_steps(
+    state: State, task: Task, order: Order, val_windows: Windows | None, record: Record,
+    shown: Console | None, flag: StopFlag,
+) -> None:  # fmt: skip
+    """All steps that are left, with what they took and what is left on a terminal; None shows nothing."""
+    run, world = state.run, state.world
+    n_eval = ceil(len(val_windows) / (world.size * of_each(run.train.batch_size, world))) if val_windows else 0
+    saves = None if state.out is None else run.train.save_every or state.eval_every
+    clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval), saves, state.at.step)
+    early = run.train.patience is not None
+    with (
+        Display(shown, clock, run.name, early) as display,
+        recomputed(state.model, run.train.recompute),
+        naming_full_memory(state),
+    ):
+        try:
+            Steps(state, task, order, val_windows, record, display, flag).go()
+        finally:
+            state.close()

@@ -11,6 +11,7 @@ from selectra.tasks.task import Loss, Task
 from selectra.train.batch_norms import together
 from selectra.train.batches import Order, Windows, agreed
 from selectra.train.depth import training_mode
+from selectra.train.deterministic import deterministic
 from selectra.train.evaluation import evaluate
 from selectra.train.loader import naming_ended
 from selectra.train.meter import Meter
@@ -43,7 +44,8 @@ class Steps:
         self.stop = False
 
     def go(self) -> None:
-        with naming_ended(self.state.run.train.workers):
+        train, device = self.state.run.train, self.state.world.device
+        with naming_ended(train.workers), deterministic(train.deterministic, device):
             # What was due when the training was interrupted comes first.
             if not self.state.at.stopped_by:
                 self.after_step()

@@ -152,7 +152,7 @@ def test_processes_that_compile_at_once_keep_one_whole_entry(source: str) -> Non
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.flush()
-    answers = {process.communicate(timeout=120)[0].strip() for process in processes}
+    answers = {process.communicate(timeout=600)[0].strip() for process in processes}
     assert len(answers) == 1
     (file,) = kept()
     cubin = cache.read(file.name)

@@ -28,9 +28,10 @@ from pathlib import Path
 
 import selectra.ops
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
 # What the `source` of a kernel is relative to.
-SOURCES = Path(selectra.ops.__file__).parent
+SOURCES = Path(selectra.ops.__file__).resolve().parent
 INCLUDES = (HERE, SOURCES / "cuda", SOURCES)
 KERNEL = re.compile(r"\bemulator::Kernel\s+(\w+)\s*\(")
 
@@ -117,8 +118,8 @@ def emulated(
 @functools.cache
 def _library(source: Path, defines: tuple[tuple[str, str | int], ...], watched: bool) -> ctypes.PyDLL:
     """All kernels of a source."""
-    flags = [f"-D{name}={value}" for name, value in defines] + [f"-I{folder}" for folder in INCLUDES]
-    text = _compiled("-DSELECTRA_EMULATED", *flags, "-E", "-x", "c++", str(source))
+    flags = [f"-D{name}={value}" for name, value in defines] + [f"-I{_inside(folder)}" for folder in INCLUDES]
+    text = _compiled("-DSELECTRA_EMULATED", *flags, "-E", "-x", "c++", _inside(source))
     entries = "".join(f"EMULATOR_ENTRY({name})\n" for name in KERNEL.findall(text))
     text += f'\n#line 1 "entries"\n#include "entry.h"\n{entries}'
     machine = [_object((HERE / name).read_text(), "-O2") for name in ("machine.cpp", "accesses.cpp", "faults.cpp")]
@@ -132,7 +133,7 @@ def _object(text: str, *flags: str) -> Path:
     source = _folder() / f"{_digest(text)}.cpp"
     if not source.is_file():
         _put(source, lambda path: path.write_text(text))
-    return _built(".o", *flags, "-g1", "-fPIC", f"-I{HERE}", "-c", str(source))
+    return _built(".o", *flags, "-g1", "-fPIC", f"-I{_inside(HERE)}", "-c", str(source))
 
 
 def _built(suffix: str, *arguments: str) -> Path:
@@ -168,9 +169,14 @@ def _checks(watched: bool) -> tuple[str, ...]:
     return ("-fsanitize=alignment", "-fsanitize=thread") if watched else ("-fsanitize=alignment",)
 
 
+def _inside(path: Path) -> str:
+    """A path as it is called in every copy of the repository: what was compiled for one serves the others."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
 def _compiled(*arguments: str) -> str:
     command = (_compiler(), *DIALECT, *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode != 0:
         raise EmulatorError("\n".join((" ".join(command), *done.stderr.splitlines()[:40])))
     return done.stdout

@@ -22,7 +22,7 @@ def compiled(compiler: str, target: Path, *arguments: str) -> Path:
 
 
 def said_by(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -12,4 +12,5 @@ from selectra.recipes.studies.language_recall import language_recall as language
 from selectra.recipes.studies.language_shakespeare import language_shakespeare as language_shakespeare
 from selectra.recipes.studies.scan_orders import scan_orders as scan_orders
 from selectra.recipes.studies.selection import selection as selection
+from selectra.recipes.studies.selection_images import selection_images as selection_images
 from selectra.recipes.studies.series_kinds import series_kinds as series_kinds

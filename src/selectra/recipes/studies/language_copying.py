@@ -18,7 +18,9 @@ def language_copying() -> Study:
     return Study(
         name="language_copying",
         question="Does Mamba copy what it has read as well as a Transformer of the same size?",
-        bases=tuple(remembering(f"{length} letters", Spec("copying", length=length), steps=1000) for length in LENGTHS),
+        bases=tuple(
+            remembering(f"copies of {length} letters", Spec("copying", length=length), steps=1000) for length in LENGTHS
+        ),
         variants=families(REMEMBERING),
         subject="mamba",
         subject_title=TITLE,

@@ -21,7 +21,9 @@ def language_recall() -> Study:
     return Study(
         name="language_recall",
         question="Does Mamba recall what it has read as well as a Transformer of the same size?",
-        bases=tuple(remembering(f"{pairs} pairs", Spec("recall", pairs=pairs, keys=64), steps=1200) for pairs in PAIRS),
+        bases=tuple(
+            remembering(f"recall of {pairs} pairs", Spec("recall", pairs=pairs, keys=64), steps=1200) for pairs in PAIRS
+        ),
         variants=families(REMEMBERING),
         subject="mamba",
         subject_title=TITLE,

@@ -1,0 +1,120 @@
+"""What is found out before a study's first training: sizes that meet the budget, and what models cost."""
+
+import json
+import time
+from collections.abc import Callable
+from math import inf
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from selectra.compare.match import meet
+from selectra.compare.measure import build_model, measure
+from selectra.compare.study import Study, Variant
+from selectra.compare.worker import load
+from selectra.errors import ConfigError
+from selectra.registry import models
+from selectra.spec import Run, Spec
+from selectra.train.job import check, typed
+
+LENGTH_BATCH = 8
+
+
+class TimeUpError(RuntimeError):
+    """The limit of time came while models were matched and measured; nothing of it is stored."""
+
+
+def prepare(study: Study, device: torch.device, console: Console, until: float = inf) -> dict[str, Any]:
+    """Match every model to the budget, and measure what it costs; prints parameters, FLOPs and time of each.
+
+    Args:
+        until: Nothing is begun after this time of `time.monotonic`.
+
+    Raises:
+        TimeUpError: That time came; a model that is being measured is measured to the end.
+    """
+    found, count = [], len(study.bases) * len(study.variants)
+
+    def in_time() -> None:
+        if time.monotonic() >= until:
+            raise TimeUpError(
+                f"The limit of time came while models were matched and measured, after {len(found)} of {count}, before "
+                "the first training; nothing is stored. Give it more time with --time-limit."
+            )
+
+    for base in study.bases:
+        in_time()
+        facts = load(typed(base).data).facts
+        for variant in study.variants:
+            in_time()
+            each = _prepared(study, base, variant, facts, device, in_time)
+            found.append({"base": base.name, "variant": variant.name, **each})
+            _print_cost(found[-1], f"{len(found)} of {count}", console)
+    return {"models": found, "curves": _curves(study, found, device, console, in_time)}
+
+
+def _prepared(
+    study: Study, base: Run, variant: Variant, facts: dict[str, Any], device: torch.device, in_time: Callable[[], None]
+) -> dict[str, Any]:  # fmt: skip
+    run = typed(study.run(base, variant, 0))
+    check(run)
+    spec, note = run.model, ""
+    if study.budget is not None:
+        if _has_size(spec, study.budget.over):
+            quantity, over = study.budget.quantity, study.budget.over
+            amount, align = study.budget.amount, study.budget.align
+            found = meet(spec, facts, quantity, amount, over=over, device=device, align=align, before_each=in_time)
+            spec, note = found.spec, f"{found.turned.name} = {found.value} for {found.got:,.6g} {quantity}"
+        else:
+            note = f"has no {study.budget.over}, so it is as large as it is"
+    model = build_model(spec, facts)
+    learns = any(each.requires_grad for each in model.parameters()) and not hasattr(model, "solve")
+    in_time()
+    cost = measure(spec, facts, device=device, precision=run.train.precision).to_json()
+    return {"spec": spec.to_json(), "by_gradient": learns, "matched": note, "cost": cost, "facts": _plain(facts)}
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(facts, default=str))
+
+
+def _has_size(spec: Spec, over: str) -> bool:
+    takes = models.resolve(spec, partial=True)
+    names = ("d_model", "dims", "n1") if over == "width" else ("depth", "depths")
+    return any(name in takes for name in names)
+
+
+def _curves(
+    study: Study, found: list[dict[str, Any]], device: torch.device, console: Console, in_time: Callable[[], None]
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Time and memory of every variant, at the sizes of the first base, against the look-back."""
+    rows, how = [], {"device": device, "precision": study.bases[0].train.precision}
+    first = [each for each in found if each["base"] == study.bases[0].name] if study.lengths else []
+    for number, each in enumerate(first, 1):
+        _say(f"{number} of {len(first)}: {each['variant']} at the look-backs {study.lengths}", console)
+        for length in study.lengths:
+            in_time()
+            facts = {**each["facts"], "seq_len": length}
+            try:
+                cost = measure(Spec.from_json(each["spec"]), facts, batch=LENGTH_BATCH, seconds=0.1, **how)
+            except (ConfigError, torch.OutOfMemoryError) as error:
+                rows.append({"variant": each["variant"], "length": length, "reason": str(error)})
+                continue
+            rows.append({"variant": each["variant"], "length": length, **cost.to_json()})
+    return rows
+
+
+def _print_cost(each: dict[str, Any], place: str, console: Console) -> None:
+    cost, note = each["cost"], f" ({each['matched']})" if each["matched"] else ""
+    step = f", a training step {cost['step_ms']:.3g} ms" if cost["step_ms"] else ""
+    _say(
+        f"{place}: {each['base']}, {each['variant']}{note}: {cost['parameters']:,} parameters, "
+        f"{cost['flops'] / 1e6:.4g} MFLOPs a sample, a forward pass of {cost['batch']} {cost['forward_ms']:.3g} ms"
+        f"{step}, {cost['activations_mb']:.3g} MiB of activations, {cost['throughput']:,.0f} samples a second",
+        console,
+    )  # fmt: skip
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
