@@ -35,6 +35,11 @@ HEADS = ("head.", "aux_head.")
 # What only a network above a backbone of ours has.
 DECODERS = ("network.", "decoder.", "levels.", "backbone.stages.", "backbone.layers.", "backbone.body.")
 MOST_SHOWN = 8
+OTHER_GRIDS = (
+    " Positions that are not of a square do not say their rows and columns: give the training's folder (--run FOLDER), "
+    "build the model for images of that size (data.img_size=HEIGHT,WIDTH), or, in Python, tell "
+    "selectra.pretrained.load_pretrained(model, FILE, grid=(rows, columns))."
+)
 # Settings that official trainings save beside their weights; they are read as dictionaries, which run nothing.
 SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -277,7 +282,7 @@ def _require_fitting(
         if keys
     ]
     if problems:
-        hint = " Positions that are not of a square need grid=(rows, columns)." if "'pos_embed'" in str(shapes) else ""
+        hint = OTHER_GRIDS if "'pos_embed'" in str(shapes) else ""
         raise DataError(
             f"{name} does not fit this {kind}: {'; '.join(problems)}. Is it of another model or size?{hint}"
         )

@@ -1,11 +1,14 @@
 """The best and worst images of each class of a trained detector."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from selectra.classifier import object_cases
 from selectra.cli import app
 from selectra.errors import ConfigError
 from selectra.report.object_cases import (
@@ -86,6 +89,42 @@ def test_the_page_holds_everything_and_escapes_names():
     assert text.count("data:image/jpeg;base64,") == 8 and "a&lt;b" in text and "a<b" not in text
     assert "1 right, 1 not there, 0 missed" in text and "absent" not in text
     assert not re.search(r'(src|href)="(?!data:|#)', text)
+
+
+def test_masks_tell_right_from_wrong_where_there_are_such():
+    """Two objects of one box: the upper and the lower half of it."""
+    upper, lower = np.zeros((2, 10, 10), bool)
+    upper[:5], lower[5:] = True, True
+    corners = [[0, 0, 10, 10]]
+    true, same = (replace(boxes(corners, [0]), masks=upper[None]) for _ in range(2))
+    other = replace(same, masks=lower[None])
+    assert matched(true, same, 0)[0].tolist() == [True] and matched(true, other, 0)[0].tolist() == [False]
+    assert matched(replace(true, masks=None), other, 0)[0].tolist() == [True]
+    crowd = replace(boxes(corners, [0], [False]), masks=upper[None])
+    assert excused(crowd, same, 0).tolist() == [True] and excused(crowd, other, 0).tolist() == [False]
+    shown = drawn(np.full((10, 10, 3), 100, np.uint8), [], [(upper, (200, 0, 100))])
+    assert shown[0, 0].tolist() == [145, 55, 100] and shown[9, 9].tolist() == [100] * 3
+
+
+def test_a_training_with_masks_is_ranked_by_them(tmp_path, monkeypatch):
+    words = ["train", "mask_rcnn_smoke", "train.steps=2", "train.batch_size=4", "train.device=cpu", "data.test=0.05"]
+    out = tmp_path / "run"
+    assert RUN.invoke(app, [*words, "data.masks=true", "--out", str(out)]).exit_code == 0
+    monkeypatch.setattr(object_cases, "SHOWN", 0.0)
+    metrics = {"map50": 0.9, "mask_map50": 0.1, **{f"mask_map50 {name}": 0.1 for name in ("disc", "ring")}}
+    found = object_cases.object_cases_of(out, "test", metrics)
+    assert found.masks and found.map50 == 0.1 and np.nansum(found.values) == pytest.approx(0.2)
+    cases = [case for pair in found.cases for each in pair for case in each]
+    assert cases
+    for case in cases:
+        for side in (case.true, case.found):
+            assert side.masks is not None and side.masks.shape == (len(side.labels), *case.image.shape[:2])
+        masks: Any = case.true.masks
+        for box, mask in zip(case.true.boxes, masks, strict=True):
+            rows, columns = np.nonzero(mask)
+            assert np.allclose([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1], box, atol=1)
+    text = page(found)
+    assert "Average precision of masks at half overlap 0.100" in text and "Masks and boxes of scores" in text
 
 
 def test_an_evaluated_training_gets_its_page(tmp_path):

@@ -177,6 +177,13 @@ def test_weights_of_other_channels_are_refused(name: str, channels: int, tmp_pat
         from_weights(name, tmp_path / "weights.pth")
 
 
+def test_weights_of_a_rectangle_say_what_can_be_done(tmp_path: Path) -> None:
+    model: Any = models.build(Spec("vim_smoke", n_classes=7, img_size=(32, 96)), {})  # pyright: ignore[reportArgumentType]
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(DataError, match=r"rows and columns: give the training's folder \(--run FOLDER\)"):
+        from_weights("vim_smoke", tmp_path / "weights.pth")
+
+
 def test_weights_without_a_head_give_no_classes(tmp_path: Path) -> None:
     model: Any = models.build(Spec("vim_smoke"), {})
     torch.save({k: v for k, v in model.state_dict().items() if not k.startswith("head")}, tmp_path / "backbone.pth")

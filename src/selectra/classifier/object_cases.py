@@ -1,6 +1,7 @@
 """The images of a part on which a trained detector finds each class best and worst."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,19 +10,24 @@ import torch
 
 from selectra.classifier.cases import EACH, MANY, best_and_worst
 from selectra.report.object_cases import Boxes, ObjectCase, ObjectCases
-from selectra.tasks.detection import ObjectEvaluator
+from selectra.tasks.detection import ObjectEvaluator, coco_results
+from selectra.tasks.segmentation import vision
 from selectra.train.checkpoint import WEIGHTS, load_weights
 from selectra.train.job import build
 from selectra.train.parallel import pick_device
 from selectra.train.precision import autocast
 from selectra.train.record import read_run
 
+# What is there, what was found, and the masks of either, run-length encoded.
+Side = tuple[Boxes, Boxes, list[Any] | None, Sequence[Any] | None]
 # Least score of what is drawn.
 SHOWN = 0.5
 
 
 def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: torch.device | None = None) -> ObjectCases:
     """Look at every image of a part, and keep the best and worst of each class by its average precision in it.
+
+    Of a model and a set with masks it is that of masks.
 
     Args:
         out: Folder of a training of detection.
@@ -40,6 +46,7 @@ def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: tor
     windows, classes = data.windows(part), tuple(data.classes)
     # As evaluation sees images.
     windows.transform = None
+    prefix = "mask_" if "mask_map50" in metrics else ""
     table, sides = np.full((len(windows), len(classes)), np.nan), []
     for i in range(len(windows)):
         batch, evaluator = windows[[i]].to(device), cast(ObjectEvaluator, built.task.evaluator())
@@ -47,8 +54,8 @@ def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: tor
             (found,) = model(batch.x)
         evaluator.add(batch.truths[0], found)
         here = evaluator.compute()
-        table[i] = [here.get(f"map50 {name}", np.nan) for name in classes]
-        sides.append((_true(batch.truths[0]), _found(found)))
+        table[i] = [here.get(f"{prefix}map50 {name}", np.nan) for name in classes]
+        sides.append((_true(batch.truths[0]), *_found(found), batch.truths[0].masks))
     each = EACH if len(classes) <= MANY else 1
 
     def shown(number: int, rows: Sequence[int]) -> tuple[ObjectCase, ...]:
@@ -57,15 +64,18 @@ def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: tor
     chosen = [best_and_worst(table[:, number], each) for number in range(len(classes))]
     colours = tuple((red, green, blue) for red, green, blue in data.describe()["colours"])
     return ObjectCases(
-        run.name, run.model.name, data.listing.where, part, len(windows), metrics["map50"], classes, colours,
-        tuple(metrics.get(f"map50 {name}", float("nan")) for name in classes),
-        tuple((shown(k, best), shown(k, worst)) for k, (best, worst) in enumerate(chosen)), SHOWN,
+        run.name, run.model.name, data.listing.where, part, len(windows), metrics[f"{prefix}map50"], classes, colours,
+        tuple(metrics.get(f"{prefix}map50 {name}", float("nan")) for name in classes),
+        tuple((shown(k, best), shown(k, worst)) for k, (best, worst) in enumerate(chosen)), SHOWN, bool(prefix),
     )  # fmt: skip
 
 
-def _case(data: Any, row: int, sides: tuple[Boxes, Boxes], value: float) -> ObjectCase:
+def _case(data: Any, row: int, side: Side, value: float) -> ObjectCase:
     image, _ = data.read(row)
-    return ObjectCase(data.listing.entries[row].file, image.permute(1, 2, 0).numpy(), *sides, value)
+    true, found, shapes, own = side
+    masked = replace(true, masks=_decoded(own, image)), replace(found, masks=_decoded(shapes, image))
+    pair = (true, found) if shapes is None or own is None else masked
+    return ObjectCase(data.listing.entries[row].file, image.permute(1, 2, 0).numpy(), *pair, value)
 
 
 def _true(truth: Any) -> Boxes:
@@ -73,8 +83,18 @@ def _true(truth: Any) -> Boxes:
     return Boxes(corners, truth.labels, np.ones(len(truth.labels)), ~truth.crowd)
 
 
-def _found(found: dict[str, torch.Tensor]) -> Boxes:
+def _found(found: dict[str, torch.Tensor]) -> tuple[Boxes, list[Any] | None]:
+    """What is drawn, and its masks run-length encoded, since those of all images wait for the last one."""
     order = found["scores"].argsort(descending=True)
     order = order[found["scores"][order] >= SHOWN]
-    boxes, labels, scores = (found[name][order].cpu().numpy() for name in ("boxes", "labels", "scores"))
-    return Boxes(boxes, labels, scores, np.ones(len(labels), bool))
+    shown = {name: value[order] for name, value in found.items()}
+    boxes, labels, scores = (shown[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
+    shapes = [each["segmentation"] for each in coco_results(0, shown)] if "masks" in found else None
+    return Boxes(boxes, labels, scores, np.ones(len(labels), bool)), shapes
+
+
+def _decoded(shapes: Sequence[Any] | None, image: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Masks (n, h, w) of an image (c, h, w)."""
+    decode = vision("faster_coco_eval.core.mask").decode
+    masks = [decode(shape).astype(bool) for shape in shapes or ()]
+    return np.stack(masks) if masks else np.zeros((0, *image.shape[1:]), bool)

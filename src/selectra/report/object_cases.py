@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,9 +16,12 @@ from selectra.report.cases import LONGER, embedded
 from selectra.report.read import whole
 
 Pixels = np.ndarray[Any, Any]
+Colour = tuple[int, int, int]
 # Of a box that was found and one that is there, over their union, from which on they are the same.
 SAME = 0.5
 RIGHT, WRONG, MISSED = (60, 200, 120), (255, 40, 40), (255, 225, 0)
+# Of a mask's colour over the image.
+OPACITY = 0.45
 # Lines of the class that a case is of, and of others.
 THICK, THIN = 3, 1
 
@@ -31,12 +35,14 @@ class Boxes:
         labels: Numbers of their classes (n,).
         scores: Of what was found, surest first (n,); ones for what is there.
         counts: Whether finding it counts (n,).
+        masks: Of bool (n, h, w), by which right and wrong are told then; None of a model of boxes.
     """
 
     boxes: Pixels
     labels: Pixels
     scores: Pixels
     counts: Pixels
+    masks: Pixels | None = None
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,13 @@ class ObjectCases:
         data: Name of the set.
         part: Of the set.
         images: In the part.
-        map50: Mean over the classes that occur of the average precision at half overlap.
+        map50: Mean over the classes that occur of the average precision at half overlap, of masks where there are such.
         classes: Names.
         colours: Theirs.
         values: Of each class over all images together; NaN where it does not occur.
         cases: The best and the worst cases of each class.
         threshold: Least score of what is drawn; the average precision counts all.
+        masks: Whether overlaps are those of masks.
     """
 
     run: str
@@ -79,6 +86,7 @@ class ObjectCases:
     values: tuple[float, ...]
     cases: tuple[tuple[tuple[ObjectCase, ...], tuple[ObjectCase, ...]], ...]
     threshold: float
+    masks: bool = False
 
 
 def overlaps(first: Pixels, second: Pixels) -> Pixels:
@@ -90,11 +98,25 @@ def overlaps(first: Pixels, second: Pixels) -> Pixels:
     return inside / np.maximum(areas[0][:, None] + areas[1][None] - inside, 1e-9)
 
 
+def _shared(first: Pixels, second: Pixels) -> Pixels:
+    """Pixels that masks (n, h, w) and (m, h, w) share, as (n, m)."""
+    return np.tensordot(first.astype(np.float32), second.astype(np.float32), ((1, 2), (1, 2)))
+
+
+def _alike(found: Boxes, true: Boxes) -> Pixels:
+    """Intersection over union, of masks where both have them."""
+    if found.masks is None or true.masks is None:
+        return overlaps(found.boxes.astype(float), true.boxes.astype(float))
+    inside = _shared(found.masks, true.masks)
+    areas = [each.sum((1, 2)) for each in (found.masks, true.masks)]
+    return inside / np.maximum(areas[0][:, None] + areas[1][None] - inside, 1e-9)
+
+
 def matched(true: Boxes, found: Boxes, number: int) -> tuple[Pixels, Pixels]:
     """Which of the found boxes of a class are right, and which true ones are found: surest first, each once."""
     rights = np.zeros(len(found.labels), bool)
     taken = np.zeros(len(true.labels), bool)
-    shares = overlaps(found.boxes.astype(float), true.boxes.astype(float))
+    shares = _alike(found, true)
     for i in np.flatnonzero(found.labels == number):
         free = (true.labels == number) & true.counts & ~taken
         if free.any():
@@ -106,7 +128,11 @@ def matched(true: Boxes, found: Boxes, number: int) -> tuple[Pixels, Pixels]:
 
 def excused(true: Boxes, found: Boxes, number: int) -> Pixels:
     """Which of the found boxes of a class lie, by half of their own area, on one of its objects that does not count."""
-    there = true.boxes[(true.labels == number) & ~true.counts].astype(float)
+    others = (true.labels == number) & ~true.counts
+    if found.masks is not None and true.masks is not None:
+        inside = _shared(found.masks, true.masks[others]) / np.maximum(found.masks.sum((1, 2)), 1e-9)[:, None]
+        return (found.labels == number) & (inside >= SAME).any(1)
+    there = true.boxes[others].astype(float)
     boxes = found.boxes.astype(float)
     low = np.maximum(boxes[:, None, :2], there[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], there[None, :, 2:])
@@ -115,9 +141,14 @@ def excused(true: Boxes, found: Boxes, number: int) -> Pixels:
     return (found.labels == number) & (shares >= SAME).any(1)
 
 
-def drawn(image: Pixels, lines: list[tuple[Pixels, tuple[int, int, int], int]]) -> Pixels:
-    """The image in the page's size under boxes of some colour and width."""
-    picture = Image.fromarray(image)
+def drawn(
+    image: Pixels, lines: list[tuple[Pixels, Colour, int]], masks: Sequence[tuple[Pixels, Colour]] = ()
+) -> Pixels:
+    """The image in the page's size under masks of some colour, and boxes of some colour and width."""
+    mixed = image.astype(np.float32)
+    for inside, colour in masks:
+        mixed[inside] = (1 - OPACITY) * mixed[inside] + OPACITY * np.array(colour, np.float32)
+    picture = Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
     scale = min(1.0, LONGER / max(picture.size))
     size = tuple(max(1, round(side * scale)) for side in picture.size)
     picture = picture.resize((size[0], size[1]))
@@ -128,25 +159,32 @@ def drawn(image: Pixels, lines: list[tuple[Pixels, tuple[int, int, int], int]]) 
     return np.asarray(picture)
 
 
-def _panels(case: ObjectCase, number: int, found: ObjectCases) -> dict[str, Any]:
-    def own(boxes: Boxes) -> list[tuple[Pixels, tuple[int, int, int], int]]:
-        # The class on top.
-        order = sorted(range(len(boxes.labels)), key=lambda i: bool(boxes.labels[i] == number))
-        width = {True: THICK, False: THIN}
-        return [(boxes.boxes[i], found.colours[boxes.labels[i]], width[bool(boxes.labels[i] == number)]) for i in order]
+def _picked(boxes: Boxes, rows: Pixels, colour: Colour) -> list[tuple[Pixels, Colour]]:
+    """The masks of some objects, all in one colour."""
+    return [] if boxes.masks is None else [(boxes.masks[i], colour) for i in np.flatnonzero(rows)]
 
+
+def _own(image: Pixels, boxes: Boxes, number: int, colours: tuple[Colour, ...]) -> Pixels:
+    """The image under all objects in the colours of their classes, one class on top, with its masks."""
+    order = sorted(range(len(boxes.labels)), key=lambda i: bool(boxes.labels[i] == number))
+    width = {True: THICK, False: THIN}
+    lines = [(boxes.boxes[i], colours[boxes.labels[i]], width[bool(boxes.labels[i] == number)]) for i in order]
+    return drawn(image, lines, _picked(boxes, boxes.labels == number, colours[number]))
+
+
+def _panels(case: ObjectCase, number: int, found: ObjectCases) -> dict[str, Any]:
     rights, taken = matched(case.true, case.found, number)
     missed = (case.true.labels == number) & case.true.counts & ~taken
     wrong = (case.found.labels == number) & ~rights & ~excused(case.true, case.found, number)
-    difference = [(case.true.boxes[i], MISSED, THICK) for i in np.flatnonzero(missed)]
-    difference += [(case.found.boxes[i], WRONG, THICK) for i in np.flatnonzero(wrong)]
-    difference += [(case.found.boxes[i], RIGHT, THICK) for i in np.flatnonzero(rights)]
+    told = [(case.true, missed, MISSED), (case.found, wrong, WRONG), (case.found, rights, RIGHT)]
+    difference = [(boxes.boxes[i], colour, THICK) for boxes, rows, colour in told for i in np.flatnonzero(rows)]
+    masks = [mask for boxes, rows, colour in told for mask in _picked(boxes, rows, colour)]
     grey = (np.repeat(case.image.mean(2, keepdims=True), 3, 2) * 0.6 + 30).astype(np.uint8)
     pictures = {
         "image": drawn(case.image, []),
-        "truth": drawn(case.image, own(case.true)),
-        "prediction": drawn(case.image, own(case.found)),
-        "difference": drawn(grey, difference),
+        "truth": _own(case.image, case.true, number, found.colours),
+        "prediction": _own(case.image, case.found, number, found.colours),
+        "difference": drawn(grey, difference, masks),
     }
     said = f"{rights.sum()} right, {wrong.sum()} not there, {missed.sum()} missed"
     return {
@@ -188,7 +226,7 @@ def page(found: ObjectCases) -> str:
     return environment.get_template("object_cases.html.jinja").render(
         run=found.run, model=found.model, data=PurePosixPath(found.data).name, part=found.part, images=found.images,
         map50=f"{found.map50:.3f}", low=(low[0], f"{low[1]:.2f}"), high=(high[0], f"{high[1]:.2f}"), classes=classes,
-        threshold=f"{found.threshold:.0%}",
+        threshold=f"{found.threshold:.0%}", masks=found.masks,
     )  # fmt: skip
 
 
