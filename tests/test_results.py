@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from selectra.choices import Sort
 from selectra.compare.answer import QUESTIONS, _question, collect
 from selectra.errors import DataError
 from selectra.report import answer
@@ -37,7 +38,7 @@ def test_every_claim_of_the_answer_leads_to_a_record() -> None:
 
 
 def test_every_built_in_study_is_a_question_or_answers_one() -> None:
-    for name in registries()["studies"].names():
+    for name in registries()[Sort.studies].names():
         assert _question(name) in QUESTIONS, name
     assert [_question(name) for name in ("selection_other", "vision_photos")] == ["selection_other", "images"]
 

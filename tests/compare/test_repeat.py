@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from selectra.choices import Sort
 from selectra.compare.questions import Asked, find_study
 from selectra.compare.results import command_of
 from selectra.runs import registries
@@ -34,7 +35,7 @@ def test_a_tuple_of_one_and_a_model_within_a_model_are_repeated() -> None:
     assert {"model.backbone=convnext_smoke", "model.backbone.dims=8,"} <= set(words)
 
 
-@pytest.mark.parametrize("name", sorted(registries()["studies"].names()))
+@pytest.mark.parametrize("name", sorted(registries()[Sort.studies].names()))
 def test_commands_of_built_in_studies_repeat_their_runs(name: str) -> None:
     study = find_study(name, Asked())
     for base in study.bases:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def settings() -> tuple[bool, ...]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    return enabled, warn_only, torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
+    filled: Any = torch.utils.deterministic
+    return enabled, warn_only, torch.backends.cudnn.benchmark, filled.fill_uninitialized_memory
 
 
 def test_what_has_no_repeatable_form_is_refused_by_name_and_settings_come_back():

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from selectra.compare.stats import FEWEST, contrast, judged
+from selectra.compare.stats import FEWEST, contrast, judged, over_bases
 from selectra.errors import DataError
 
 Row = dict[str, Any]
@@ -179,22 +179,48 @@ def _question(name: str) -> str:
 
 
 def _contest(found: Row, name: str, record: Row) -> None:
-    """A study of Mamba against other kinds: its comparisons are claims like others."""
-    bases, by_outcome = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), defaultdict(list)
-    # Another Mamba is no rival; what is left is corrected for its own number.
-    rivals = [each for each in record["overall"] if record["kinds"].get(each["rival"]) != "mamba"]
-    for each in judged(rivals, record["higher_is_better"]):
-        by_outcome[OUTCOMES[each["outcome"]]].append(each["rival"])
-        if each["unit"] == "%":
-            panel, names = f"{bases}, {record['metric']}", (record["subject"], each["rival"])
-            _point(found, panel, names, each, OUTCOMES[each["outcome"]], record["higher_is_better"])
-        outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
-        low, high = signed.format(each["low"]), signed.format(each["high"])
-        _claim(found, outcome, f"{bases}: {record['subject']} against {each['rival']}, {record['metric']} "
-               f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval "
-               f"{low} to {high}; {each['pairs']} seeds; {_chance(each, len(rivals))})", [name])  # fmt: skip
-    if by_outcome:
-        found["fields"][record["name"]] = f"{bases}, {record['subject']}: {_sums(by_outcome)}"
+    """A study of Mamba against other kinds: its comparisons are claims like others, of every Mamba model in it."""
+    bases, metric, sums = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), record["metric"], []
+    for subject, contrasts in _by_mamba(record).items():
+        by_outcome: dict[str, list[str]] = defaultdict(list)
+        for each in judged(contrasts, record["higher_is_better"]):
+            outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
+            by_outcome[outcome].append(each["rival"])
+            if each["unit"] == "%":
+                names = (subject, each["rival"])
+                _point(found, f"{bases}, {metric}", names, each, outcome, record["higher_is_better"])
+            low, high = signed.format(each["low"]), signed.format(each["high"])
+            _claim(found, outcome, f"{bases}: {subject} against {each['rival']}, {metric} "
+                   f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % "
+                   f"interval {low} to {high}; {each['pairs']} seeds; {_chance(each, len(contrasts))})", [name])  # fmt: skip
+        if by_outcome:
+            sums.append(f"{subject}: {_sums(by_outcome)}")
+    if sums:
+        found["fields"][record["name"]] = f"{bases}, {', and '.join(sums)}"
+
+
+def _by_mamba(record: Row) -> dict[str, list[Row]]:
+    """Every Mamba model of a study, its subject first, against every rival; another Mamba is none.
+
+    Each model's contrasts are corrected for their own number: that of the rivals.
+    """
+    kinds = record["kinds"]
+    rivals = [each for each in record["overall"] if kinds.get(each["rival"]) != "mamba"]
+    found = {record["subject"]: rivals}
+    values: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for row in record["rows"]:
+        values[row["variant"]].append(row["values"])
+    for model in (name for name in values if kinds.get(name) == "mamba" and name != record["subject"]):
+        contrasts = []
+        for rival in (each["rival"] for each in rivals):
+            sides = (values[model], values[rival])
+            seeds = sorted(set.intersection(*(set(each) for side in sides for each in side)))
+            if len(seeds) >= FEWEST:
+                ours, theirs = ([over_bases([base[seed] for base in side]) for seed in seeds] for side in sides)
+                compared = contrast(ours, theirs)
+                contrasts.append({**compared, "rival": rival, "rival_mean": compared["rival"]})
+        found[model] = contrasts
+    return found
 
 
 def _chance(each: Row, n_rivals: int) -> str:

@@ -13,7 +13,7 @@ from scipy import stats
 
 from selectra.compare.cells import Cell, differences
 from selectra.compare.conduct import PREPARED, STUDY, prepared_models
-from selectra.compare.stats import CONFIDENCE, ERROR_RATE, contrast, judged, spread
+from selectra.compare.stats import CONFIDENCE, ERROR_RATE, contrast, judged, over_bases, spread
 from selectra.compare.store import Store
 from selectra.compare.study import FEWEST_SEEDS, Study
 from selectra.errors import DataError
@@ -179,7 +179,7 @@ def _contrasts(study: Study, rows: Sequence[Row], subject: str | None) -> tuple[
         pairs = [(of[base.name, subject], of[base.name, rival]) for base in study.bases]
         if not any(row["missing"] for pair in pairs for row in pair):
             ours, theirs = ([_values(study, row) for row in side] for side in zip(*pairs, strict=True))
-            means = [[_mean(seed) for seed in zip(*side, strict=True)] for side in (ours, theirs)]
+            means = [[over_bases(seed) for seed in zip(*side, strict=True)] for side in (ours, theirs)]
             overall.append(_against(rival, *means))
     for base in study.bases:
         for rival in rivals:
@@ -211,11 +211,6 @@ def _costs(study: Study, rows: Sequence[Row], subject: str | None) -> list[Row]:
                     found.append({"base": base.name, "rival": rival, "quantity": quantity, "ours": own, "theirs": other,
                                   "outcome": outcome})  # fmt: skip
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Over bases: geometric, so that all weigh alike, where that can be."""
-    return float(np.exp(np.log(values).mean())) if min(values) > 0 else fmean(values)
 
 
 def verdict(content: Row) -> Row:

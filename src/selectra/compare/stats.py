@@ -1,6 +1,7 @@
 """Paired statistics over the cells of a comparison."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -97,6 +98,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def over_bases(values: Sequence[float]) -> float:
+    """The mean of one model's scores on several data sets: geometric, so that all weigh alike, where that can be."""
+    return float(np.exp(np.log(values).mean())) if min(values) > 0 else fmean(values)
 
 
 def judged(contrasts: Sequence[dict[str, Any]], higher_is_better: bool = False) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ INK, PALE = "#1b1b1b", "#c8c8c8"
 LOOKS = {"wins": (COLORS[1], "o", "Mamba is better"), "loses": (COLORS[0], "s", "Mamba is worse"),
          "level": ("#7a7a7a", "D", "no difference is shown")}  # fmt: skip
 COLUMNS, WIDTH, LINE_INCHES = 2, 11.0, 0.25
+# Per cent from where on, in a panel that reaches beyond, every tenfold has the same room.
+FAR = 100.0
 
 
 def figure(points: list[Row]) -> Figure:
@@ -62,6 +64,10 @@ def _panel(ax: Axes, name: str, points: list[Row]) -> None:
         color, marker, _ = LOOKS[each["outcome"]]
         ax.plot([each["low"], each["high"]], [place, place], color=color, linewidth=2)
         ax.plot([each["value"]], [place], marker, color=color, markersize=6)
+    if max(abs(each[end]) for each in points for end in ("low", "high")) > FAR:
+        # A rival that scores next to nothing would press all others onto zero.
+        ax.set_xscale("symlog", linthresh=FAR)
+        ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.axvline(0, color=INK, linewidth=1)
     ax.set_yticks(range(len(points)), [f"{each['mamba']} against {each['rival']}" for each in points], fontsize=8)
     ax.set_ylim(len(points) - 0.5, -0.5)

@@ -7,6 +7,7 @@ atomic operations, and cuBLAS may share its working space among streams.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -41,7 +42,9 @@ def deterministic(on: bool, device: torch.device) -> Iterator[None]:
             f"product; it is {os.environ.get(WORKSPACE)!r}. `selectra train` sets it; in a program of your own set it "
             "before torch is imported."
         )
-    cudnn, settings = torch.backends.cudnn, torch.utils.deterministic
+    # Their attributes are there at run time alone.
+    cudnn: Any = torch.backends.cudnn
+    settings: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     others = cudnn.benchmark, settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
