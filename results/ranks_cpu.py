@@ -117,6 +117,7 @@ def main(
         "command": f"python results/ranks_cpu.py --steps {steps} --most {most} --out {out.name}", "date": date,
         **environment(), "target": 1e-6, "tasks": {},
     }  # fmt: skip
+    record["command"] += "".join(f" --task {name}" for name in task or ())
     path = out / f"ranks_cpu_{date}.json"
     for name in task or RUNS:
         run = run_of(name, steps)
