@@ -69,3 +69,10 @@ def test_an_answer_without_records_says_so(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a record"):
         collect(tmp_path)
+
+
+def test_a_mamba_that_is_not_the_best_of_its_study_is_said_to_lose() -> None:
+    texts = {each["text"].partition(",")[0]: each["outcome"] for each in collect(ROOT / "results")["claims"]}
+    assert texts["recall of 8 pairs: mamba against gpt"] == "loses"
+    assert texts["recall of 8 pairs: hybrid against rwkv"] == "wins"
+    assert "recall of 8 pairs: hybrid against mamba" not in texts

@@ -190,9 +190,10 @@ def _contest(found: Row, name: str, record: Row) -> None:
                 names = (subject, each["rival"])
                 _point(found, f"{bases}, {metric}", names, each, outcome, record["higher_is_better"])
             low, high = signed.format(each["low"]), signed.format(each["high"])
-            _claim(found, outcome, f"{bases}: {subject} against {each['rival']}, {metric} "
-                   f"{each['mean']:.4f} and {each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % "
-                   f"interval {low} to {high}; {each['pairs']} seeds; {_chance(each, len(contrasts))})", [name])  # fmt: skip
+            text = (f"{bases}: {subject} against {each['rival']}, {metric} {each['mean']:.4f} and "
+                    f"{each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval {low} to {high}; "
+                    f"{each['pairs']} seeds; {_chance(each, len(contrasts))})")  # fmt: skip
+            _claim(found, outcome, text, [name])
         if by_outcome:
             sums.append(f"{subject}: {_sums(by_outcome)}")
     if sums:
