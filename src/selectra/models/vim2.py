@@ -54,7 +54,8 @@ from selectra.mixers import CrossScan2d, SelectiveChannel, SelectivePath, Weight
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
 
-TokenMixer, ChannelMixer = Literal["selective", "none"], Literal["selective", "mlp", "none"]
+TokenMixer = Literal["selective", "none"]
+ChannelMixer = Literal["selective", "mlp", "none"]
 
 
 class GridChannels(nn.Module):
