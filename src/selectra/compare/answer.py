@@ -181,9 +181,11 @@ def _question(name: str) -> str:
 def _contest(found: Row, name: str, record: Row) -> None:
     """A study of Mamba against other kinds: its comparisons are claims like others, of every Mamba model in it."""
     bases, metric, sums = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), record["metric"], []
-    for subject, contrasts in _by_mamba(record).items():
+    compared = [(subject, each) for subject, contrasts in _by_mamba(record).items() for each in contrasts]
+    results = judged([each for _, each in compared], record["higher_is_better"])
+    for subject in dict.fromkeys(subject for subject, _ in compared):
         by_outcome: dict[str, list[str]] = defaultdict(list)
-        for each in judged(contrasts, record["higher_is_better"]):
+        for each in (result for result, (model, _) in zip(results, compared, strict=True) if model == subject):
             outcome, signed = OUTCOMES[each["outcome"]], "{:+.1f} %" if each["unit"] == "%" else "{:+.4f}"
             by_outcome[outcome].append(each["rival"])
             if each["unit"] == "%":
@@ -192,7 +194,7 @@ def _contest(found: Row, name: str, record: Row) -> None:
             low, high = signed.format(each["low"]), signed.format(each["high"])
             text = (f"{bases}: {subject} against {each['rival']}, {metric} {each['mean']:.4f} and "
                     f"{each['rival_mean']:.4f} ({signed.format(each['difference'])}, 95 % interval {low} to {high}; "
-                    f"{each['pairs']} seeds; {_chance(each, len(contrasts))})")  # fmt: skip
+                    f"{each['pairs']} seeds; {_chance(each, len(compared))})")  # fmt: skip
             _claim(found, outcome, text, [name])
         if by_outcome:
             sums.append(f"{subject}: {_sums(by_outcome)}")
@@ -203,7 +205,7 @@ def _contest(found: Row, name: str, record: Row) -> None:
 def _by_mamba(record: Row) -> dict[str, list[Row]]:
     """Every Mamba model of a study, its subject first, against every rival; another Mamba is none.
 
-    Each model's contrasts are corrected for their own number: that of the rivals.
+    They are corrected together: two Mamba models have twice the chance of a lucky difference.
     """
     kinds = record["kinds"]
     rivals = [each for each in record["overall"] if kinds.get(each["rival"]) != "mamba"]
@@ -224,10 +226,10 @@ def _by_mamba(record: Row) -> dict[str, list[Row]]:
     return found
 
 
-def _chance(each: Row, n_rivals: int) -> str:
+def _chance(each: Row, n_compared: int) -> str:
     """The corrected p-value, and why a difference is none although its own interval leaves zero out."""
     p_value = "< 0.001" if each["p_adjusted"] < 0.001 else f"{each['p_adjusted']:.3f}"
-    told = f"p {p_value}" + (f" after Holm's correction for {n_rivals} rivals" if n_rivals > 1 else "")
+    told = f"p {p_value}" + (f" after Holm's correction for {n_compared} comparisons" if n_compared > 1 else "")
     if each["outcome"] == "level" and not each["low"] <= 0 <= each["high"]:
         told += f", so not told from chance; its interval, which leaves zero out, is uncorrected: p {each['p']:.3f}"
     return told
