@@ -4,6 +4,9 @@
     git clone --depth 1 https://github.com/MzeroMiko/VMamba
     python results/build_peers.py --mamba-ssm mamba_ssm-2.3.2.post1.tar.gz --vmamba VMamba --out peers --check
 
+The short convolution of the official models, which `bench vision` takes for theirs, is built as well by
+`--causal-conv1d causal_conv1d-1.6.1.tar.gz` (downloaded alike, CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE).
+
 With PYTHONPATH=peers the benchmarks find them. It takes nvcc of PyTorch's CUDA version, a C++ compiler and ninja. The
 kernels are the packages' own, compiled with their own flags for one architecture; of their many instances those are
 built that take real A, and B and C that vary in time (float32, bfloat16, float16, forward and backward). A source text
@@ -37,6 +40,7 @@ from selectra.bench import peers
 from selectra.bench.calls import Ours, chosen_backend
 from selectra.bench.gate import reference_on_cpu
 from selectra.bench.shapes import DTYPES, Case
+from selectra.bench.vision_peers import CONV
 from selectra.errors import ConfigError
 
 # Both packages' own, less their lists of architectures and their talk.
@@ -50,7 +54,7 @@ NVCC_FLAGS = [
     "-lineinfo",
 ]
 TYPES = {"fp32": "float", "bf16": "at::BFloat16", "fp16": "at::Half"}
-KERNELS = "csrc/selective_scan"
+FILES, KERNELS = "csrc", "csrc/selective_scan"
 ALWAYS_VARIABLE = r"""
 #include <c10/util/Exception.h>
 #define ALWAYS_VARIABLE(COND, CONST_NAME, ...)                                       \
@@ -78,6 +82,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the modules; it goes on PYTHONPATH.")],
     mamba_ssm: Annotated[Path | None, typer.Option(help="mamba_ssm's source distribution.")] = None,
     vmamba: Annotated[Path | None, typer.Option(help="A checkout of VMamba, or a tar file of one.")] = None,
+    causal_conv1d: Annotated[Path | None, typer.Option(help="causal_conv1d's source distribution.")] = None,
     arch: Annotated[
         str | None, typer.Option(help="Compute capability, such as 9.0; else that of the GPU here.")
     ] = None,
@@ -93,7 +98,7 @@ def main(
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    given = ((reduce_mamba_ssm, mamba_ssm), (reduce_vmamba, vmamba))
+    given = ((reduce_mamba_ssm, mamba_ssm), (reduce_vmamba, vmamba), (take_causal_conv1d, causal_conv1d))
     with ThreadPoolExecutor() as pool:
         for job in [pool.submit(build, reduce, source, out, arch) for reduce, source in given if source is not None]:
             console.print_json(data=job.result())
@@ -107,7 +112,7 @@ def build(reduce: Callable[[Path], Peer], source: Path, out: Path, arch: str) ->
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="peer-") as name:
         root = unpack(source, Path(name) / "source")
-        original = checksum(source if source.is_file() else root / KERNELS)
+        original = checksum(source if source.is_file() else kernels_of(root))
         peer = reduce(root)
         objects = Path(name) / "build"
         objects.mkdir()
@@ -116,7 +121,7 @@ def build(reduce: Callable[[Path], Peer], source: Path, out: Path, arch: str) ->
             [str(path) for path in peer.sources],
             extra_cflags=["-O3"],
             extra_cuda_cflags=NVCC_FLAGS,
-            extra_include_paths=[str(root / KERNELS)],
+            extra_include_paths=[str(kernels_of(root))],
             build_directory=str(objects),
         )
         assert isinstance(module, ModuleType)
@@ -138,7 +143,7 @@ def build(reduce: Callable[[Path], Peer], source: Path, out: Path, arch: str) ->
 
 
 def unpack(source: Path, target: Path) -> Path:
-    """A copy of the package's tree; returns the folder in it that holds `csrc/selective_scan`."""
+    """A copy of the package's tree; returns the folder in it that holds `csrc/selective_scan`, or else `csrc`."""
     if source.is_dir():
         for found in source.rglob(KERNELS):
             shutil.copytree(found.parent.parent, target)
@@ -146,9 +151,14 @@ def unpack(source: Path, target: Path) -> Path:
     else:
         with tarfile.open(source) as archive:
             archive.extractall(target, filter="data")
-        for found in target.rglob(KERNELS):
-            return found.parent.parent
+        for found in (*target.rglob(KERNELS), *target.rglob(FILES)):
+            return found.parent if found.name == FILES else found.parent.parent
     raise ConfigError(f"there is no {KERNELS} in {source}.")
+
+
+def kernels_of(root: Path) -> Path:
+    """The folder of the files that are compiled."""
+    return root / (KERNELS if (root / KERNELS).is_dir() else FILES)
 
 
 def reduce_mamba_ssm(root: Path) -> Peer:
@@ -194,6 +204,13 @@ def reduce_vmamba(root: Path) -> Peer:
             sources[-1].write_text(f"{include}\n{instance}\n")
     version = re.search(r'version="(.+)"', (root / "setup.py").read_text())
     return Peer(peers.VMAMBA, sources, version[1] if version else "unknown")
+
+
+def take_causal_conv1d(root: Path) -> Peer:
+    """All of it."""
+    names = ("causal_conv1d.cpp", *(f"causal_conv1d_{name}.cu" for name in ("fwd", "bwd", "update")))
+    version = re.search(r'__version__ = "(.+)"', (root / "causal_conv1d" / "__init__.py").read_text())
+    return Peer(CONV, [root / FILES / name for name in names], version[1] if version else "unknown")
 
 
 def replace(path: Path, old: str, new: str, times: int = 1) -> None:

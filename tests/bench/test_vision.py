@@ -3,6 +3,7 @@
 import io
 import sys
 import types
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -64,13 +65,41 @@ def _conv_module(later: bool) -> types.ModuleType:
             grads = torch.autograd.grad(y(*leaves), leaves, args[3])
         return [*grads, None] if later else list(grads)
 
-    fwd.__doc__ = ", ".join(f"arg{i}: Tensor" for i in range(7 if later else 4))
+    return _module_of_conv(fwd, bwd, 7 if later else 4)
+
+
+def _module_of_conv(fwd: Callable[..., Any], bwd: Callable[..., Any], count: int) -> types.ModuleType:
+    fwd.__doc__ = ", ".join(f"arg{i}: Tensor" for i in range(count))
     module = types.ModuleType(vision_peers.CONV)
     module.__dict__.update(causal_conv1d_fwd=fwd, causal_conv1d_bwd=bwd, __spec__=ModuleSpec(module.__name__, None))
     return module
 
 
-@pytest.fixture(params=["no conv", "first conv", "later conv"])
+def _filling_conv_module() -> types.ModuleType:
+    """causal_conv1d since 1.5, which writes into tensors that it is given."""
+
+    def y(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        padded = F.pad(x, (weight.shape[1] - 1, 0))
+        return F.silu(F.conv1d(padded, weight[:, None], bias, groups=weight.shape[0]))
+
+    def fwd(x: Any, weight: Any, bias: Any, packed: Any, before: Any, out: Any, after: Any, silu: bool) -> None:
+        assert (packed, before, after, silu) == (None, None, None, True)
+        out.copy_(y(x, weight, bias))
+
+    def bwd(x: Any, weight: Any, bias: Any, dy: Any, *rest: Any) -> None:
+        assert rest[:3] == (None, None, None) and rest[6:] == (None, True)
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        with torch.enable_grad():
+            grads = torch.autograd.grad(y(*leaves), leaves, dy)
+        rest[3].copy_(grads[0])
+        # Of these the package adds up what its blocks find.
+        rest[4].add_(grads[1])
+        rest[5].add_(grads[2])
+
+    return _module_of_conv(fwd, bwd, 8)
+
+
+@pytest.fixture(params=["no conv", "first conv", "later conv", "filling conv"])
 def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules with the packages' names and call signatures over our own scan."""
 
@@ -103,7 +132,9 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         module = types.ModuleType(name)
         module.__dict__.update(fwd=fwd, bwd=bwd)
         monkeypatch.setitem(sys.modules, name, module)
-    if request.param != "no conv":
+    if request.param == "filling conv":
+        monkeypatch.setitem(sys.modules, vision_peers.CONV, _filling_conv_module())
+    elif request.param != "no conv":
         monkeypatch.setitem(sys.modules, vision_peers.CONV, _conv_module(request.param == "later conv"))
 
 

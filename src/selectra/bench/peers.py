@@ -56,7 +56,7 @@ def vmamba_scan() -> Prepare | None:
 def versions() -> dict[str, dict[str, str]]:
     """Of each peer that is installed: version, and for one built from source also checksum, compiler and changes."""
     found: dict[str, dict[str, str]] = {}
-    for name, package in ((MAMBA_SSM, "mamba_ssm"), (VMAMBA, "VMamba")):
+    for name, package in ((MAMBA_SSM, "mamba_ssm"), (VMAMBA, "VMamba"), ("causal_conv1d_cuda", "causal_conv1d")):
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             continue

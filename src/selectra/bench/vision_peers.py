@@ -89,15 +89,30 @@ def _scan_backward(
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     module: Any = importlib.import_module(CONV)
+    if _fills(module):
+        # No packed sequences, no states before or after.
+        y = torch.empty_like(x)
+        module.causal_conv1d_fwd(x, weight, bias, None, None, y, None, True)
+        return y
     return module.causal_conv1d_fwd(x, weight, bias, *_no_states(module, 3), True)
 
 
 def _conv_backward(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     module: Any = importlib.import_module(CONV)
+    if _fills(module):
+        # Parameters' gradients are added up in float32, into zeros, as the package's own Python does.
+        dx, dw, db = torch.empty_like(x), *(torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias))
+        module.causal_conv1d_bwd(x, weight, bias, dy, None, None, None, dx, dw, db, None, True)
+        return dx, dw.to(weight.dtype), db.to(bias.dtype)
     states = _no_states(module, 3)
     # Whether the gradient of the initial states is wanted too; it comes last.
     flags = (False, True) if states else (True,)
     return tuple(module.causal_conv1d_bwd(x, weight, bias, dy, *states, None, *flags)[:3])
+
+
+def _fills(module: Any) -> bool:
+    """Whether it writes into tensors that it is given, as since version 1.5."""
+    return "arg7" in (module.causal_conv1d_fwd.__doc__ or "")
 
 
 def _no_states(module: Any, count: int) -> tuple[None, ...]:
