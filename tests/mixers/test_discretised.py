@@ -11,6 +11,8 @@ from selectra.errors import ConfigError
 from selectra.mixers import S6, Discretisation, DiscretisedS6, make_s6
 from selectra.mixers.discretised import recurrence
 from selectra.models import Simba, SimbaSeries
+from selectra.spec import Optim
+from selectra.train.optim import make_optimizer, without_decay
 
 KINDS = get_args(Discretisation)
 SIZES: dict[str, Any] = {"d_model": 6, "d_state": 5, "d_conv": 3, "expand": 1.5, "dt_rank": 2}
@@ -173,6 +175,16 @@ def test_models_take_it(kind: Any) -> None:
     assert series(torch.randn(2, 32, 2)).shape == (2, 4, 2)
     image = Simba(n_classes=3, d_stem=4, dims=(8,), depths=(1,), mlp_ratios=(2,), d_state=4, discretisation=kind)
     assert image(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_can_be_trained_with_weight_decay(kind: Any) -> None:
+    model = make_s6(kind, 8, 4)
+    left_out = without_decay(model)
+    assert {name for name, p in model.named_parameters() if id(p) in left_out} == {
+        *(() if kind == "none" else ("A_log",)), "D", "dt_proj.bias",
+    }  # fmt: skip
+    assert make_optimizer(model, Optim(weight_decay=0.1)).param_groups
 
 
 def test_an_unknown_one_is_refused() -> None:

@@ -52,6 +52,7 @@ class DiscretisedS6(S6):
         if discretisation == "none":
             del self.A_log
             self.register_parameter("A_log", None)
+            self.no_decay = tuple(name for name in type(self).no_decay if name != "A_log")
 
     def mix(
         self,

@@ -8,7 +8,7 @@ Departures: none known.
 """
 
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -51,7 +51,7 @@ class SelectivePath(nn.Module):
         conv_bias: Whether the convolution has a bias.
     """
 
-    no_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_proj.bias")
+    no_decay: tuple[str, ...] = ("A_log", "D", "dt_proj.bias")
     """Parameters of this module that weight decay leaves out, as mamba_ssm does; the optimizer reads it."""
 
     def __init__(
