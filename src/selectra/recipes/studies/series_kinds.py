@@ -17,7 +17,7 @@ SIZES = {"modern_tcn": {"d_model": 12, "d_ff": 12}}
 def series_kinds() -> Study:
     """Is Mamba better than other kinds of forecasters of the same size, 50,000 parameters?
 
-    86 trainings of 500 steps; its cost is not measured yet.
+    86 trainings of 500 steps, 83 s on an H200 with twelve side by side, costs included and the page not.
     Linear models have no width and stay as small as they are.
     """
     return Study(
