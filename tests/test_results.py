@@ -26,7 +26,8 @@ def test_the_answer_is_made_from_the_records() -> None:
     content = collect(ROOT / "results")
     shown = (ROOT / "docs" / "answer.md").read_text(encoding="utf-8")
     assert shown == answer.page(content, "../results"), "run: selectra report results --out docs/answer.md"
-    assert content["verdict"] in (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert content["verdict"] in readme and answer.table(content) in readme
 
 
 def test_every_claim_of_the_answer_leads_to_a_record() -> None:
@@ -76,6 +77,9 @@ def test_a_mamba_that_is_not_the_best_of_its_study_is_said_to_lose() -> None:
     assert texts["recall of 8 pairs: mamba against gpt"] == "loses"
     assert texts["recall of 8 pairs: hybrid against rwkv"] == "wins"
     assert "recall of 8 pairs: hybrid against mamba" not in texts
+    lines = {(each["what"], each["mamba"]): each for each in collect(ROOT / "results")["table"]}
+    assert lines["Recall of 8 pairs", "mamba"]["loses"] == ["gpt"]
+    assert lines["Recall of 8 pairs", "hybrid"]["wins"] == ["rwkv", "retnet", "hyena"]
     # Two Mamba models against four rivals are corrected together.
     recall = [each["text"] for each in collect(ROOT / "results")["claims"] if each["text"].startswith("recall")]
     assert len(recall) == 8

@@ -47,16 +47,16 @@ def collect(folder: Path) -> Row:
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'; name one with records, such as results.")
     records = {path.name: _read(path) for path in sorted(folder.glob("*.json"))}
-    found: Row = {"claims": [], "points": [], "speed": [], "parts": [], "fields": {}, "answered": set()}
+    found: Row = {"claims": [], "points": [], "speed": [], "parts": [], "table": [], "said": [], "answered": set()}
     _forecasting(found, _of(records, "selectra compare forecasting"))
     _images(found, _of(records, "vision_cifar10"))
     _studies(found, _of(records, "selectra study"))
     _costs(found, _of(records, "selectra costs"))
     _lengths(found, {name: each for name, each in records.items() if each.get("benchmark") == "lengths"})
-    answered = found.pop("answered") | found["fields"].keys()
+    answered = found.pop("answered")
     missing = [{"question": question, "command": command} for name, (question, command) in QUESTIONS.items()
                if name not in answered]  # fmt: skip
-    return {**found, "missing": missing, "verdict": _verdict(found)}
+    return {**found, "missing": missing, "verdict": _verdict(found, found.pop("said"))}
 
 
 def _read(path: Path) -> Row:
@@ -73,6 +73,11 @@ def _of(records: dict[str, Row], what: str) -> dict[str, Row]:
 
 def _claim(found: Row, outcome: str, text: str, names: Iterable[str]) -> None:
     found["claims"].append({"outcome": outcome, "text": text, "records": sorted(set(names))})
+
+
+def _line(found: Row, what: str, mamba: str, by_outcome: dict[str, list[str]]) -> None:
+    """One Mamba model against all its rivals, for the table at the top."""
+    found["table"].append({"what": what, "mamba": mamba, **{key: by_outcome.get(key, []) for key in OUTCOMES.values()}})
 
 
 def _point(found: Row, panel: str, names: tuple[str, str], each: Row, outcome: str, higher_is_better: bool) -> None:
@@ -100,17 +105,8 @@ def _forecasting(found: Row, records: dict[str, Row]) -> None:
                 f"{each['mean']:.4f} and {each['rival']:.4f} (difference {each['difference']:+.4f}, 95 % interval "
                 f"{each['low']:+.4f} to {each['high']:+.4f}; lower on {each['wins']} of {each['pairs']} cells)"
             ), [name])  # fmt: skip
-        found["fields"]["forecasting"] = f"forecasting, {verdict['mamba']}: {_sums(by_outcome)}"
-
-
-def _sums(by_outcome: dict[str, list[str]]) -> str:
-    said = (("wins", "worse"), ("level", "not told apart from it"), ("loses", "better"))
-    return "; ".join(f"{_words(by_outcome[key])} {words}" for key, words in said if by_outcome[key])
-
-
-def _words(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:-1])
-    return f"{shown} and {names[-1]} are" if shown else f"{names[0]} is"
+        found["answered"].add("forecasting")
+        _line(found, f"Forecasting, mean of {verdict['cells']} cells", verdict["mamba"], by_outcome)
 
 
 def _top1(records: dict[str, Row]) -> dict[str, dict[int, float]]:
@@ -136,7 +132,6 @@ def _images(found: Row, records: dict[str, Row]) -> None:
     for names, each in results.items():
         if each["unit"] == "%":
             _point(found, "CIFAR-10-JPEG, top-1", names, each, OUTCOMES[each["outcome"]], True)
-    words = []
     for rival in dict.fromkeys(rival for _, rival in pairs):
         by_outcome: dict[str, list[str]] = defaultdict(list)
         for (mamba, other), each in results.items():
@@ -146,11 +141,12 @@ def _images(found: Row, records: dict[str, Row]) -> None:
         for outcome, models in by_outcome.items():
             said = {"wins": "is beaten by", "loses": "beats", "level": "is not told apart from"}[outcome]
             _claim(found, outcome, f"Images ({IMAGES}): {rival}, {theirs:.1f} %, {said} {', '.join(models)}", records)
-        beaten, beats = len(by_outcome["wins"]), len(by_outcome["loses"])
-        parts = [f"beats {beats}" if beats else "", f"is beaten by {beaten}" if beaten else ""]
-        words.append(f"{rival} {' and '.join(filter(None, parts)) or 'is level with all'}")
-    count = len({mamba for mamba, _ in pairs})
-    found["fields"]["images"] = f"images, of {count} Mamba models at equal parameters: {'; '.join(words)}"
+    found["answered"].add("images")
+    for mamba in dict.fromkeys(mamba for mamba, _ in pairs):
+        by_outcome = defaultdict(list)
+        for rival in (rival for name, rival in pairs if name == mamba):
+            by_outcome[OUTCOMES[results[mamba, rival]["outcome"]]].append(rival)
+        _line(found, "CIFAR-10-JPEG", mamba, by_outcome)
 
 
 def _common(ours: dict[int, float], theirs: dict[int, float]) -> tuple[list[float], list[float]]:
@@ -180,7 +176,7 @@ def _question(name: str) -> str:
 
 def _contest(found: Row, name: str, record: Row) -> None:
     """A study of Mamba against other kinds: its comparisons are claims like others, of every Mamba model in it."""
-    bases, metric, sums = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), record["metric"], []
+    bases, metric = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), record["metric"]
     compared = [(subject, each) for subject, contrasts in _by_mamba(record).items() for each in contrasts]
     results = judged([each for _, each in compared], record["higher_is_better"])
     for subject in dict.fromkeys(subject for subject, _ in compared):
@@ -197,9 +193,7 @@ def _contest(found: Row, name: str, record: Row) -> None:
                     f"{each['pairs']} seeds; {_chance(each, len(compared))})")  # fmt: skip
             _claim(found, outcome, text, [name])
         if by_outcome:
-            sums.append(f"{subject}: {_sums(by_outcome)}")
-    if sums:
-        found["fields"][record["name"]] = f"{bases}, {', and '.join(sums)}"
+            _line(found, bases[0].upper() + bases[1:], subject, by_outcome)
 
 
 def _by_mamba(record: Row) -> dict[str, list[Row]]:
@@ -253,7 +247,8 @@ def _costs(found: Row, records: dict[str, Row]) -> None:
         modes = ", ".join(f"{MODES[each['mode']]} {where(each)}" for each in same)
         said.append(f"{first['subject']} against {first['rival']} ({first['axis']}): {modes}")
     if said:
-        found["fields"]["costs"] = f"speed, {'; '.join(said)}"
+        found["answered"].add("costs")
+        found["said"].append(f"Speed, {'; '.join(said)}")
 
 
 MODES = {"forward": "forward", "step": "training", "decode": "generating"}
@@ -273,10 +268,9 @@ def _lengths(found: Row, records: dict[str, Row]) -> None:
                         for words in record["findings"]["words"] if "against" in words]  # fmt: skip
 
 
-def _verdict(found: Row) -> str:
-    """One sentence for each field, with what they add up to before them."""
+def _verdict(found: Row, said: Sequence[str]) -> str:
+    """What all claims add up to, and what is no comparison of scores."""
     outcomes = {claim["outcome"] for claim in found["claims"]}
     first = "No record yet" if not outcomes else "It depends" if {"wins", "loses"} <= outcomes else (
         "Yes, so far" if "wins" in outcomes else "No gain that can be shown")  # fmt: skip
-    fields = [text[0].upper() + text[1:] for text in found["fields"].values()]
-    return ". ".join([first, *fields]) + "."
+    return ". ".join([first, *said]) + "."

@@ -33,6 +33,8 @@ def page(content: Row, records: str) -> str:
         "from nothing else. For your own data ask `selectra compare forecasting my.csv` or `selectra compare vision "
         "folder/`, and open the page that it writes.",
     ]
+    if content["table"]:
+        parts.insert(2, table(content))
     if content["points"]:
         parts.append(PICTURE)
     for outcome, heading in HEADINGS.items():
@@ -47,6 +49,15 @@ def page(content: Row, records: str) -> str:
               _bullets(f"{each['question']}: no record yet; made by `{each['command']}`" for each in content["missing"])
               or "Nothing."]  # fmt: skip
     return "\n\n".join(parts) + "\n"
+
+
+def table(content: Row) -> str:
+    """Every Mamba model of every comparison in a line: whom it beats, is level with, loses to."""
+    rows = [[each["what"], each["mamba"], *(", ".join(each[key]) or "-" for key in ("wins", "level", "loses"))]
+            for each in content["table"]]  # fmt: skip
+    text = grid(["data", "Mamba as", "better than", "not told apart from", "worse than"], rows)
+    # Words, not numbers.
+    return text.replace("---:", "---")
 
 
 def links(each: Row, records: str) -> str:
