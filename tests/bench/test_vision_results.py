@@ -145,7 +145,7 @@ def test_trainings_of_several_records_stand_in_one_table() -> None:
 
 
 def test_targets_are_met_or_not_or_have_no_record() -> None:
-    growth = {"benchmark": "vision", "date": "2026-01-02", "device": "cuda",
+    growth = {"benchmark": "vision", "date": "2026-01-02", "device": "cuda:0",
               "growth": {"rows": [{"slopes": {"forward_ms": 0.8, "memory_bytes": 1.0}}]}}  # fmt: skip
     text = vision_target_table(cifar(WINS), kernels("vim_tiny", 1.0, 2.5), kernels("vmamba_tiny", 1.0, 1.5), growth)
     assert "within 1 point | VMamba 93.20 %, ResNet-18 92.20 %: +1.00 | yes |" in text

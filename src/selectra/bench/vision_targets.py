@@ -27,7 +27,12 @@ def vision_target_table(*records: Record) -> str:
         for way in ("eager", "compiled"):
             title = f"training of `{model}` at 224 px against the same over others' kernels, {way}"
             rows.append([title, f"{wanted:g} times", *_faster(trainings.get(model, {}), way, wanted)])
-    growth = [row for each in records if each.get("device") == "cuda" for row in each.get("growth", {}).get("rows", ())]
+    growth = [
+        row
+        for each in records
+        if str(each.get("device")).startswith("cuda")
+        for row in each.get("growth", {}).get("rows", ())
+    ]
     rows.append(["mixers on a GPU: slopes of time and memory, upper half", "0.9 to 1.1", *_slopes(growth)])
     stable = [each for each in records if each.get("rows") and "begun, of all" in each]
     rows.append(["500 steps in bfloat16 and float16, every width", "all stable", *_stable(stable)])
