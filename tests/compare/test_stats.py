@@ -117,3 +117,16 @@ def test_a_planted_difference_is_found_and_a_planted_null_is_not(n_seeds: int, l
     # Any null called a difference makes a study wrong; at the stated rate so many happen in 99 of 100 tests at most.
     wrong = sum(any(each[name] != "level" for name in each if name != "worse") for each in found)
     assert wrong <= stats.binom.ppf(0.99, STUDIES, ERROR_RATE)
+
+
+def test_intervals_of_several_rivals_leave_each_its_share_of_the_error() -> None:
+    draw, studies, rivals = np.random.default_rng(3), 400, 4
+    alone = together = 0
+    for _ in range(studies):
+        found = [paired((1 + draw.normal(0, 0.01, 5)).tolist(), (1 + draw.normal(0, 0.01, 5)).tolist(), compared=rivals)
+                 for _ in range(rivals)]  # fmt: skip
+        alone += any(each["low"] > 0 or each["high"] < 0 for each in found)
+        together += any(each["corrected"][0] > 0 or each["corrected"][1] < 0 for each in found)
+    # No difference exists: one of four is found in 19 of 100 studies by its own interval, in 5 by the corrected ones.
+    assert alone / studies > 0.12
+    assert together / studies < 0.08

@@ -95,7 +95,8 @@ def _forecasting(found: Row, records: dict[str, Row]) -> None:
             continue
         by_outcome = defaultdict(list)
         for rival, each in verdict["pairs"]["one"].items():
-            outcome = "wins" if each["high"] < 0 else "loses" if each["low"] > 0 else "level"
+            low, high = each["corrected"]
+            outcome = "wins" if high < 0 else "loses" if low > 0 else "level"
             by_outcome[outcome].append(rival)
             shares = {key: 100 * each[key] / each["rival"] for key in ("difference", "low", "high")}
             panel = f"Forecasting, mean MSE of {verdict['cells']} cells"
@@ -103,7 +104,8 @@ def _forecasting(found: Row, records: dict[str, Row]) -> None:
             _claim(found, outcome, (
                 f"Forecasting: {verdict['mamba']} against {rival}, mean MSE over {verdict['cells']} cells "
                 f"{each['mean']:.4f} and {each['rival']:.4f} (difference {each['difference']:+.4f}, 95 % interval "
-                f"{each['low']:+.4f} to {each['high']:+.4f}; lower on {each['wins']} of {each['pairs']} cells)"
+                f"{each['low']:+.4f} to {each['high']:+.4f}, corrected for {each['compared']} rivals {low:+.4f} to "
+                f"{high:+.4f}; lower on {each['wins']} of {each['pairs']} cells)"
             ), [name])  # fmt: skip
         found["answered"].add("forecasting")
         _line(found, f"Forecasting, mean of {verdict['cells']} cells", verdict["mamba"], by_outcome)

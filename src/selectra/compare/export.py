@@ -256,7 +256,10 @@ def verdict(rows: list[Row]) -> dict[str, Any]:
         "each": [found[by_data[place[0]]]["mse"] for place, found in whole.items()],
     }
     pairs = {
-        kind: {rival: paired(ours, [found[rival]["mse"] for found in whole.values()]) for rival in RIVALS}
+        kind: {
+            rival: paired(ours, [found[rival]["mse"] for found in whole.values()], compared=len(RIVALS))
+            for rival in RIVALS
+        }
         for kind, ours in chosen.items()
     }
     everybody = set.intersection(*({*found} for found in whole.values()))

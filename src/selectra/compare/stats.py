@@ -18,17 +18,23 @@ FEWEST = 3
 RESAMPLED = 8
 
 
-def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def paired(ours: Sequence[float], theirs: Sequence[float], seed: int = 0, compared: int = 1) -> dict[str, Any]:
     """The mean of paired differences `ours - theirs`, and its 95 % interval: BCa, or Student's of few pairs.
+
+    Args:
+        compared: How many such differences are looked at together: `corrected` is the interval that leaves each of them
+            its share of the 5 % (Bonferroni), so that the chance of any false one stays below.
 
     Raises:
         ConfigError: There are fewer than three pairs.
     """
     differences = _differences(ours, theirs)
     low, high = _interval(differences, seed)
+    corrected = _interval(differences, seed, 1 - (1 - CONFIDENCE) / compared)
     return {
         "mean": float(np.mean(ours)), "rival": float(np.mean(theirs)), "difference": float(differences.mean()),
-        "low": low, "high": high, "wins": int((differences < 0).sum()), "pairs": len(differences),
+        "low": low, "high": high, "corrected": list(corrected), "compared": compared,
+        "wins": int((differences < 0).sum()), "pairs": len(differences),
         # In this mean all pairs weigh alike, however large their values are.
         "ratio": float(np.exp(np.log(np.asarray(ours) / np.asarray(theirs)).mean())),
     }  # fmt: skip
@@ -40,15 +46,15 @@ def _differences(ours: Sequence[float], theirs: Sequence[float]) -> np.ndarray:
     return np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
 
 
-def _interval(differences: np.ndarray, seed: int) -> tuple[float, float]:
+def _interval(differences: np.ndarray, seed: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     # Equal differences have no distribution to resample.
     if np.ptp(differences) <= 1e-12 * np.abs(differences).max(initial=0.0):
         return float(differences.mean()), float(differences.mean())
     if len(differences) < RESAMPLED:
-        low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, differences.mean(), stats.sem(differences))
+        low, high = stats.t.interval(confidence, len(differences) - 1, differences.mean(), stats.sem(differences))
         return float(low), float(high)
     found = stats.bootstrap(
-        (differences,), np.mean, n_resamples=RESAMPLES, confidence_level=CONFIDENCE, method="BCa",
+        (differences,), np.mean, n_resamples=RESAMPLES, confidence_level=confidence, method="BCa",
         random_state=np.random.default_rng(seed),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return float(found.confidence_interval.low), float(found.confidence_interval.high)

@@ -14,7 +14,7 @@ MODES = {"forward": "forward pass", "step": "training step", "decode": "generate
 PICTURE = (
     "![Every comparison with its interval](answer.png)\n\n"
     "*Every comparison, in per cent of the rival's score, with its 95 % interval. Grey is not told from chance after "
-    "Holm's correction for several rivals.*"
+    "correction for several rivals.*"
 )
 QUANTITIES = {"unit_us": "time", "unit_mj": "energy", "memory_mb": "memory"}
 
