@@ -33,10 +33,12 @@ class Variant(Section):
 
 
 class Tuning(Section):
-    """The same trials of settings for every variant, judged on the validation part alone with a seed of its own."""
+    """The same trials of settings for every variant, judged on the validation part alone with seeds of their own."""
 
     values: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Settings to try, each of one dotted name with all its values: every value is one trial."""
+    repeats: int = Field(default=1, ge=1)
+    """Seeds with which each of the values is tried; the mean error judges it, a training that failed rules it out."""
     ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
     """Settings drawn by optuna from a range, even in logarithm; takes the extra "compare"."""
     trials: int = Field(default=0, ge=0)
@@ -52,6 +54,8 @@ class Tuning(Section):
             raise ValueError("'ranges' need 'trials', and 'trials' need 'ranges'")
         if len(self.values) > 1:
             raise ValueError(f"'values' has one setting, and got {list(self.values)}; for several take 'ranges'")
+        if self.ranges and self.repeats > 1:
+            raise ValueError("'repeats' are of 'values': draws from ranges follow from each other")
         for name, (low, high) in self.ranges.items():
             if not 0 < low < high < math.inf:
                 raise ValueError(f"the range of {name} is ({low}, {high}); it must be 0 < low < high")
@@ -65,7 +69,11 @@ class Tuning(Section):
     @property
     def count(self) -> int:
         """Trials of each variant on each base."""
-        return self.trials or len(next(iter(self.values.values())))
+        return self.trials or self.repeats * len(next(iter(self.values.values())))
+
+    def seed(self, number: int) -> int:
+        """That of a trial: all values are tried with the first one, then all with the next."""
+        return TRIAL_SEED if self.ranges else TRIAL_SEED + number // len(next(iter(self.values.values())))
 
 
 class Budget(Section):
@@ -195,8 +203,10 @@ class Study(Section):
     def trial(self, base: Run, variant: Variant, number: int, settings: Mapping[str, Any]) -> Cell:
         """The cell of a trial."""
         rank = self.bases.index(base) * len(self.variants) + [each.name for each in self.variants].index(variant.name)
-        run = self.run(base, variant, TRIAL_SEED, settings)
-        label = MappingProxyType({**label_of(base, variant, TRIAL_SEED), "trial": number})
+        assert self.tuning is not None
+        seed = self.tuning.seed(number)
+        run = self.run(base, variant, seed, settings)
+        label = MappingProxyType({**label_of(base, variant, seed), "trial": number})
         place = number * len(self.bases) * len(self.variants) + rank
         return Cell(run, place, label, group=trials_of(base.name, variant.name), trial=number)
 

@@ -7,6 +7,7 @@ a study that is killed, or done by several workers, draws the same settings as o
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from selectra.compare.store import Store
@@ -63,7 +64,7 @@ def next_settings(tuning: Tuning, base: Run, ended: Trials, n_open: int) -> dict
     """The settings of the trials, by number, that can begin now."""
     if tuning.values:
         ((name, values),) = tuning.values.items()
-        return {number: {name: value} for number, value in enumerate(values)}
+        return {number: {name: values[number % len(values)]} for number in range(tuning.count)}
     if n_open or len(ended) >= tuning.trials:
         return {}
     if not ended:
@@ -76,10 +77,19 @@ def next_settings(tuning: Tuning, base: Run, ended: Trials, n_open: int) -> dict
 
 
 def best_settings(ended: Trials) -> dict[str, Any] | None:
-    """The settings with the lowest validation error; None where every trial failed. Pruned ones do not count."""
-    scores = [(record["score"], index) for index, (_, record) in enumerate(ended) if record.get("score") is not None
-              and not record.get("pruned")]  # fmt: skip
-    return dict(ended[min(scores)[1]][0]) if scores else None
+    """The settings with the lowest mean validation error over their trials; None where every trial failed.
+
+    Pruned trials do not count. Of settings that were tried with several seeds, those count with which all trainings
+    succeeded; where there are none, all that did.
+    """
+    scores: dict[tuple[Any, ...], list[float | None]] = {}
+    for settings, record in ended:
+        score = None if record.get("pruned") else record.get("score")
+        scores.setdefault(tuple(settings.items()), []).append(score)
+    whole = {key: [each for each in found if each is not None] for key, found in scores.items()}
+    sure = {key: found for key, found in whole.items() if len(found) == len(scores[key])}
+    means = {key: fmean(found) for key, found in (sure or whole).items() if found}
+    return dict(min(means, key=lambda key: means[key])) if means else None
 
 
 def pruner(tuning: Tuning, settings: Mapping[str, Any], ended: Trials) -> Callable[[Sequence[float]], bool]:

@@ -13,7 +13,7 @@ LENGTHS = (16, 32, 64)
 def language_copying() -> Study:
     """Can Mamba copy strings of 16 to 64 letters as a Transformer of 0.4 million parameters can?
 
-    90 trainings of 1,000 steps of 64 examples of strings of up to their own length, most of them short.
+    126 trainings of 1,000 steps of 64 examples of strings of up to their own length, most of them short.
     """
     return Study(
         name="language_copying",
@@ -25,7 +25,7 @@ def language_copying() -> Study:
         subject="mamba",
         subject_title=TITLE,
         declared=TUNED,
-        tuning=Tuning(values={"optim.lr": RATES}),
+        tuning=Tuning(values={"optim.lr": RATES}, repeats=2),
         budget=Budget(quantity="params", amount=420_000, align=8),
         metric="accuracy",
         higher_is_better=True,
