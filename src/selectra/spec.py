@@ -194,6 +194,9 @@ class Parallel(Section):
     in_parts: bool = False
     """With "fsdp2", make each weight in the process that holds it, rather than all of them in each first: for models
     that fit no single device. Weights then start differently with the number of processes."""
+    gather: Literal["float32", "bfloat16"] = "float32"
+    """With "fsdp2", the type in which weights are gathered for a block. "bfloat16", which goes with that precision,
+    halves the bytes that are exchanged and held; every weight is rounded, gradients are still summed in float32."""
     timeout: Positive = 600.0
     """Seconds after which a process that waits for the others gives up."""
 

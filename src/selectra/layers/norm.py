@@ -38,8 +38,12 @@ class LayerNorm(nn.LayerNorm):
         n = len(self.normalized_shape)
         if x.shape[-n:] != self.normalized_shape:
             return super().forward(x)
-        weight, bias = (None if p is None else p.flatten() for p in (self.weight, self.bias))
         rows = x.flatten(-n)
+        # Rounded weights beside a float32 input are refused on a CPU.
+        weight, bias = (
+            None if p is None else p.flatten().to(torch.promote_types(p.dtype, x.dtype))
+            for p in (self.weight, self.bias)
+        )
         return F.layer_norm(rows, rows.shape[-1:], weight, bias, self.eps).view(x.shape)
 
     def _is_for_kernels(self, x: Tensor) -> bool:
