@@ -15,7 +15,7 @@ from selectra.tasks import Language
 from selectra.train.loop import fit
 from selectra.train.parallel import joined
 
-SEQ_LEN, STEPS = 16, 6
+SEQ_LEN, STEPS = 17, 6
 
 
 def data() -> TokenData:

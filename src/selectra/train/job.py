@@ -74,6 +74,8 @@ def check(run: Run) -> Tables:
                 f"the {registry.what} '{name}' is for {found}, and the task '{run.task.name}' for {kind}."
             )
     tables = {"data": datasets.resolve(run.data, partial=True), "task": tasks.resolve(run.task, partial=True)}
+    if run.parallel.kind == "length" and kind != "language":
+        raise ConfigError(f"parallel.kind=length splits sequences of language models; the task is for {kind}.")
     return {"model": models.resolve(run.model, facts, partial=True), **tables}
 
 
