@@ -9,17 +9,19 @@ on bytes of this repository's texts; the loss has to fall. Weights are made in p
 products in bfloat16. On two GPUs alone: weights, gradients and moments are 16 bytes a parameter.
 
 Every part runs in two fresh processes, of which the first trains alone before; the record is written after each
-training. A rehearsal on a CPU:
+training. Where a part fails the record has what every process raised, the first in time first. A rehearsal on a CPU:
 `python results/scale_gpu.py --device cpu --tiny --out DIR`. docs/scaling.md says how programs start on a cluster.
 """
 
+import contextlib
 import datetime
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,31 +167,61 @@ def note(path: Path, part: str, key: str, row: dict[str, Any]) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, part: str) -> None:
+@contextlib.contextmanager
+def raised_in(folder: Path, rank: int) -> Iterator[None]:
+    """Inside the block what a process raises is written at once, before it leaves the others, who may then end it."""
+    try:
+        yield
+    except Exception:
+        file = folder / f"{rank}.json"
+        if not file.exists():
+            found = {"process": rank, "at": time.time(), "traceback": traceback.format_exc()}
+            # Under its name only once it is whole.
+            part = folder / f"{rank}.part"
+            part.write_text(json.dumps(found))
+            part.rename(file)
+        raise
+
+
+def problems(folder: Path) -> list[dict[str, Any]]:
+    """What processes have raised, the first in time first, and how long after that the others did."""
+    found = sorted((json.loads(file.read_text()) for file in folder.glob("*.json")), key=lambda each: each["at"])
+    return [
+        {"process": each["process"], "seconds later": each["at"] - found[0]["at"], "traceback": each["traceback"]}
+        for each in found
+    ]
+
+
+def worker(rank: int, n: int, port: int, path: Path, kind: str, tiny: bool, part: str, raised: Path) -> None:
     """One process: one part; the first one alone before, while the others wait."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port),
                    "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}  # fmt: skip
     # Without multicast memory of the switch, which some hosts do not offer.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    sharded, first = part == "large", rank == 0
-    with joined(Parallel(kind="fsdp2" if sharded else "ddp", timeout=100), kind) as world:
-        if sharded:
-            # Before the large one comes a tiny one: what would fail fails at once.
-            rows = [("large tiny", lambda: large(world, True))] + (
-                [] if tiny else [("large", lambda: large(world, False))]
-            )
-            for name, run in rows:
-                row = run()
-                if first:
-                    note(path, name, str(n), row)
-            return
-        if first:
-            note(path, part, "1", weak(part, World(device=world.device), tiny))
-        world.wait()
-        row = weak(part, world, tiny)
-        if first:
-            note(path, part, str(n), row)
+    sharded = part == "large"
+    parallel = Parallel(kind="fsdp2" if sharded else "ddp", timeout=100)
+    with raised_in(raised, rank), joined(parallel, kind) as world, raised_in(raised, rank):
+        (run_large if sharded else run_weak)(world, path, tiny, part)
+
+
+def run_large(world: World, path: Path, tiny: bool, part: str) -> None:
+    """The large model. Before it comes a tiny one: what would fail fails at once."""
+    rows = [("large tiny", lambda: large(world, True))] + ([] if tiny else [(part, lambda: large(world, False))])
+    for name, run in rows:
+        row = run()
+        if world.first:
+            note(path, name, str(world.size), row)
+
+
+def run_weak(world: World, path: Path, tiny: bool, part: str) -> None:
+    """One model in the first process alone, then in all."""
+    if world.first:
+        note(path, part, "1", weak(part, World(device=world.device), tiny))
+    world.wait()
+    row = weak(part, world, tiny)
+    if world.first:
+        note(path, part, str(world.size), row)
 
 
 def main(
@@ -214,12 +246,19 @@ def main(
     path.write_text(json.dumps(record, indent=1) + "\n")
     for index, each in enumerate(parts):
         start = time.perf_counter()
-        try:
-            start_processes(worker, (2, 29_600 + index, path, device, tiny, each), 2, start_method="spawn")
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            record = json.loads(path.read_text())
-            record[f"problem of {each}"] = str(error).strip()[-3000:]
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        with tempfile.TemporaryDirectory() as raised:
+            try:
+                arguments = (2, 29_600 + index, path, device, tiny, each, Path(raised))
+                start_processes(worker, arguments, 2, start_method="spawn")
+            except (ProcessRaisedException, ProcessExitedException) as error:
+                # Of a process that the system ended, this alone says so.
+                problem = {"processes": problems(Path(raised)), "launcher": str(error).strip().splitlines()[0]}
+                record = json.loads(path.read_text()) | {f"problem of {each}": problem}
+                path.write_text(json.dumps(record, indent=1) + "\n")
+                for one in problem["processes"]:
+                    console.print(f"process {one['process']}, {one['seconds later']:.3f} s after the first:")
+                    console.print(one["traceback"], markup=False, highlight=False)
+                console.print(problem["launcher"], markup=False)
         found = {name: row for name, row in json.loads(path.read_text())["parts"].items() if name.startswith(each)}
         console.print(f"{time.perf_counter() - start:.0f} s", found or f"{each}: nothing")
     console.print(f"written to {path}")

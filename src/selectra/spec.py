@@ -188,12 +188,16 @@ class Train(Section):
 class Parallel(Section):
     """How several processes, started by torchrun, share the work."""
 
-    kind: Literal["auto", "none", "ddp", "fsdp2"] = "auto"
+    kind: Literal["auto", "none", "ddp", "fsdp2", "length"] = "auto"
     """"ddp" is torch's DistributedDataParallel; "fsdp2" is fully_shard, where each process holds a part of weights,
-    gradients and the optimizer's state; "auto" is "ddp" where torchrun started several processes."""
+    gradients and the optimizer's state; "length" splits every sequence of a language model's batches along its length;
+    "auto" is "ddp" where torchrun started several processes."""
     in_parts: bool = False
     """With "fsdp2", make each weight in the process that holds it, rather than all of them in each first: for models
     that fit no single device. Weights then start differently with the number of processes."""
+    gather: Literal["float32", "bfloat16"] = "float32"
+    """With "fsdp2", the type in which weights are gathered for a block. "bfloat16", which goes with that precision,
+    halves the bytes that are exchanged and held; every weight is rounded, gradients are still summed in float32."""
     timeout: Positive = 600.0
     """Seconds after which a process that waits for the others gives up."""
 

@@ -3,10 +3,12 @@
 import copy
 import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selectra.errors import ConfigError
 from selectra.layers.norm import AddNorm, LayerNorm, PreNorm
@@ -58,6 +60,53 @@ def test_options_go_to_the_mixer() -> None:
     mask = torch.tensor([True, True, True, False, False]).expand(2, 5)
     y, _ = block(x, mask=mask)
     assert (y[:, 3:] == 0).all() and not (block(x)[0][:, 3:] == 0).all()
+
+
+class Shapes(TorchDispatchMode):
+    """Notes over what layer norms are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normalized: list[list[int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_layer_norm.default:
+            self.normalized.append(list(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_layer_norm_over_several_dimensions_is_pytorchs_over_one(affine: bool) -> None:
+    """PyTorch's own over several writes beside its memory in the backward on a GPU."""
+    own, theirs = (kind([3, 4], elementwise_affine=affine) for kind in (LayerNorm, nn.LayerNorm))
+    for parameter in own.parameters():
+        nn.init.normal_(parameter)
+    theirs.load_state_dict(own.state_dict())
+    x, found = torch.randn(2, 4, 3, 5), []
+    for norm in (own, theirs):
+        rows = x.transpose(1, 3).detach().requires_grad_()
+        with Shapes() as shapes:
+            y = norm(rows)
+        found.append((y, *torch.autograd.grad(y.exp().sum(), [rows, *norm.parameters()])))
+        assert shapes.normalized == [[12] if norm is own else [3, 4]]
+    torch.testing.assert_close(found[0], found[1])
+    with pytest.raises(RuntimeError, match=r"normalized_shape=\[3, 4\]"):
+        own(x)
+
+
+@gpu
+@needs_gpu
+def test_a_layer_norm_over_several_dimensions_of_many_rows() -> None:
+    norm, x = LayerNorm([63, 16]).cuda(), torch.randn(70_000, 63, 16, device="cuda")
+    norm(x).square().sum().backward()
+    exact = copy.deepcopy(norm).double()
+    exact.zero_grad()
+    for part in x.split(10_000):
+        exact(part.double()).square().sum().backward()
+    for own, wanted in zip(norm.parameters(), exact.parameters(), strict=True):
+        assert own.grad is not None and wanted.grad is not None
+        largest = wanted.grad.abs().max().item()
+        torch.testing.assert_close(own.grad.double(), wanted.grad, rtol=1e-4, atol=1e-4 * largest)
 
 
 @pytest.mark.skipif(bool(os.environ.get("SELECTRA_CHECK_SHAPES")), reason="the hook refuses before the layer does")

@@ -52,6 +52,14 @@ def test_shapes(name, seq_len, horizon, n_series):
 
 
 @EACH
+def test_layer_norms_are_over_one_dimension(name):
+    """PyTorch's over several fail in the backward of more than 65,536 rows on a GPU: `layers.norm.LayerNorm`."""
+    arguments: dict[str, Any] = {"norm": "layer"} if name == "tsmixer_smoke" else {}
+    plain = [module for module in build(name, **arguments).modules() if type(module) is nn.LayerNorm]
+    assert all(len(norm.normalized_shape) == 1 for norm in plain)
+
+
+@EACH
 def test_every_parameter_gets_a_gradient(name):
     model, (x, observed) = build(name), window()
     parameters = dict(model.named_parameters())

@@ -80,6 +80,16 @@ def test_what_it_does_not_take() -> None:
     assert not cached_attention.takes(q, keys, values, torch.tensor([4]))
 
 
+@pytest.mark.parametrize(("rows", "fits"), [(65_535, True), (65_536, False)])
+def test_more_rows_than_a_grid_has_are_not_taken(rows: int, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "needs_dispatcher", lambda tensors: False)
+    monkeypatch.setattr(host.cuda, "refusal", lambda index: None)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    q, keys = torch.zeros(1, 1, 32).expand(rows, 1, 32), torch.zeros(1, 1, 1, 32).repeat(rows, 1, 1, 1)
+    with torch.no_grad():
+        assert cached_attention.takes(q, keys, keys, torch.ones(rows, dtype=torch.int64)) == fits
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

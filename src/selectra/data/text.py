@@ -39,6 +39,20 @@ class TextBatch:
         tokens, targets = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.tokens, self.targets))
         return TextBatch(tokens, targets, borders)
 
+    def along_length(self, rank: int, size: int) -> "TextBatch":
+        """One of `size` parts that follow each other along the pieces; a target stays with its token.
+
+        Raises:
+            ConfigError: Documents are packed, which have borders of their own.
+        """
+        if self.cu_seqlens is not None:
+            raise ConfigError(
+                "documents are packed behind each other, which cannot be split along their length; leave packing off "
+                "(data.packed=false) with parallel.kind=length."
+            )
+        tokens, targets = (tensor.tensor_split(size, 1)[rank] for tensor in (self.tokens, self.targets))
+        return TextBatch(tokens, targets)
+
     def __len__(self) -> int:
         return len(self.tokens)
 

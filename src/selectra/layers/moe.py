@@ -24,6 +24,23 @@ class Balance(NamedTuple):
     """Share of all choices that fell on each expert, summing to 1; without gradient."""
 
 
+class Routing(NamedTuple):
+    """What routers chose, summed over tokens: sums of parts of a batch are sums of the batch."""
+
+    hits: Float[Tensor, " e"]
+    """How often each expert was chosen; without gradient."""
+    probabilities: Float[Tensor, " e"]
+    """Each expert's probabilities. Carries a gradient."""
+    rows: Float[Tensor, ""]
+    """How many tokens."""
+
+    def balance(self, top_k: int) -> Balance:
+        """How evenly that is; `top_k` are the choices of a token."""
+        rows, n_experts = self.rows.clamp(min=1), len(self.hits)
+        loss = n_experts * (self.hits / rows * (self.probabilities / rows)).sum()
+        return Balance(loss, self.hits / (rows * top_k))
+
+
 class Experts(nn.Module):
     """The experts' weights, fused as Hugging Face's version 5 keeps them.
 
@@ -136,13 +153,10 @@ def padded_product(
     return torch.bmm(padded, weight.mT)[group, row]
 
 
-def balance(
+def routing_of(
     router_logits: Sequence[Float[Tensor, "t e"]], top_k: int, mask: Bool[Tensor, "b l"] | None = None
-) -> Balance:
-    """The load-balancing loss over all layers together, as Hugging Face's `load_balancing_loss_func` counts it.
-
-    Fedus et al. 2021, "Switch Transformers", arXiv:2101.03961, Eq. 4-6: n_experts times the sum over experts of their
-    share of the tokens and their mean probability. All `top_k` choices count, so that even use gives `top_k`, not 1.
+) -> Routing:
+    """What all layers' routers chose.
 
     Args:
         router_logits: Of every layer with experts.
@@ -160,7 +174,25 @@ def balance(
     present = probabilities.new_ones(len(probabilities))
     if mask is not None:
         present = mask.flatten().repeat(len(router_logits)).to(probabilities.dtype)
-    n_experts, rows = probabilities.shape[1], present.sum()
-    hits = present.new_zeros(n_experts).scatter_add_(0, chosen.flatten(), present.repeat_interleave(top_k))
-    mean = (probabilities * present[:, None]).sum(0) / rows
-    return Balance(n_experts * (hits / rows * mean).sum(), hits / (rows * top_k))
+    hits = present.new_zeros(probabilities.shape[1])
+    hits = hits.scatter_add_(0, chosen.flatten(), present.repeat_interleave(top_k))
+    return Routing(hits, (probabilities * present[:, None]).sum(0), present.sum())
+
+
+def balance(
+    router_logits: Sequence[Float[Tensor, "t e"]], top_k: int, mask: Bool[Tensor, "b l"] | None = None
+) -> Balance:
+    """The load-balancing loss over all layers together, as Hugging Face's `load_balancing_loss_func` counts it.
+
+    Fedus et al. 2021, "Switch Transformers", arXiv:2101.03961, Eq. 4-6: n_experts times the sum over experts of their
+    share of the tokens and their mean probability. All `top_k` choices count, so that even use gives `top_k`, not 1.
+
+    Args:
+        router_logits: Of every layer with experts.
+        top_k: Choices of a token.
+        mask: True where a token is present; others do not count.
+
+    Raises:
+        ConfigError: There are no router logits.
+    """
+    return routing_of(router_logits, top_k, mask).balance(top_k)

@@ -15,24 +15,41 @@ from selectra.ops import add_norm
 
 
 class LayerNorm(nn.LayerNorm):
-    """PyTorch's LayerNorm over the last dimension, by `add_norm`'s kernels on a GPU.
+    """PyTorch's LayerNorm, over the last dimension by `add_norm`'s kernels on a GPU, over several as one.
 
     PyTorch's own kernels give each row a block of threads, which is slow for many short rows, as images have them;
     compiled programs fuse theirs with what stands around them, and keep it. Types are PyTorch's, under autocast too.
+
+    Over several dimensions PyTorch is given rows of one: on a GPU its backward counts the columns of more than 65,536
+    rows by the last dimension alone, writes beside its memory and fails (pytorch/pytorch#193016).
     """
 
     def forward(self, input: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         """The normalised rows."""
+        if len(self.normalized_shape) > 1:
+            return self._as_rows(input)
         if not (input.is_cuda and self._is_for_kernels(input)):
             return super().forward(input)
         wide = input.float() if torch.is_autocast_enabled("cuda") else input
         return add_norm(wide, None, self.weight, self.bias, self.eps, kind="layer", residual_dtype=wide.dtype)[0]
 
+    def _as_rows(self, x: Tensor) -> Tensor:
+        """The norm over several dimensions; one of another shape is for PyTorch to refuse."""
+        n = len(self.normalized_shape)
+        if x.shape[-n:] != self.normalized_shape:
+            return super().forward(x)
+        rows = x.flatten(-n)
+        # Rounded weights beside a float32 input are refused on a CPU.
+        weight, bias = (
+            None if p is None else p.flatten().to(torch.promote_types(p.dtype, x.dtype))
+            for p in (self.weight, self.bias)
+        )
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, self.eps).view(x.shape)
+
     def _is_for_kernels(self, x: Tensor) -> bool:
         """Whether a plain call, and at most a plain backward pass, is asked for, of what kernels take."""
         return (
-            len(self.normalized_shape) == 1
-            and self.bias is not None
+            self.bias is not None
             and x.shape[-1:] == self.weight.shape
             and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not torch.compiler.is_compiling()

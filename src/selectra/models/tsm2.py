@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.embed import PatchEmbedSeries
 from selectra.layers.head import ForecastHead, require_rate
-from selectra.layers.norm import BatchNorm2d
+from selectra.layers.norm import BatchNorm2d, LayerNorm
 from selectra.layers.revin import RevIN, WindowNorm
 from selectra.mixers import S6, SelectiveChannel, WeightedAverage
 from selectra.mixers.sizes import require_sizes
@@ -239,4 +239,4 @@ def norm_2d(kind: str, n_patches: int, d_model: int) -> nn.Module:
         raise ConfigError(f"norm={kind!r}: takes {', '.join(map(repr, get_args(Norm)))}")
     if kind == "batch":
         return BatchNorm2d(n_patches, d_model)
-    return nn.LayerNorm([n_patches, d_model] if kind == "patch_feature" else [d_model])
+    return LayerNorm([n_patches, d_model]) if kind == "patch_feature" else nn.LayerNorm(d_model)

@@ -16,7 +16,7 @@ from selectra.errors import ConfigError
 from selectra.layers.covariates import refuse_covariates
 from selectra.layers.head import ForecastHead, require_rate
 from selectra.layers.missing import carry_forward
-from selectra.layers.norm import BatchNorm2d
+from selectra.layers.norm import BatchNorm2d, LayerNorm
 from selectra.layers.revin import RevIN, WindowNorm
 from selectra.mixers.sizes import require_sizes
 from selectra.registry import models
@@ -111,4 +111,4 @@ def _norm(kind: str, rows: int, series: int) -> nn.Module:
     if kind not in ("batch", "layer"):
         raise ConfigError(f"norm={kind!r}: takes 'batch' or 'layer'")
     # Keras' eps.
-    return BatchNorm2d(rows, series) if kind == "batch" else nn.LayerNorm([rows, series], eps=1e-3)
+    return BatchNorm2d(rows, series) if kind == "batch" else LayerNorm([rows, series], eps=1e-3)

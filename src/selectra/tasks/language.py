@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.errors import ConfigError
-from selectra.layers.moe import balance
+from selectra.layers.moe import Balance, Routing, routing_of
 from selectra.registry import tasks
 from selectra.tasks.task import Loss
 
@@ -51,6 +52,61 @@ def metrics_of(sums: Float[Tensor, " 3"]) -> dict[str, float]:
     loss = total / count if count else math.nan
     accuracy = hits / count if count else math.nan
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": accuracy}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancedLoss(Loss):
+    """Negative log-likelihoods, and the balance of experts for each of them: that of this process's share by itself.
+
+    `shared` has the balance over all processes' tokens.
+
+    Args:
+        nats: Sum of negative log-likelihoods.
+        routing: What routers chose.
+        top_k: Choices of a token.
+        weight: Of the balance.
+    """
+
+    nats: Float[Tensor, ""]
+    routing: Routing
+    top_k: int
+    weight: float
+
+    @staticmethod
+    def of(nats: Tensor, count: Tensor, routing: Routing, top_k: int, weight: float) -> "BalancedLoss":
+        """The loss of so many targets."""
+        found = routing.balance(top_k)
+        return BalancedLoss(
+            nats + weight * found.loss * count, count, _balance_parts(nats, found, count),
+            nats=nats, routing=routing, top_k=top_k, weight=weight,
+        )  # fmt: skip
+
+    def shared(self, total: Callable[[Tensor], Tensor]) -> Loss:
+        hits, probabilities, rows = self.routing
+        own = torch.cat([hits, probabilities.detach(), torch.stack([rows, self.count.to(rows.dtype)])]).double()
+        sums = total(own)
+        if sums is own:
+            # Alone.
+            return self
+        hits, all_probabilities, (rows, count) = sums.split([len(hits), len(hits), 2])
+        found = Routing(hits, all_probabilities, rows).balance(self.top_k)
+        # The balance is linear in probabilities: this process's part of it is what its own tokens' make.
+        part = Routing(hits, probabilities.double(), rows).balance(self.top_k).loss
+        balanced = (self.weight * part * count).to(self.nats.dtype)
+        return Loss(self.nats + balanced, self.count, _balance_parts(self.nats, found, self.count))
+
+    def nothing(self) -> "BalancedLoss":
+        none = Routing(*(each * 0 for each in self.routing))
+        return BalancedLoss.of(self.nats * 0, self.count * 0, none, self.top_k, self.weight)
+
+
+def _balance_parts(nats: Tensor, found: Balance, count: Tensor) -> dict[str, Tensor]:
+    """For the record, which divides by the count again."""
+    n_experts = len(found.use)
+    # Shares of the most and the least used expert, 1 where all are used alike.
+    use = {"busiest": found.use.max() * n_experts, "idlest": found.use.min() * n_experts}
+    parts = {name: value * count for name, value in {"balance": found.loss.detach(), **use}.items()}
+    return {"nats": nats.detach(), **parts}
 
 
 class LanguageEvaluator:
@@ -95,13 +151,8 @@ class Language:
         total, count = nats(logits, batch.targets), (batch.targets != IGNORED).sum()
         if not router_logits:
             return Loss(total, count)
-        n_experts = router_logits[0].shape[1]
-        found = balance(router_logits, _top_k(model))
-        # Shares of the most and the least used expert, 1 where all are used alike.
-        use = {"busiest": found.use.max() * n_experts, "idlest": found.use.min() * n_experts}
-        # What the record divides by the count again.
-        parts = {name: value * count for name, value in {"balance": found.loss.detach(), **use}.items()}
-        return Loss(total + self.balance * found.loss * count, count, {"nats": total.detach(), **parts})
+        top_k = _top_k(model)
+        return BalancedLoss.of(total, count, routing_of(router_logits, top_k), top_k, self.balance)
 
     def evaluator(self) -> LanguageEvaluator:
         """A fresh evaluator."""

@@ -48,6 +48,21 @@ def agreed(batch: Any, world: World) -> Any:
     return batch.agreed(world.most) if world.size > 1 and hasattr(batch, "agreed") else batch
 
 
+def part_of(batch: Any, world: World) -> Any:
+    """This process's part of every sequence of a batch, where they are split; else the batch.
+
+    Raises:
+        ConfigError: The batch cannot be split so.
+    """
+    if not world.split:
+        return batch
+    if not hasattr(batch, "along_length"):
+        raise ConfigError(
+            f"parallel.kind is 'length', which is for language models; a {type(batch).__name__} is not split so."
+        )
+    return batch.along_length(world.rank, world.size)
+
+
 class TrainingOrder:
     """Batches of this process, pass after pass, from any position on.
 

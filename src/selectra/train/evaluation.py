@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from selectra.tasks.task import Evaluator, Task
-from selectra.train.batches import Windows, every_window_once, of_each
+from selectra.train.batches import Windows, every_window_once, of_each, part_of
 from selectra.train.depth import training_mode
 from selectra.train.loader import naming_ended
 from selectra.train.parallel import World
@@ -37,13 +37,13 @@ def evaluate(
         StalledError: A process did not prepare a batch in time, or it has ended.
     """
     world = world or World(device=next((p.device for p in model.parameters()), torch.device("cpu")))
-    evaluator, was_training = evaluator or task.evaluator(), model.training
+    evaluator, was_training, readers = evaluator or task.evaluator(), model.training, world.readers
     model.eval()
     # Processes may have unequally many batches.
     whole_weights = gathered(model) if world.sharded else nullcontext()
     with whole_weights, autocast(world.device, precision), naming_ended(workers):
-        for batch in every_window_once(windows, of_each(batch_size, world), world, workers, limit):
-            evaluator.update(model, batch.to(world.device))
+        for batch in every_window_once(windows, of_each(batch_size, readers), readers, workers, limit):
+            evaluator.update(model, part_of(batch.to(world.device), world))
     if was_training:
         training_mode(model)
     evaluator.reduce(world.gather)

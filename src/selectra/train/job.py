@@ -29,6 +29,7 @@ from selectra.train.loop import Fitted, fit
 from selectra.train.parallel import World, joined
 from selectra.train.record import environment, read_data, read_run
 from selectra.train.same_data import describe_data, refuse_changed
+from selectra.train.sharding import require_gather
 
 __all__ = ["Built", "_data", "_models", "build", "check", "evaluate_job", "train_job", "typed"]
 
@@ -73,6 +74,8 @@ def check(run: Run) -> Tables:
                 f"the {registry.what} '{name}' is for {found}, and the task '{run.task.name}' for {kind}."
             )
     tables = {"data": datasets.resolve(run.data, partial=True), "task": tasks.resolve(run.task, partial=True)}
+    if run.parallel.kind == "length" and kind != "language":
+        raise ConfigError(f"parallel.kind=length splits sequences of language models; the task is for {kind}.")
     return {"model": models.resolve(run.model, facts, partial=True), **tables}
 
 
@@ -100,6 +103,7 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True, tensor
     """Train a run into a folder, and say what came of it."""
     run = typed(run)
     check(run)
+    require_gather(run)
     if run.train.deterministic:
         fix_products()
     writable_folder(out)

@@ -17,7 +17,7 @@ from selectra.tasks.task import Task
 from selectra.train import checkpoint
 from selectra.train.batches import Order, Windows, of_each, training_order
 from selectra.train.memory import naming_full_memory
-from selectra.train.parallel import World, pick_device, recomputed
+from selectra.train.parallel import World, pick_device, recomputed, split_along_length
 from selectra.train.progress import Clock, Display
 from selectra.train.record import Record, open_record
 from selectra.train.solved import solve
@@ -78,7 +78,7 @@ def fit(
     if out is not None and world.first:
         checkpoint.writable_folder(out)
         checkpoint.recover(out)
-    order = training_order(train_windows, run.train, world) if learns else None
+    order = training_order(train_windows, run.train, world.readers) if learns else None
     if run.train.channels_last:
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if not (world.sharded and learns):
@@ -110,13 +110,14 @@ def _take_steps(
     shown: Console | None, flag: StopFlag,
 ) -> None:  # fmt: skip
     """All steps that are left, with what they took and what is left on a terminal; None shows nothing."""
-    run, world = state.run, state.world
-    n_eval = ceil(len(val_windows) / (world.size * of_each(run.train.batch_size, world))) if val_windows else 0
+    run, readers = state.run, state.world.readers
+    n_eval = ceil(len(val_windows) / (readers.size * of_each(run.train.batch_size, readers))) if val_windows else 0
     saves = None if state.out is None else run.train.save_every or state.eval_every
     clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval), saves, state.at.step)
     early = run.train.patience is not None
     with (
         Display(shown, clock, run.name, early) as display,
+        split_along_length(state.world, run.parallel.timeout),
         recomputed(state.model, run.train.recompute),
         naming_full_memory(state),
     ):

@@ -42,7 +42,7 @@ def naming_full_memory(state: State) -> Iterator[None]:
 
 
 def _advice(state: State, said: str) -> str:
-    run, size = state.run, state.world.size
+    run, world, size = state.run, state.world, state.world.readers.size
     train, each = run.train, -(-run.train.batch_size // size)
     ways = []
     whole = train.batch_size
@@ -57,7 +57,7 @@ def _advice(state: State, said: str) -> str:
         ways.append("train.recompute=true (less memory, more time)")
     if train.precision == "float32":
         ways.append("train.precision=bfloat16")
-    ways.append("more processes" if size == 1 else f"more processes than {size}")
+    ways.append("more processes" if world.size == 1 else f"more processes than {world.size}")
     return (
         f"step {state.at.step + 1}: the memory of {state.world.device} is full with "
         f"train.batch_size={train.batch_size} ({each} in a forward pass of each process), "

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from selectra.errors import BackendError, ConfigError, RankError
-from selectra.ops.length_parallel import computed_twice
+from selectra.ops.length_parallel import computed_twice, length_parallel
 from selectra.spec import Parallel
 from selectra.train.stop import DeviceMemoryError, StalledError, StoppedError
 
@@ -35,6 +35,8 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     sharded: bool = False
     """Whether each process holds a part of the weights (FSDP2) rather than all of them."""
+    split: bool = False
+    """Whether each process has a part of every sequence of every batch, rather than a part of the batch's examples."""
     files: Any = None
     """A group for checkpoints alone, on the CPU: they are written while the training goes on."""
     meshes: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -44,6 +46,11 @@ class World:
     def first(self) -> bool:
         """Whether this process writes files and talks to the terminal."""
         return self.rank == 0
+
+    @property
+    def readers(self) -> World:
+        """Among which examples are dealt out: this process alone where each has a part of all of them."""
+        return World(device=self.device) if self.split else self
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes; with one process the tensor itself."""
@@ -101,7 +108,7 @@ def joined(parallel: Parallel, device: str = "auto") -> Iterator[World]:
         ConfigError: `parallel.kind` does not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if parallel.kind in ("ddp", "fsdp2") and "WORLD_SIZE" not in os.environ:
+    if parallel.kind in ("ddp", "fsdp2", "length") and "WORLD_SIZE" not in os.environ:
         raise ConfigError(f"parallel.kind is '{parallel.kind}', and this is a single process; start it with torchrun.")
     if parallel.kind == "none" and size > 1:
         raise ConfigError(f"torchrun started {size} processes, and parallel.kind is 'none'; take 'ddp' or 'auto'.")
@@ -117,7 +124,7 @@ def joined(parallel: Parallel, device: str = "auto") -> Iterator[World]:
         _meet("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", limit)
         try:
             files = distributed.new_group(backend="gloo", timeout=limit)
-            yield World(distributed.get_rank(), size, place, sharded, files)
+            yield World(distributed.get_rank(), size, place, sharded, parallel.kind == "length", files)
         finally:
             distributed.destroy_process_group()
 
@@ -168,6 +175,14 @@ def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
     if world.size == 1 or world.sharded:
         return wrapped
     return DistributedDataParallel(wrapped, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+def split_along_length(world: World, timeout: float) -> contextlib.AbstractContextManager[Any]:
+    """Inside the block the processes have parts of the same sequences, where the world says so.
+
+    Gradients are averaged over processes, as those of parts of a batch are, by `wrap`'s model.
+    """
+    return length_parallel(timeout=timeout) if world.split else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

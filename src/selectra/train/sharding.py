@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError
+from selectra.spec import Run
+from selectra.train.batch_norms import has_batch_norms
 from selectra.train.parallel import World
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+Gather = Literal["float32", "bfloat16"]
 
 
 def mesh_of(world: World, kind: str) -> DeviceMesh:
@@ -37,21 +41,44 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_part(tensor) else tensor  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
 
 
-def shard(model: Any, world: World) -> None:
+def require_gather(run: Run, model: nn.Module | None = None) -> None:
+    """Look at whether weights can be gathered as `parallel.gather` says.
+
+    Raises:
+        ConfigError: Nothing is gathered, or what is computed in float32 would see rounded weights.
+    """
+    kind, precision = run.parallel.kind, run.train.precision
+    if run.parallel.gather == "float32":
+        return
+    if kind != "fsdp2":
+        raise ConfigError(f"parallel.gather=bfloat16 goes with parallel.kind=fsdp2; it is '{kind}'.")
+    if precision != "bfloat16":
+        raise ConfigError(f"parallel.gather=bfloat16 goes with train.precision=bfloat16; it is '{precision}'.")
+    if model is not None and has_batch_norms(model):
+        raise ConfigError(f"{type(model).__name__} has batch norms, which are of float32; leave parallel.gather.")
+
+
+def shard(model: Any, world: World, gather: Gather = "float32") -> None:
     """Spread a model's parameters over the processes, in place: block by block where the model says what these are.
 
     While a block runs, forward or backward, its weights are gathered; those outside of blocks are gathered throughout.
+
+    Args:
+        gather: The type that they are gathered in. Gradients are summed in float32, and parts are float32 in any case.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # noqa: PLC0415
 
     # Outputs that are views are not written to by our models.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    mesh = mesh_of(world, world.device.type)
+    mesh, policy = mesh_of(world, world.device.type), MixedPrecisionPolicy()
+    if gather == "bfloat16":
+        # Inputs stay as they are: autocast rounds those of products, and a stream of float32 goes through blocks.
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks() if hasattr(model, "blocks") else ():
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
         for name in getattr(block, "calls", ()):
             register_fsdp_forward_method(block, name)
-    fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 @contextlib.contextmanager

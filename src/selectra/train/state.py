@@ -26,7 +26,7 @@ from selectra.train.parallel import World
 from selectra.train.precision import make_scaler
 from selectra.train.record import RUN, Record
 from selectra.train.same_data import refuse_changed
-from selectra.train.sharding import on_cpu, put, shard, start_in_parts, whole
+from selectra.train.sharding import on_cpu, put, require_gather, shard, start_in_parts, whole
 from selectra.train.stop import DivergedError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class State:
         self._saved_at = 0
         seed_everything(run.train.seed + world.rank)
         if order is not None:
+            require_gather(run, model)
             accumulate, passes = run.train.accumulate, run.train.epochs or 0.0
             self.steps = run.train.steps or ceil(passes * len(order) / accumulate)
             self.eval_every = run.train.eval_every or max(1, len(order) // accumulate)
@@ -99,7 +100,7 @@ class State:
         if self.run.train.precision == "float16":
             raise ConfigError("parallel.kind is 'fsdp2', and train.precision 'float16'; take 'bfloat16' or 'float32'.")
         for model in [self.model] if self.mean is None else [self.model, self.mean.model]:
-            shard(model, self.world)
+            shard(model, self.world, self.run.parallel.gather)
             if any(parameter.is_meta for parameter in model.parameters()):
                 start_in_parts(model, self.world)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from selectra.tasks.task import Loss, Task
 from selectra.train.batch_norms import together
-from selectra.train.batches import Order, Windows, agreed
+from selectra.train.batches import Order, Windows, agreed, part_of
 from selectra.train.depth import training_mode
 from selectra.train.deterministic import deterministic
 from selectra.train.evaluation import evaluate
@@ -63,7 +63,8 @@ class Steps:
         with self.watch if first else nullcontext(), self.together:
             for i in range(run.train.accumulate):
                 self.together.counts = self.order.counts(state.at.position + i)
-                seen.append(batch := agreed(self.meter.take(self.together.counts), world))
+                batch = part_of(agreed(self.meter.take(self.together.counts), world), world)
+                seen.append(batch)
                 with wait_for_gradients(self.wrapped, last=i + 1 == run.train.accumulate):
                     loss = self.loss_of(self.wrapped, batch)
                     loss = (loss if self.together.counts else loss.nothing()).shared(world.sum)
@@ -72,7 +73,8 @@ class Steps:
                     sums[name] = sums.get(name, 0) + value.detach().double()
         said = [
             torch.tensor(float(each), device=world.device).double()
-            for each in (self.meter.samples, self.flag.asked, state.save_failed)
+            # Where all have parts of the same samples, they count once.
+            for each in (self.meter.samples * (world.first or not world.split), self.flag.asked, state.save_failed)
         ]
         *totals, samples, stop, failed = world.sum(torch.stack([*sums.values(), *said])).tolist()
         if failed:
@@ -104,7 +106,7 @@ class Steps:
 
     def find(self, batches: list[Any], draws: Draws) -> str:
         """The first layer and tensor of a step that is not finite."""
-        if self.state.world.sharded:
+        if self.state.world.sharded or self.state.world.split:
             # Its calls would be joint acts of all processes, and each may find something else.
             return ""
         scaler = self.state.scaler
@@ -147,5 +149,5 @@ class Steps:
 
     def name_left_out(self) -> None:
         """Tell of the samples that any process has left out since this was told last."""
-        names = left_out(self.splits, self.state.world)
+        names = left_out(self.splits, self.state.world.readers)
         self.display.left_out(self.record.left_out(self.state.at.step, names))

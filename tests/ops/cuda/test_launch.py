@@ -95,3 +95,21 @@ def test_what_the_driver_refuses_is_said_in_its_words(fake: FakeDriver, source: 
     with pytest.raises(BackendError, match="cuModuleGetFunction failed: CUDA_ERROR_NOT_FOUND"):
         cuda.kernel(source, "absent", ONE, 0)
     assert fake.contexts == [FakeDriver.CONTEXT]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ((2**31, 1, 1), "2,147,483,648 blocks along x, of at most 2,147,483,647"),
+        ((1, 65_536, 70_000), "65,536 blocks along y, of at most 65,535 and 70,000 blocks along z, of at most 65,535"),
+        # Does not even fit into the driver's words.
+        ((2**32, 1, 1), "4,294,967,296 blocks along x"),
+    ],
+)
+def test_a_grid_that_no_device_takes_is_named(
+    fake: FakeDriver, source: str, grid: tuple[int, int, int], said: str
+) -> None:
+    kernel = cuda.kernel(source, "add", ONE, 0)
+    fake.outcome = INVALID_VALUE
+    with pytest.raises(BackendError, match=f"add was not launched: {said}.*; take a smaller batch"):
+        kernel.launch(grid, 128, (1, 2))

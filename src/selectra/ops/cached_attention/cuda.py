@@ -22,6 +22,8 @@ WARP, WARPS, FLOAT_BYTES, HEAD_BYTES = 32, 4, 4, 128
 MOST_NUMBERS, KEY_LANES = 64, 8
 # Thread blocks that a multiprocessor has registers for.
 RESIDENT = 2
+# Rows, and heads with keys of their own: dimensions of the grid.
+MOST_ROWS = 65_535
 
 
 class Shape(NamedTuple):
@@ -41,6 +43,7 @@ def takes(q: Tensor, keys: Tensor, values: Tensor, n: Tensor) -> bool:
     fits = d_head * q.element_size() % HEAD_BYTES == 0 and group * d_head <= MOST_NUMBERS * KEY_LANES
     plain = keys.is_contiguous() and values.is_contiguous() and n.is_contiguous() and n.dtype == torch.int64
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values))
+    fits = fits and max(keys.shape[0], keys.shape[2]) <= MOST_ROWS
     if not (fits and plain and keys.shape[1]) or grad or needs_dispatcher((q, keys, values, n)):
         return False
     return cuda.refusal(q.device.index) is None

@@ -30,6 +30,8 @@ WORD_BYTES = 8
 # What a block gets without being asked for.
 SHARED_BYTES_FOR_ALL = 48 * 1024
 SAID_FROM_SECONDS = 1.0
+# Blocks of a grid along x, y and z.
+MOST_BLOCKS = (2**31 - 1, 65_535, 65_535)
 logger = logging.getLogger("selectra")
 
 
@@ -103,7 +105,12 @@ class Kernel:
         except IndexError:
             room = self._new_room(len(words))
         memory, config, arguments = room
-        self._pack(memory, 0, *grid, threads, 1, 1, self.shared_bytes, self._stream(index), *self._told, *words)
+        try:
+            self._pack(memory, 0, *grid, threads, 1, 1, self.shared_bytes, self._stream(index), *self._told, *words)
+        except struct.error as error:
+            if too_large(grid):
+                raise BackendError(f"the kernel {self.name} was not launched: {too_large(grid)}") from error
+            raise
         if self._device() == index:
             outcome = self._launch(config, self._function, arguments, None)
         else:
@@ -116,8 +123,8 @@ class Kernel:
         self._rooms.append(room)
         if outcome:
             raise BackendError(
-                f"the kernel {self.name} was not launched: {driver.error_words(outcome)}; grid {grid}, "
-                f"{threads} threads of at most {self.max_threads}, {self.shared_bytes} bytes of shared memory"
+                f"the kernel {self.name} was not launched: {too_large(grid) or driver.error_words(outcome)}; grid "
+                f"{grid}, {threads} threads of at most {self.max_threads}, {self.shared_bytes} bytes of shared memory"
             )
 
     def _new_room(self, n_words: int) -> Room:
@@ -129,6 +136,16 @@ class Kernel:
         config = ctypes.addressof(memory)
         struct.pack_into("@Q", memory, layout.size, config + CONFIG_BYTES)
         return Room(memory, config, config + layout.size)
+
+
+def too_large(grid: tuple[int, int, int]) -> str:
+    """What is wrong with a grid that no device takes; nothing where it fits. Looked at once a launch has failed."""
+    beyond = [
+        f"{blocks:,} blocks along {axis}, of at most {most:,}"
+        for axis, blocks, most in zip("xyz", grid, MOST_BLOCKS, strict=True)
+        if blocks > most
+    ]
+    return f"{' and '.join(beyond)}; take a smaller batch, or fewer groups or heads" if beyond else ""
 
 
 def kernel(
