@@ -150,12 +150,13 @@ class SelectivePath(nn.Module):
         """`mix` from an empty past, without the state that follows, in one node of autograd where that can be."""
         own = type(self).mix is SelectivePath.mix and type(self).convolve is SelectivePath.convolve
         if own and is_plain(self.x_proj) and self.x_proj.bias is None and is_plain(self.dt_proj):
-            y = mixed_at_once(u, z, self._weights(), reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
+            y = mixed_at_once(u, z, self.weights(), reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
             if y is not None:
                 return y
         return self.mix(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)[0]
 
-    def _weights(self) -> Weights:
+    def weights(self) -> Weights:
+        """All parameters, for a node of autograd."""
         conv, dt_proj = self.conv1d, self.dt_proj
         return Weights(conv.weight, conv.bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
 

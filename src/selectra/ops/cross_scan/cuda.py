@@ -15,7 +15,7 @@ from selectra.ops import cuda
 from selectra.ops.cross_scan.call import BACK, CrossCall
 from selectra.ops.selective_scan import geometry
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.selective_scan.cuda import MOST_PLANS, Ends, launch
+from selectra.ops.selective_scan.cuda import MOST_PLANS, Ends, addresses, launch
 from selectra.ops.selective_scan.plans import (
     GRID_PLACES,
     TYPES,
@@ -108,7 +108,7 @@ def backward(call: CrossCall, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor |
     dD, dbias = (None if x is None else x.new_empty(x.shape) for x in (D, bias))
     words = _words(plan, scan)
     words[GRID_PLACES["dy"]], words[GRID_PLACES["checkpoints"]] = dy.data_ptr(), checkpoints.data_ptr()
-    launch(plan, words, A, (du, ddelta, dA, dB, dC, dD, dz, dbias), _ENDS)
+    launch(plan, words, A, addresses((du, ddelta, dA, dB, dC, dD, dz, dbias)), _ENDS)
     du, ddelta = _as(call.u, du), _as(call.delta, ddelta)
     if dz is not None and call.z is not None:
         dz = _as(call.z, dz)
