@@ -153,6 +153,16 @@ def test_one_tensor_in_both_paths() -> None:
     assert_close(results(y, leaves), [t.double() for t in want], 2e-5)
 
 
+def test_its_output_can_be_written() -> None:
+    mixer, x = build(), inputs()
+    y = at_once(mixer, x)
+    assert y is not None
+    want = results(y, [x])
+    again = at_once(mixer, x)
+    assert again is not None
+    assert torch.equal(results(again.add_(1), [x])[1], want[1])
+
+
 def test_gradients_of_gradients() -> None:
     mixer, x = build(), inputs(batch=1)
     leaves = [x, *mixer.parameters()]

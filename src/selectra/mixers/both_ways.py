@@ -132,14 +132,14 @@ def _cast(dtype: torch.dtype, projections: Projections, ahead: Weights, back: We
 class _Kept(NamedTuple):
     """What the backward needs besides the inputs."""
 
-    x: Float[Tensor, "rows d_model"]
+    x: Float[Tensor, "b l d_model"]
     """In the products' type."""
     xz: Float[Tensor, "b l 2d"]
     u: Float[Tensor, "2 b l d"]
     projected: Float[Tensor, "2 rows r_2n"]
     delta: Float[Tensor, "2 b l d"]
     checkpoints: Tensor | None
-    y: Float[Tensor, "rows d"]
+    y: Float[Tensor, "b l d"]
     """What the output projection takes."""
 
 
@@ -160,9 +160,10 @@ def _mixed(
     mean: bool, dtype: torch.dtype, x: Tensor, projections: Projections, paths: tuple[Weights, Weights], save: bool
 ) -> tuple[Tensor, _Kept, _Cast]:
     w = _cast(dtype, projections, *paths)
-    (batch, length, width), d, rank = x.shape, w.A.shape[1], w.dt_proj.shape[2]
-    rows = x.reshape(-1, width) if x.dtype is dtype else x.reshape(-1, width).to(dtype)
-    xz = torch.mm(rows, w.into.t()).view(batch, length, 2 * d)
+    (batch, length, _), d, rank = x.shape, w.A.shape[1], w.dt_proj.shape[2]
+    # Plans rely on how its product lies.
+    x = _in(x, dtype).contiguous()
+    xz = F.linear(x, w.into)
     halves = xz.split(d, 2)
     u = xz.new_empty((2, batch, length, d))
     for plane, path, reverse in zip(u.unbind(), paths, (False, True), strict=True):
@@ -171,9 +172,9 @@ def _mixed(
     delta = torch.bmm(projected.narrow(2, 0, rank), w.dt_proj.transpose(1, 2)).view(u.shape)
     ys, checkpoints = line.forward(_line(w, u, delta, projected, halves[1]), save)
     ahead, back = ys.unbind()
-    y = (torch.lerp(ahead, back, 0.5) if mean else ahead + back).view(-1, d)
-    out = torch.mm(y, w.out.t()).view(batch, length, width)
-    return out, _Kept(rows, xz, u, projected, delta, checkpoints, y), w
+    y = torch.lerp(ahead, back, 0.5) if mean else ahead + back
+    # No view, which nobody could write to: the result of a node of autograd.
+    return F.linear(y, w.out), _Kept(x, xz, u, projected, delta, checkpoints, y), w
 
 
 def _line(w: _Cast, u: Tensor, delta: Tensor, projected: Tensor, z: Tensor) -> Line:
@@ -226,17 +227,16 @@ def _gradients(
     x, (into, out), paths = inputs[0], *_paths(inputs[1:])
     (batch, length, width), (_, d, _) = x.shape, w.A.shape
     dout = _in(dout, kept.y.dtype).reshape(-1, width)
-    dout_proj = _weight_gradient(dout, kept.y, out) if wanted[2] else None
+    dout_proj = _weight_gradient(dout, kept.y.view(-1, d), out) if wanted[2] else None
     # With beta 0 what stands in the new tensor does not count.
-    dy = torch.empty_like(kept.y).addmm_(dout, w.out, beta=0, alpha=0.5 if mean else 1)
+    dy = torch.empty_like(kept.y)
+    dy.view(-1, d).addmm_(dout, w.out, beta=0, alpha=0.5 if mean else 1)
     u, z = kept.xz.split(d, 2)
     # Each direction's of u and z, which are added into both halves of one tensor.
     parts = dy.new_empty((2, 2, batch, length, d))
     du_of, dz_of = parts.unbind(1)
     assert kept.checkpoints is not None
-    scanned = line.backward(
-        _line(w, kept.u, kept.delta, kept.projected, z), dy.view(batch, length, d), kept.checkpoints, dz_of
-    )
+    scanned = line.backward(_line(w, kept.u, kept.delta, kept.projected, z), dy, kept.checkpoints, dz_of)
     dx_proj, ddt_proj = _selection_gradients(scanned, kept, w, paths, wanted)
     dA, dD, dbias = _scan_parameters(scanned.parameters, w.A)
     own: list[Tensor | None] = []
@@ -247,7 +247,7 @@ def _gradients(
     torch.add(*parts.unbind(), out=dxz.view(batch, length, 2, d).permute(2, 0, 1, 3))
     dxz = dxz.view(-1, 2 * d)
     dx = torch.mm(dxz, w.into).view(x.shape) if wanted[0] else None
-    dinto = _weight_gradient(dxz, kept.x, into) if wanted[1] else None
+    dinto = _weight_gradient(dxz, kept.x.reshape(-1, width), into) if wanted[1] else None
     found = (dx, dinto, dout_proj, *own)
     return tuple(
         None if grad is None or of is None else _in(grad, of.dtype) for grad, of in zip(found, inputs, strict=True)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.norm import AddNorm
 from selectra.mixers.inner import Weights, mixed_at_once
-from selectra.mixers.projections import is_plain, linear_halves
+from selectra.mixers.projections import is_plain, linear_halves, parameter
 from selectra.mixers.sizes import mixer_sizes, require_sizes
 from selectra.mixers.streaming import quick_step
 from selectra.ops import causal_conv1d, checks, selective_scan
@@ -157,8 +157,16 @@ class SelectivePath(nn.Module):
 
     def weights(self) -> Weights:
         """All parameters, for a node of autograd."""
-        conv, dt_proj = self.conv1d, self.dt_proj
-        return Weights(conv.weight, conv.bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
+        conv, x_proj, dt_proj = (self._modules[name] for name in ("conv1d", "x_proj", "dt_proj"))
+        return Weights(
+            parameter(conv, "weight"),
+            parameter(conv, "bias"),
+            parameter(x_proj, "weight"),
+            parameter(dt_proj, "weight"),
+            parameter(dt_proj, "bias"),
+            parameter(self, "A_log"),
+            parameter(self, "D"),
+        )
 
     def convolve(
         self,
