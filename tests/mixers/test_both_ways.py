@@ -65,9 +65,9 @@ def results(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
-def truth(mixer: nn.Module, x: Tensor) -> list[Tensor]:
+def truth(mixer: nn.Module, x: Tensor, **sizes: Any) -> list[Tensor]:
     """In float64, operation by operation."""
-    double: Any = build(type(mixer)).double()  # pyright: ignore[reportArgumentType]
+    double: Any = build(type(mixer), **sizes).double()  # pyright: ignore[reportArgumentType]
     double.load_state_dict({name: t.double() for name, t in mixer.state_dict().items()})
     leaf = x.detach().double().requires_grad_()
     y = one_by_one(double, leaf)
@@ -97,6 +97,28 @@ def test_agrees_with_the_operators(kind: type[Bidirectional]) -> None:
     with torch.no_grad():
         again = at_once(mixer, x)
     assert again is not None and torch.equal(again, y)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_odd_sizes(wide: bool) -> None:
+    sizes: dict[str, Any] = {"d_model": 5, "expand": 1, "d_state": 3, "dt_rank": 3, "d_conv": 4}
+    mixer, x = build(Halved, **sizes), torch.randn(1, 67, 5).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not wide):
+        y, other = at_once(mixer, x), one_by_one(mixer, x if wide else x.bfloat16())
+    assert y is not None
+    leaves = [x, *mixer.parameters()]
+    got, want = results(y, leaves), truth(mixer, x, **sizes)
+    if wide:
+        assert_close(got, want, 2e-5)
+    else:
+        assert_as_close(got, results(other, leaves), want)
+
+
+def test_many_states() -> None:
+    mixer, x = build(d_state=16), torch.randn(1, 40, D_MODEL).requires_grad_()
+    y = at_once(mixer, x)
+    assert y is not None
+    assert_close(results(y, [x, *mixer.parameters()]), truth(mixer, x, d_state=16), 2e-5)
 
 
 @pytest.mark.parametrize("wide", [True, False])
