@@ -132,6 +132,17 @@ def test_under_autocast(wide: bool) -> None:
     assert_as_close(results(y, leaves), results(other, leaves), truth(mixer, x))
 
 
+@pytest.mark.parametrize("name", ["in_proj", "out_proj"])
+def test_autocast_with_one_weight_in_its_type(name: str) -> None:
+    mixer, x = build(), inputs()
+    mixer.get_submodule(name).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, other = at_once(mixer, x), one_by_one(mixer, x.bfloat16())
+    assert y is not None
+    leaves = [x, *mixer.parameters()]
+    assert_as_close(results(y, leaves), results(other, leaves), truth(mixer, x))
+
+
 def test_a_model_in_bfloat16() -> None:
     mixer, x = build(Bidirectional, torch.bfloat16), inputs(torch.bfloat16)
     y = at_once(mixer, x)

@@ -1,7 +1,7 @@
 """A selective mixer that looks both ways along the length."""
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int32
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.mixers.both_ways import Projections, mixed_both_ways
-from selectra.mixers.projections import is_plain
+from selectra.mixers.projections import is_plain, parameter
 from selectra.mixers.s6 import SelectivePath, at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import mixer_sizes
 from selectra.ops import cross_scan, whole
@@ -81,24 +81,31 @@ class Bidirectional(nn.Module):
 
     def _in_one_node(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_model"] | None:
         """All of it in one node of autograd, or None where that cannot be."""
-        into, out = self.in_proj, self.out_proj
-        if into.bias is not None or out.bias is not None or not (is_plain(into) and is_plain(out)):
+        into, out, ahead, back = self._parts("in_proj", "out_proj", "ahead", "back")
+        if not (is_plain(into) and is_plain(out) and type(ahead) is type(back) is SelectivePath):
             return None
-        if type(self.ahead) is not SelectivePath or type(self.back) is not SelectivePath:
+        if parameter(into, "bias") is not None or parameter(out, "bias") is not None:
             return None
-        projections = Projections(into.weight, out.weight)
-        return mixed_both_ways(x, projections, self.ahead.weights(), self.back.weights(), self.mean)
+        projections = Projections(parameter(into, "weight"), parameter(out, "weight"))
+        return mixed_both_ways(x, projections, ahead.weights(), back.weights(), self.mean)
+
+    def _parts(self, *names: str) -> list[Any]:
+        """Submodules, without a module's own search for a name."""
+        return [self._modules[name] for name in names]
 
     def _is_plain(self) -> bool:
         """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called.
 
         Nor may the length be split, which `cross_scan` refuses.
         """
-        paths = (self.ahead, self.back)
-        # A bias of the selection is for `mix`, which calls the map itself.
-        return not whole.splits and all(
-            is_plain(p.x_proj) and p.x_proj.bias is None and is_plain(p.dt_proj) for p in paths
-        )
+        if whole.splits:
+            return False
+        for path in self._parts("ahead", "back"):
+            x_proj, dt_proj = path._modules["x_proj"], path._modules["dt_proj"]
+            # A bias of the selection is for `mix`, which calls the map itself.
+            if not (is_plain(x_proj) and parameter(x_proj, "bias") is None and is_plain(dt_proj)):
+                return False
+        return True
 
     def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         """Both paths in one launch of the scan, added."""

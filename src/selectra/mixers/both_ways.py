@@ -18,6 +18,7 @@ from selectra.ops import causal_conv1d, cross_scan, whole
 from selectra.ops.autocast import AUTOCAST_KEYS
 from selectra.ops.causal_conv1d import cuda as conv
 from selectra.ops.causal_conv1d.call import ConvCall
+from selectra.ops.causal_conv1d.cuda import TYPES
 from selectra.ops.cross_scan import line
 from selectra.ops.cross_scan.call import ROUTES, CrossCall
 from selectra.ops.cross_scan.line import Line
@@ -66,19 +67,21 @@ def _fit(x: Tensor, dtype: torch.dtype, projections: Projections, ahead: Weights
     if x.dim() != 3 or x.numel() == 0 or ahead.A_log.dim() != 2 or ahead.dt_proj.dim() != 2:
         return False
     (d, n), rank, width, index = ahead.A_log.shape, ahead.dt_proj.shape[1], x.shape[2], x.get_device()
-    shapes = ((d, 1, ahead.conv.shape[-1]), (d,), (rank + 2 * n, d), (d, rank), (d,), (d, n), (d,))
+    of_path = ((d, 1, ahead.conv.shape[-1]), (d,), (rank + 2 * n, d), (d, rank), (d,), (d, n), (d,))
+    shapes = ((2 * d, width), (width, d), *of_path, *of_path)
+    weights = (into, out, *ahead, *back)
+    for tensor, shape in zip(weights, shapes, strict=True):
+        if tensor is not None and (tensor.shape != shape or tensor.get_device() != index or tensor.dtype not in TYPES):
+            return False
+    if (ahead.conv_bias is None) != (back.conv_bias is None):
+        return False
+    if ahead.D is None or back.D is None or ahead.dt_bias is None or back.dt_bias is None:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return dtype in TYPES and x.dtype in TYPES
     # Without autocast products take what they are given.
-    products = (x, into, out, ahead.x_proj, back.x_proj, ahead.dt_proj, back.dt_proj)
-    return (
-        into.shape == (2 * d, width)
-        and out.shape == (width, d)
-        and (ahead.conv_bias is None) == (back.conv_bias is None)
-        and not (ahead.D is None or back.D is None or ahead.dt_bias is None or back.dt_bias is None)
-        and dtype in conv.TYPES
-        and all(w is None or w.shape == shape for w, shape in zip((*ahead, *back), 2 * shapes, strict=True))
-        and all(w is None or (w.get_device() == index and w.dtype in conv.TYPES) for w in (x, into, out, *ahead, *back))
-        and (torch.is_autocast_enabled(x.device.type) or all(w.dtype is dtype for w in products))
-    )
+    products = (into, out, ahead.x_proj, back.x_proj, ahead.dt_proj, back.dt_proj)
+    return dtype in TYPES and all(weight.dtype is dtype for weight in products)
 
 
 def _on_kernels(x: Tensor, weights: Weights) -> bool:
@@ -110,7 +113,7 @@ def _cast(dtype: torch.dtype, projections: Projections, ahead: Weights, back: We
     (into, out), (d, rank), n = projections, ahead.dt_proj.shape, ahead.A_log.shape[1]
     of_x, of_dt, of_A = 2 * (rank + 2 * n) * d, 2 * d * rank, 2 * d * n
     pairs = [(ahead.x_proj, back.x_proj), (ahead.dt_proj, back.dt_proj)]
-    rounded = into.dtype is not dtype
+    rounded = into.dtype is not dtype or out.dtype is not dtype
     flat = into.new_empty(of_x + of_dt + (into.numel() + out.numel() if rounded else 0), dtype=dtype)
     x_proj = flat.as_strided((2, rank + 2 * n, d), (of_x // 2, d, 1), 0)
     dt_proj = flat.as_strided((2, d, rank), (of_dt // 2, rank, 1), of_x)
