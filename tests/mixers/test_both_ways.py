@@ -13,6 +13,8 @@ from selectra.models.vim import Halved
 from selectra.ops import causal_conv1d, cross_scan, selective_scan
 from selectra.ops.causal_conv1d.cuda import TYPES
 from selectra.ops.cross_scan import line
+from selectra.ops.selective_scan import wide as wide_scan
+from selectra.ops.selective_scan.plans import GRID_PLACES
 from tests.ops.emulator.fixture import EmulatedGpu, emulated_gpu
 
 __all__ = ["emulated_gpu"]
@@ -119,6 +121,18 @@ def test_many_states() -> None:
     y = at_once(mixer, x)
     assert y is not None
     assert_close(results(y, [x, *mixer.parameters()]), truth(mixer, x, d_state=16), 2e-5)
+
+
+def test_the_length_in_chunks_and_sums_of_many_rows(gpu: EmulatedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_scan, "FEWEST_STEPS_OF_CHUNK", 64)
+    gpu.multiprocessors = 100
+    mixer, x = build(d_state=8), torch.randn(1, 270, D_MODEL).requires_grad_()
+    y = at_once(mixer, x)
+    assert y is not None
+    assert_close(results(y, [x, *mixer.parameters()]), truth(mixer, x, d_state=8), 2e-5)
+    (kept,) = line.plans.values()
+    assert all(plan.words[GRID_PLACES["n_chunks"]] > 2 for plan in (kept.forward, kept.backward))
+    assert "conv_sum" in {kernel.name for kernel in gpu.kernels}
 
 
 @pytest.mark.parametrize("wide", [True, False])
