@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from selectra.mixers import Bidirectional, SelectiveChannel
+from selectra.ops import whole
 
 D_MODEL = 6
 SIZES: dict[str, Any] = {"d_model": D_MODEL, "d_state": 3, "d_conv": 2, "expand": 1}
@@ -124,6 +125,12 @@ def test_adapted_projections_are_not_mixed_at_once():
     assert not mixer._is_plain()
     handle.remove()
     mixer.ahead.x_proj = nn.Sequential(mixer.ahead.x_proj)
+    assert not mixer._is_plain()
+
+
+def test_parts_of_a_split_sequence_are_not_mixed_at_once(monkeypatch):
+    mixer = build(Bidirectional)
+    monkeypatch.setattr(whole, "splits", [object()])
     assert not mixer._is_plain()
 
 

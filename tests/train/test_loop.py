@@ -7,11 +7,13 @@ import math
 import os
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selectra.errors import ConfigError, DataError
 from selectra.spec import Optim, Train
@@ -211,6 +213,27 @@ def test_processes_that_prepare_batches_stay_from_pass_to_pass() -> None:
     assert [each[1:] for each in found] == [each[1:] for each in itertools.islice(alone, 11)]
     assert [epoch for _, epoch, _ in found] == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
     assert len({process for process, *_ in found} - {os.getpid()}) == 2
+
+
+def test_gradients_are_scaled_in_one_call():
+    class Calls(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    # One has none.
+    model[1].weight.requires_grad_(False)
+    model(torch.ones(1, 3)).sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with Calls() as calls:
+        optim.scale_gradients(model, 0.5)
+    assert len([name for name in calls.names if "mul" in name]) == 1
+    after = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(before) == 5 and all(torch.equal(after[name], 0.5 * grad) for name, grad in before.items())
+    optim.scale_gradients(nn.Linear(2, 2), 0.5)
 
 
 def test_weight_decay_groups():

@@ -236,11 +236,11 @@ def scan(
     return _Scan.apply(kernels, u, delta, A, B, C, D, z, delta_bias)  # pyright: ignore[reportReturnType]
 
 
-def _short_conv(path: SelectivePath, x: Float[Tensor, "b d l"]) -> Float[Tensor, "b d l"]:
+def _short_conv(path: SelectivePath, x: Float[Tensor, "b d l"], by_package: bool) -> Float[Tensor, "b d l"]:
     """The causal convolution with SiLU, by causal_conv1d where that is there."""
     weight, bias = path.conv1d.weight, path.conv1d.bias
     assert bias is not None
-    if missing(CONV):
+    if not by_package:
         return F.silu(F.conv1d(x, weight, bias, padding=path.d_conv - 1, groups=path.d_inner)[..., : x.shape[2]])
     if torch.compiler.is_compiling():
         return torch.ops.selectra_bench.conv(x.contiguous(), weight[:, 0].contiguous(), bias)
@@ -249,6 +249,9 @@ def _short_conv(path: SelectivePath, x: Float[Tensor, "b d l"]) -> Float[Tensor,
 
 class TheirVim(Halved):
     """Vim's mixer over mamba_ssm's kernels: the backward direction on flipped copies."""
+
+    # Of an instance `with_theirs` says it: looking for modules in a forward would be timed, and no compiler traces it.
+    has_conv: bool
 
     def forward(self, x: Float[Tensor, "b l d_model"], **_: Any) -> Float[Tensor, "b l d_model"]:
         length = x.shape[1]
@@ -260,7 +263,7 @@ class TheirVim(Halved):
 
     def _path(self, path: SelectivePath, xz: Float[Tensor, "b d2 l"]) -> Float[Tensor, "b d l"]:
         u, z = xz.chunk(2, dim=1)
-        u, length = _short_conv(path, u), u.shape[2]
+        u, length = _short_conv(path, u, self.has_conv), u.shape[2]
         # The official code's own views and copies.
         projected = path.x_proj(u.transpose(1, 2).flatten(0, 1))
         dt, B, C = projected.split([path.dt_rank, path.d_state, path.d_state], dim=1)
@@ -273,11 +276,13 @@ class _TheirPaths(CrossPaths):
     """VMamba's copies, projections and scan in the order of its code, channels first."""
 
     kernels: ClassVar[str]
+    # As above.
+    has_copies: bool
 
     def mix(self, u: Float[Tensor, "b h w d_inner"]) -> Float[Tensor, "b h w d_inner"]:
         k, n, height, width = len(self.D), self.d_state, u.shape[1], u.shape[2]
         u = F.silu(self.conv2d(u.permute(0, 3, 1, 2).contiguous()))
-        us = _routes(u)
+        us = _routes(u, self.has_copies)
         projected = torch.einsum("bkdl,kcd->bkcl", us, self.x_proj)
         dt, B, C = projected.split([self.dt_rank, n, n], dim=2)
         delta = torch.einsum("bkrl,kdr->bkdl", dt, self.dt_proj).to(us.dtype)
@@ -294,21 +299,21 @@ class _TheirPaths(CrossPaths):
             None,
             self.dt_bias.flatten(),
         )
-        merged = _merged(y.unflatten(1, (k, -1)).unflatten(3, (height, width)))
+        merged = _merged(y.unflatten(1, (k, -1)).unflatten(3, (height, width)), self.has_copies)
         return merged.unflatten(2, (height, width)).permute(0, 2, 3, 1)
 
 
-def _routes(u: Float[Tensor, "b d h w"]) -> Float[Tensor, "b k d l"]:
+def _routes(u: Float[Tensor, "b d h w"], by_package: bool) -> Float[Tensor, "b k d l"]:
     """Copies of u in the order of every route: by rows, by columns, and both backwards."""
-    if not torch.compiler.is_compiling() and not missing(COPIES):
+    if by_package and not torch.compiler.is_compiling():
         return importlib.import_module(COPIES).cross_scan_fn(u)
     both = torch.stack([u.flatten(2), u.transpose(2, 3).flatten(2)], 1)
     return torch.cat([both, both.flip(3)], 1)
 
 
-def _merged(ys: Float[Tensor, "b k d h w"]) -> Float[Tensor, "b d l"]:
+def _merged(ys: Float[Tensor, "b k d h w"], by_package: bool) -> Float[Tensor, "b d l"]:
     """The routes' outputs put back and added."""
-    if not torch.compiler.is_compiling() and not missing(COPIES):
+    if by_package and not torch.compiler.is_compiling():
         return importlib.import_module(COPIES).cross_merge_fn(ys)
     height, width = ys.shape[3:]
     flat = ys.flatten(3)
@@ -341,9 +346,11 @@ def with_theirs(model: nn.Module) -> nn.Module:
     Raises:
         BackendError: No mixer of the model has a counterpart.
     """
-    mixers = [module for module in model.modules() if type(module) in THEIRS]
+    mixers: list[Any] = [module for module in model.modules() if type(module) in THEIRS]
     if not mixers:
         raise BackendError(f"{type(model).__name__} has no mixer that other packages' kernels could run.")
+    has_conv, has_copies = not missing(CONV), not missing(COPIES)
     for mixer in mixers:
         mixer.__class__ = THEIRS[type(mixer)]
+        mixer.has_conv, mixer.has_copies = has_conv, has_copies
     return model

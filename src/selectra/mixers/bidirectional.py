@@ -1,17 +1,18 @@
 """A selective mixer that looks both ways along the length."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selectra.mixers.projections import is_plain
+from selectra.mixers.both_ways import Projections, mixed_both_ways
+from selectra.mixers.projections import is_plain, parameter
 from selectra.mixers.s6 import SelectivePath, at_least_float32, require_input, zero_absent
 from selectra.mixers.sizes import mixer_sizes
-from selectra.ops import cross_scan
+from selectra.ops import cross_scan, whole
 
 
 class Bidirectional(nn.Module):
@@ -30,6 +31,9 @@ class Bidirectional(nn.Module):
         conv_bias: Whether the short convolutions have a bias.
         bias: Whether the input and output projections have one.
     """
+
+    mean: ClassVar[bool] = False
+    """Whether both directions' mean is projected instead of their sum."""
 
     def __init__(
         self,
@@ -59,20 +63,49 @@ class Bidirectional(nn.Module):
     ) -> Float[Tensor, "b l d_model"]:
         """Mix whole sequences. Absent positions (`mask` False) influence nothing and give 0."""
         require_input(x, self.d_model, mask, cu_seqlens)
-        u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
         # On a GPU two small launches would leave it half empty; elsewhere putting both side by side is lost time.
-        if x.is_cuda and mask is None and cu_seqlens is None and self._is_plain():
-            return self.out_proj(self._mix_at_once(u, z))
+        at_once = x.is_cuda and mask is None and cu_seqlens is None and self._is_plain()
+        if at_once and (y := self._in_one_node(x)) is not None:
+            return y
+        u, z = self.in_proj(zero_absent(x, mask)).chunk(2, dim=-1)
+        if at_once:
+            return self.out_proj(self._joined(self._mix_at_once(u, z)))
         ahead = self.ahead.mix_whole(u, z, mask=mask, cu_seqlens=cu_seqlens)
         back = self.back.mix_whole(u, z, reverse=True, mask=mask, cu_seqlens=cu_seqlens)
-        y = self.out_proj(ahead + back)
+        y = self.out_proj(self._joined(ahead + back))
         return y if self.out_proj.bias is None else zero_absent(y, mask)
 
+    def _joined(self, total: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        """Of the sum of both directions what is projected."""
+        return total / 2 if self.mean else total
+
+    def _in_one_node(self, x: Float[Tensor, "b l d_model"]) -> Float[Tensor, "b l d_model"] | None:
+        """All of it in one node of autograd, or None where that cannot be."""
+        into, out, ahead, back = self._parts("in_proj", "out_proj", "ahead", "back")
+        if not (is_plain(into) and is_plain(out) and type(ahead) is type(back) is SelectivePath):
+            return None
+        if parameter(into, "bias") is not None or parameter(out, "bias") is not None:
+            return None
+        projections = Projections(parameter(into, "weight"), parameter(out, "weight"))
+        return mixed_both_ways(x, projections, ahead.weights(), back.weights(), self.mean)
+
+    def _parts(self, *names: str) -> list[Any]:
+        """Submodules, without a module's own search for a name."""
+        return [self._modules[name] for name in names]
+
     def _is_plain(self) -> bool:
-        """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called."""
-        paths = (self.ahead, self.back)
-        # A bias of the selection is for `mix`, which calls the map itself.
-        return all(is_plain(p.x_proj) and p.x_proj.bias is None and is_plain(p.dt_proj) for p in paths)
+        """Whether the paths' projections are their weights alone: no adapter, no hook, which would not be called.
+
+        Nor may the length be split, which `cross_scan` refuses.
+        """
+        if whole.splits:
+            return False
+        for path in self._parts("ahead", "back"):
+            x_proj, dt_proj = path._modules["x_proj"], path._modules["dt_proj"]
+            # A bias of the selection is for `mix`, which calls the map itself.
+            if not (is_plain(x_proj) and parameter(x_proj, "bias") is None and is_plain(dt_proj)):
+                return False
+        return True
 
     def _mix_at_once(self, u: Float[Tensor, "b l d"], z: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
         """Both paths in one launch of the scan, added."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.layers.norm import AddNorm
 from selectra.mixers.inner import Weights, mixed_at_once
-from selectra.mixers.projections import is_plain, linear_halves
+from selectra.mixers.projections import is_plain, linear_halves, parameter
 from selectra.mixers.sizes import mixer_sizes, require_sizes
 from selectra.mixers.streaming import quick_step
 from selectra.ops import causal_conv1d, checks, selective_scan
@@ -150,14 +150,23 @@ class SelectivePath(nn.Module):
         """`mix` from an empty past, without the state that follows, in one node of autograd where that can be."""
         own = type(self).mix is SelectivePath.mix and type(self).convolve is SelectivePath.convolve
         if own and is_plain(self.x_proj) and self.x_proj.bias is None and is_plain(self.dt_proj):
-            y = mixed_at_once(u, z, self._weights(), reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
+            y = mixed_at_once(u, z, self.weights(), reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)
             if y is not None:
                 return y
         return self.mix(u, z, reverse=reverse, mask=mask, cu_seqlens=cu_seqlens)[0]
 
-    def _weights(self) -> Weights:
-        conv, dt_proj = self.conv1d, self.dt_proj
-        return Weights(conv.weight, conv.bias, self.x_proj.weight, dt_proj.weight, dt_proj.bias, self.A_log, self.D)
+    def weights(self) -> Weights:
+        """All parameters, for a node of autograd."""
+        conv, x_proj, dt_proj = (self._modules[name] for name in ("conv1d", "x_proj", "dt_proj"))
+        return Weights(
+            parameter(conv, "weight"),
+            parameter(conv, "bias"),
+            parameter(x_proj, "weight"),
+            parameter(dt_proj, "weight"),
+            parameter(dt_proj, "bias"),
+            parameter(self, "A_log"),
+            parameter(self, "D"),
+        )
 
     def convolve(
         self,

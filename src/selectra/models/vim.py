@@ -56,10 +56,7 @@ Pool = Literal["middle", "head", "double", "mean", "max"]
 class Halved(Bidirectional):
     """The mean of both directions instead of their sum."""
 
-    def forward(self, x: Float[Tensor, "b l d_model"], **options: Any) -> Float[Tensor, "b l d_model"]:
-        y = super().forward(x, **options)
-        # The bias of the output projection is not halved.
-        return y / 2 if self.out_proj.bias is None else (y + self.out_proj.bias) / 2
+    mean = True
 
 
 class SharedBidirectional(S6):

@@ -14,6 +14,8 @@ from selectra.train.depth import depths
 from selectra.train.sharding import local, whole
 from selectra.train.stop import DivergedError
 
+_scale_all: Any = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+
 
 def without_decay(model: nn.Module) -> set[int]:
     """Identities of the parameters that a module leaves out of weight decay.
@@ -72,10 +74,10 @@ def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:
 
 
 def scale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply every gradient."""
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor)
+    """Multiply every gradient, all in one call: a launch for each takes the host of a GPU milliseconds."""
+    grads = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    if grads:
+        _scale_all(grads, factor)
 
 
 def clip(model: nn.Module, largest: float | None) -> float:

@@ -103,10 +103,14 @@ def forward(
     silu: bool,
     reverse: bool,
     return_final_state: bool = True,
+    out: Float[Tensor, "b l d"] | None = None,
 ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "s d k"] | None]:
     """Run the convolution.
 
     Borders are not brought to the host: where they are none (not rising from 0 to l), every result is NaN.
+
+    Args:
+        out: Where the output goes, contiguous, in the type of `x`; by default a new tensor.
 
     Returns:
         The output in the type of `x`, and, where asked for, the final state in float32: the last k inputs of the run.
@@ -116,7 +120,7 @@ def forward(
     n_states = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     device = x.device
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
-    y = torch.empty((batch, length, channels), dtype=x.dtype, device=device)
+    y = torch.empty((batch, length, channels), dtype=x.dtype, device=device) if out is None else out
     final_state = None
     if return_final_state:
         final_state = torch.empty((n_states, channels, taps), dtype=torch.float32, device=device)
@@ -145,12 +149,14 @@ def backward(
     cu_seqlens: Int[Tensor, " n_seqs_plus_1"] | None,
     silu: bool,
     reverse: bool,
+    out: Float[Tensor, "b l d"] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, weight, bias and initial_state; None for an input that is None. Equal bits in every run.
 
     Args:
         dy: Gradient of the output.
         dfinal: Gradient of the final state; None is zero.
+        out: Where the gradient of x goes, contiguous, in its type; by default a new tensor.
     """
     batch, length, channels = x.shape
     taps = weight.shape[1]
@@ -170,7 +176,7 @@ def backward(
     n_rows = 0 if launch is None else launch.n_rows
     # Without a position nothing is summed.
     make = torch.empty if n_rows else torch.zeros
-    dx = torch.empty((batch, length, channels), dtype=x.dtype, device=device)
+    dx = torch.empty((batch, length, channels), dtype=x.dtype, device=device) if out is None else out
     dweight = make((channels, taps), dtype=torch.float32, device=device)
     dbias = None if bias is None else make((channels,), dtype=torch.float32, device=device)
     dinitial = None if initial_state is None else torch.empty_like(initial_state, memory_format=torch.contiguous_format)

@@ -14,6 +14,7 @@ from selectra.ops.dispatch import Backend, Op
 from selectra.ops.selective_scan import selective_scan
 from selectra.ops.whole import require_whole
 
+_NARROW_FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16))
 # Bits of a route, as in selective_scan/scan_call.cuh.
 BACK, DOWN = 1, 2
 ROUTES = {"right": 0, "left": BACK, "down": DOWN, "up": DOWN | BACK}
@@ -89,17 +90,18 @@ def prepare(
     kinds = tuple(_kind(name) for name in routes)
     if not kinds:
         raise ConfigError(f"routes is empty; it names one or more of {', '.join(ROUTES)}.")
-    _check(u, delta, A, B, C, D, z, delta_bias, len(kinds))
+    if not _fits(u, delta, A, B, C, D, z, delta_bias, len(kinds)):
+        _check(u, delta, A, B, C, D, z, delta_bias, len(kinds))
     dtype = checks.compute_dtype(u.dtype == torch.float64)
     return CrossCall(
         u.unsqueeze(3) if u.dim() == 4 else u,
         delta,
-        A.to(dtype),
+        A if A.dtype is dtype else A.to(dtype),
         B,
         C,
-        None if D is None else D.to(dtype),
+        D if D is None or D.dtype is dtype else D.to(dtype),
         z.unsqueeze(3) if z is not None and z.dim() == 4 else z,
-        None if delta_bias is None else delta_bias.to(dtype),
+        delta_bias if delta_bias is None or delta_bias.dtype is dtype else delta_bias.to(dtype),
         delta_softplus,
         kinds,
         merge,
@@ -112,6 +114,39 @@ def _kind(name: str) -> int:
     near = difflib.get_close_matches(str(name), ROUTES, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     raise ConfigError(f"there is no route '{name}'; there are {', '.join(ROUTES)}.{hint}")
+
+
+def _fits(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    k: int,
+) -> bool:
+    """Whether a call is plainly right; the checks in words take thrice as long, and say what is wrong."""
+    of_delta, of_A, index = delta.shape, A.shape, u.get_device()
+    if len(of_delta) != 5 or len(of_A) != 3:
+        return False
+    *positions, routes, d = of_delta
+    n, shared = of_A[2], (*positions, d)
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    return (
+        routes == k
+        and of_A[:2] == (k, d)
+        and n > 0
+        and u.shape in (shared, of_delta)
+        and (z is None or z.shape in (shared, of_delta))
+        and B.shape == C.shape == (*positions, k, n)
+        and (D is None or D.shape == (k, d))
+        and (delta_bias is None or delta_bias.shape == (k, d))
+        and all(x is None or (x.dtype in _NARROW_FLOATS and x.get_device() == index) for x in tensors)
+        # Devices other than a GPU may share the number -1.
+        and (index >= 0 or all(x is None or x.device == u.device for x in tensors))
+    )
 
 
 def _check(

@@ -15,7 +15,7 @@ from selectra.ops import cuda
 from selectra.ops.cross_scan.call import BACK, CrossCall
 from selectra.ops.selective_scan import geometry
 from selectra.ops.selective_scan.call import ScanCall
-from selectra.ops.selective_scan.cuda import MOST_PLANS, Ends, launch
+from selectra.ops.selective_scan.cuda import MOST_PLANS, Ends, addresses, launch
 from selectra.ops.selective_scan.plans import (
     GRID_PLACES,
     TYPES,
@@ -99,24 +99,30 @@ def backward(call: CrossCall, dy: Tensor, checkpoints: Tensor) -> tuple[Tensor |
     dy = (dy.unsqueeze(3) if call.merge else dy).to(scan.u.dtype).flatten(1, 2).expand(scan.u.shape)
     if not strides_fit(dy):
         dy = dy.contiguous()
-    du, ddelta = (_room_for(x, scan, call) for x in (call.u, call.delta))
-    dz = None if call.z is None else _room_for(call.z, scan, call)
+    (du, whole_u), (ddelta, whole_delta) = (_room_for(x, scan, call) for x in (call.u, call.delta))
+    dz, whole_z = (None, None) if call.z is None else _room_for(call.z, scan, call)
     grid = _grid(call)
     plan = _plan(scan, dy, call, interval, True, lambda: plan_backward(scan, dy, du, ddelta, dz, interval, grid))
-    A, B, C, D, bias = scan.A, scan.B, scan.C, scan.D, scan.delta_bias
-    dA, dB, dC = A.new_empty(A.shape), B.new_empty(B.shape), C.new_empty(C.shape)
-    dD, dbias = (None if x is None else x.new_empty(x.shape) for x in (D, bias))
+    # In the kernels' types and, since all of them lie in one piece, in the shapes of the inputs.
+    dA, dB, dC = (x.new_empty(like.shape) for x, like in ((scan.A, call.A), (scan.B, call.B), (scan.C, call.C)))
+    dD, dbias = (None if x is None else x.new_empty(x.shape) for x in (call.D, call.delta_bias))
     words = _words(plan, scan)
     words[GRID_PLACES["dy"]], words[GRID_PLACES["checkpoints"]] = dy.data_ptr(), checkpoints.data_ptr()
-    launch(plan, words, A, (du, ddelta, dA, dB, dC, dD, dz, dbias), _ENDS)
-    du, ddelta = _as(call.u, du), _as(call.delta, ddelta)
+    launch(plan, words, scan.A, addresses((du, ddelta, dA, dB, dC, dD, dz, dbias)), _ENDS)
+    du, ddelta = _as(call.u, du, whole_u), _as(call.delta, ddelta, whole_delta)
     if dz is not None and call.z is not None:
-        dz = _as(call.z, dz)
+        dz = _as(call.z, dz, whole_z)
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias)
     return tuple(
-        None if grad is None or x is None else grad.view_as(x).to(x.dtype)
-        for grad, x in zip(grads, call.tensors, strict=True)
+        None if grad is None or x is None else _shaped(grad, x) for grad, x in zip(grads, call.tensors, strict=True)
     )
+
+
+def _shaped(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient in the shape and type of x; calls that change nothing take microseconds too."""
+    if grad.shape != x.shape:
+        grad = grad.view(x.shape)
+    return grad if grad.dtype is x.dtype else grad.to(x.dtype)
 
 
 def is_shared(x: Tensor, call: CrossCall) -> bool:
@@ -129,20 +135,26 @@ def _flattens(x: Tensor) -> bool:
     return x.shape[1] == 1 or x.shape[2] == 1 or x.stride(1) == x.shape[2] * x.stride(2)
 
 
-def _room_for(x: Tensor, scan: ScanCall, call: CrossCall) -> Tensor:
-    """Room for the gradient of u, delta or z, (b, l, k, d): lying as x does, where it can be returned as it is."""
+def _room_for(x: Tensor, scan: ScanCall, call: CrossCall) -> tuple[Tensor, Tensor | None]:
+    """Room for the gradient of u, delta or z, (b, l, k, d), and the same as the gradient itself where it can be that.
+
+    It can where each route has its own, in a tensor that lies as x does and flattens.
+    """
     if is_shared(x, call):
-        return scan.u.new_empty(scan.u.shape)
+        return scan.u.new_empty(scan.u.shape), None
     like = torch.empty_like(x, dtype=scan.u.dtype)
-    return (like if _flattens(like) else like.new_empty(like.shape)).flatten(1, 2)
+    if _flattens(like):
+        return like.flatten(1, 2), like
+    return like.new_empty(like.shape).flatten(1, 2), None
 
 
-def _as(x: Tensor, grad: Tensor) -> Tensor:
+def _as(x: Tensor, grad: Tensor, whole: Tensor | None) -> Tensor:
     """A gradient of all routes as that of x; it lies as x does unless it is a sum: compiled programs rely on it."""
+    if whole is not None:
+        return whole
     if x.shape[3] < grad.shape[2]:
         return _sum_routes(grad).view(x.shape)
-    grad = grad.unflatten(1, x.shape[1:3])
-    like = torch.empty_like(x)
+    grad, like = grad.unflatten(1, x.shape[1:3]), torch.empty_like(x)
     same = all(a == b or size == 1 for a, b, size in zip(like.stride(), grad.stride(), x.shape, strict=True))
     return grad if same else like.copy_(grad)
 

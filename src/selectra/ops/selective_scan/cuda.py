@@ -158,7 +158,7 @@ def forward_at_once(call: ScanCall, interval: int, checkpoints: Tensor | None) -
     if u.numel() == 0:
         return torch.empty_like(u, dtype=out_dtype), _unchanged_state(call)
     y = torch.empty_like(u) if out_dtype == u.dtype else torch.empty_like(u, dtype=torch.float32)
-    pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
+    pointers = addresses(call[:11])
     key = (interval, out_dtype, *signature(call, pointers))
     try:
         plan = forward_plans[key]
@@ -202,7 +202,7 @@ def backward_at_once(
         dfinal = dfinal.contiguous()
     du, ddelta = torch.empty_like(u), torch.empty_like(delta)
     dz = None if z is None else torch.empty_like(z)
-    pointers = [0 if x is None else x.data_ptr() for x in call[:11]]
+    pointers = addresses(call[:11])
     key = (interval, dy.stride(), dy.data_ptr() & 15, *signature(call, pointers))
     try:
         plan = backward_plans[key]
@@ -224,21 +224,30 @@ def backward_at_once(
     words[_DY], words[_CHECKPOINTS] = dy.data_ptr(), checkpoints.data_ptr()
     words[_DFINAL] = 0 if dfinal is None else dfinal.data_ptr()
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, dinitial)
-    launch(plan, words, A, grads)
+    launch(plan, words, A, addresses(grads))
     return grads
 
 
-def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[Tensor | None] = (), ends: Ends = _ENDS) -> None:
-    """Fill in what is left of the words, and launch."""
+def addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where tensors lie, 0 for one that is not there."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def launch(plan: Plan, words: list[int], like: Tensor, grads: Iterable[int] = (), ends: Ends = _ENDS) -> None:
+    """Fill in what is left of the words, and launch.
+
+    Args:
+        grads: Where the gradients go, 0 for one that nobody wants.
+    """
     # Kept until the launches are on their way; whoever has the memory next on this stream comes after them.
     scratch = like.new_empty(plan.scratch) if plan.scratch else None
     if scratch is not None:
         start = scratch.data_ptr()
         for place, offset in plan.scratch_words:
             words[place] = start + offset
-    for place, grad in zip(ends.gradients, grads, strict=False):
-        if grad is not None:
-            words[place] = grad.data_ptr()
+    for place, address in zip(ends.gradients, grads, strict=False):
+        if address:
+            words[place] = address
     if plan.fault.word.value:
         plan.fault.report()
     for kernel, grid, threads, chunk, part in plan.passes:

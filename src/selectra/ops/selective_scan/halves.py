@@ -148,7 +148,7 @@ def backward(
     dA, dB, dC = (torch.empty_like(x, memory_format=lie) for x in (call.A, call.B, call.C))
     dD, dbias = (None if x is None else torch.empty_like(x) for x in (call.D, call.delta_bias))
     grads = (du, ddelta, dA, dB, dC, dD, dz, dbias, torch.empty_like(outgoing))
-    cuda.launch(plans.rest, words, call.A, grads)
+    cuda.launch(plans.rest, words, call.A, cuda.addresses(grads))
     return grads
 
 
