@@ -287,6 +287,9 @@ def read_value(value: Any, hint: Any, what: str) -> Any:
         if any(part is tuple or get_origin(part) is tuple for part in parts):
             items = (item.strip() for item in value.strip("()[] ").split(","))
             candidates.append(tuple(item for item in items if item))
+        # pydantic reads no number from text where only some are allowed.
+        allowed = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
+        candidates += [each for each in allowed if str(each) == value]
     # pydantic refuses a config beside a type that has its own, such as a model or a dataclass.
     own_config = isinstance(hint, type) and hasattr(hint, "__pydantic_config__")
     plain_class = isinstance(hint, type) and not issubclass(hint, BaseModel) and not own_config
