@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from selectra import data as _data
 from selectra import models as _models
 from selectra import tasks as _tasks
+from selectra.compare.amounts import amount_of
 from selectra.compare.dense import Dense, ask_dense
 from selectra.compare.study import FEWEST_SEEDS, Budget, Study, Tuning, Variant
 from selectra.errors import ConfigError, DataError
@@ -61,8 +62,6 @@ LOOKBACK, HORIZON = 96, 24
 ROWS = ("lookback", "horizon")
 # Studies of a user's own data.
 NAMED = ("forecasting", "vision", "language", "detection", "segmentation")
-# A letter after a number of parameters or FLOPs.
-LETTERS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
 
 @dataclass(frozen=True)
@@ -379,20 +378,3 @@ def _kind(spec: Spec) -> str:
 
 def _short(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name.lower())
-
-
-def amount_of(text: str) -> float:
-    """A number as people write it: "5M", "300k", "1.2e9".
-
-    Raises:
-        ConfigError: It is none.
-    """
-    letter = text[-1:].lower()
-    digits, factor = (text[:-1], LETTERS[letter]) if letter in LETTERS else (text, 1.0)
-    try:
-        value = float(digits) * factor
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"'{text}' is no amount; write 5M, 300k or 1.2e6.")
-    return value
