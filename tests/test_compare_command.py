@@ -54,7 +54,7 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("words", "found"),
     [
         (["forecasting", "absent.csv"], "there is no 'absent.csv'"),
-        (["nothing"], "there is no study 'nothing'; there are ['forecasting', 'vision', 'language'"),
+        (["nothing"], "there are ['forecasting', 'vision', 'language', 'detection', 'segmentation'"),
         (["absent.py"], "there is no 'absent.py'; a study is a file of Python"),
         (["forecasting", "--models", "dlinear,linear"], "is a Mamba model; name one, such as tsm2"),
         (["forecasting", "--models", "tsm3"], "there is no model 'tsm3'"),
@@ -78,7 +78,10 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["forecasting", "--match", "depth"], "and there is none; name one, such as --budget-params 5M"),
         (["forecasting", "--match", "height"], "'width', 'depth'"),
         (["costs", "--match", "depth"], "--match is for studies"),
-        (["selection", "--quick"], "quick is for `compare forecasting`, `compare vision` and `compare language`"),
+        (
+            ["selection", "--quick"],
+            "quick is for `compare` of forecasting, vision, language, detection, segmentation; other",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_words(words: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:

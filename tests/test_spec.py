@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
 from pydantic import ValidationError
 
 from selectra.errors import ConfigError
-from selectra.spec import Optim, Parallel, Run, Section, Spec, Train, override
+from selectra.spec import Optim, Parallel, Run, Section, Spec, Train, override, read_value
 
 RUN = Run(model=Spec("m", depth=2), data=Spec("d"), task=Spec("t"), train=Train(epochs=3))
 
@@ -34,6 +35,17 @@ def test_override_reads_sections_and_keeps_arguments():
     assert (run.train.steps, run.train.epochs) == (500, None)
     assert (run.optim.betas, run.optim.clip, run.name) == ((0.8, 0.95), None, "x")
     assert RUN.train.epochs == 3
+
+
+def test_of_some_numbers_one_is_read_from_text():
+    assert read_value("3", Literal[1, 3], "crops") == 3
+    assert (
+        read_value("1", Literal["auto", 1] | None, "crops") == 1
+        and read_value("auto", Literal["auto", 1], "x") == "auto"
+    )
+    assert read_value("1", Literal["1", 1], "x") == "1"
+    with pytest.raises(ConfigError, match=r"crops is '2', which is no 1 \| 3"):
+        read_value("2", Literal[1, 3], "crops")
 
 
 def test_override_reaches_inner_specs():

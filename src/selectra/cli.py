@@ -117,7 +117,9 @@ def evaluate(
     ] = False,
     page: Annotated[
         bool,
-        typer.Option("--page", help="Segmentation, detection: also a page of the best and worst cases of each class."),
+        typer.Option(
+            "--page", help="Segmentation, detection, clips: also a page of the best and worst cases of each class."
+        ),
     ] = False,
 ) -> None:
     """Evaluate trained weights; the only command that opens the test split."""

@@ -20,21 +20,25 @@ def compare(
     what: Annotated[
         str,
         typer.Argument(
-            help="forecasting, vision, language, costs, a built-in study, or a file of Python that defines one."
+            help="forecasting, vision, detection, segmentation, language, costs, a built-in study, or a file of Python "
+            "that defines one."
         ),
     ] = "forecasting",
     file: Annotated[
         str | None,
         typer.Argument(
-            help="Your table of series, folder of images or text; default: bundled data. `costs`: language, images, "
-            "series."
+            help="Your table of series, folder of images (in classes, with COCO or VOC annotations, with masks) or "
+            "text; default: bundled data. `costs`: language, images, series."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Five models, briefly trained: minutes on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few models, briefly trained: minutes on two cores.")] = False,
     store: Annotated[
         Path | None, typer.Option(help="The file of cells and records; an earlier one is gone on with.")
     ] = None,
-    models: Annotated[str | None, typer.Option(help="Models, separated by commas; the first kind is mamba.")] = None,
+    models: Annotated[
+        str | None,
+        typer.Option(help="Models, separated by commas, one of them a Mamba; detection, segmentation: backbones."),
+    ] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Rows that are forecast; default: 24.")] = None,
     lookback: Annotated[int | None, typer.Option(min=1, help="Rows that a forecast sees; default: 96.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Trainings of every model; at least 3.")] = None,
@@ -66,7 +70,10 @@ def compare(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of every training.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or images in a step.")] = None,
     img_size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels of the sides that a folder's images are brought to.")
+        int | None,
+        typer.Option(
+            min=1, help="Pixels of the sides that a folder's images are brought to; segmentation: of training's crops."
+        ),
     ] = None,
     tables: Annotated[
         str | None, typer.Option(help="The tables of docs/results/forecasting.md instead: a,b,orders,ablation,costs,c.")

@@ -138,23 +138,26 @@ def refuse_page(run: Path) -> None:
     from selectra.classifier.left_behind import kind_of  # noqa: PLC0415
 
     kind = kind_of(run)
-    if kind not in ("segmentation", "detection"):
+    if kind not in ("segmentation", "detection", "video"):
         raise ConfigError(
-            f"--page shows cases of segmentation and detection, and '{run}' holds a training of kind '{kind}'."
+            f"--page shows cases of segmentation, detection and clips, and '{run}' holds a training of kind '{kind}'."
         )
 
 
 def write_cases(run: Path, part: str, metrics: dict[str, float], console: Console) -> None:
     """Write PART_cases.html into the folder of a training; by the first process alone."""
     from selectra.classifier.cases import cases_of  # noqa: PLC0415
+    from selectra.classifier.clip_cases import clip_cases_of  # noqa: PLC0415
     from selectra.classifier.left_behind import kind_of  # noqa: PLC0415
     from selectra.classifier.object_cases import object_cases_of  # noqa: PLC0415
-    from selectra.report import cases, object_cases  # noqa: PLC0415
+    from selectra.report import cases, clip_cases, object_cases  # noqa: PLC0415
 
     if os.environ.get("RANK", "0") != "0":
         return
-    path = run / f"{part}_cases.html"
-    if kind_of(run) == "detection":
+    path, kind = run / f"{part}_cases.html", kind_of(run)
+    if kind == "video":
+        clip_cases.write_page(clip_cases_of(run, part), path)
+    elif kind == "detection":
         object_cases.write_page(object_cases_of(run, part, metrics), path)
     else:
         cases.write_page(cases_of(run, part, metrics), path)

@@ -121,11 +121,19 @@ class Optim(Section):
     """Learning rate after the warm-up: down to zero along a cosine at the last step, or unchanged."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps in which the learning rate rises linearly to `lr`."""
+    warmup_share: float | None = Field(default=None, ge=0, lt=1)
+    """Share of all steps in which it does so, in place of `warmup_steps`: 20 of 300 passes are 1/15 of any data."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient over all parameters; None leaves gradients as they are."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Learning rate of a stage, or of a block where all have one resolution, over that of the next: the head has `lr`,
     what is nearer to the image less."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_share is not None:
+            raise ValueError("give either 'warmup_steps' or 'warmup_share', and not both")
+        return self
 
 
 class Train(Section):
@@ -291,6 +299,9 @@ def read_value(value: Any, hint: Any, what: str) -> Any:
         if any(part is tuple or get_origin(part) is tuple for part in parts):
             items = (item.strip() for item in value.strip("()[] ").split(","))
             candidates.append(tuple(item for item in items if item))
+        # pydantic reads no number from text where only some are allowed.
+        allowed = [each for part in parts if get_origin(part) is Literal for each in get_args(part)]
+        candidates += [each for each in allowed if str(each) == value]
     # pydantic refuses a config beside a type that has its own, such as a model or a dataclass.
     own_config = isinstance(hint, type) and hasattr(hint, "__pydantic_config__")
     plain_class = isinstance(hint, type) and not issubclass(hint, BaseModel) and not own_config

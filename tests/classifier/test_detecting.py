@@ -1,6 +1,7 @@
 """`selectra train`, `eval` and `predict` of detection, as they are typed."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,26 @@ def test_the_picture_says_what_there_is():
              for patch in seen.patches}  # fmt: skip
     assert boxes == {(20, 5, 30, 30): to_rgb((200 / 255, 0, 0)), (10, 10, 20, 10): to_rgb((0, 200 / 255, 0))}
     legend = side.get_legend()
-    assert [text.get_text() for text in legend.get_texts()] == ["cat  1  (0.60 to 0.60)", "dog  1  (0.90 to 0.90)"]
+    assert [text.get_text() for text in legend.get_texts()] == ["cat  1  (0.60)", "dog  1  (0.90)"]
     image = np.asarray(seen.images[0].get_array())
     # The surest mask is on top; what is in none is the image's own.
     assert image[15, 25].tolist() == [55, 145, 55] and image[30, 40].tolist() == [145, 55, 55]
     assert image[2, 2].tolist() == [100, 100, 100] == np.asarray(whole.images[0].get_array())[2, 2].tolist()
+
+
+@pytest.mark.parametrize(("ground", "colour"), [(0, (20, 0, 60)), (255, (250, 250, 220))])
+def test_boxes_show_on_any_ground(ground: int, colour: tuple[int, int, int]):
+    """Boxes almost as dark, or as light, as the image; more of them than are named."""
+    boxes, labels = np.tile([[15.0, 10, 45, 30]], (60, 1)), np.zeros(60, int)
+    image = np.full((40, 60, 3), ground, np.uint8)
+    figure = detected_figure(make_detected(image=image, boxes=boxes, labels=labels, scores=np.linspace(1, 0.5, 60),
+                                           masks=None, colours=(colour,) * 3))  # fmt: skip
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    inside = figure.axes[1].get_window_extent().padded(-5)
+    pixels = np.asarray(Image.open(drawn).convert("L")).astype(int)[::-1]
+    seen = pixels[int(inside.y0) : int(inside.y1), int(inside.x0) : int(inside.x1)]
+    assert (np.abs(seen - ground) > 150).sum() > 500
 
 
 def test_nothing_found_many_found_and_grey_images(tmp_path):

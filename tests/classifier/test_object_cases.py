@@ -80,6 +80,16 @@ def test_boxes_are_drawn_where_they_are_in_the_pages_size():
     assert shown[100, 150].tolist() == [100] * 3 and shown[0, 20].tolist() == list(WRONG)
 
 
+def test_lines_on_a_small_image_leave_what_they_surround():
+    image, mask = np.full((48, 64, 3), 100, np.uint8), np.zeros((48, 64), bool)
+    mask[10:30, 10:30] = True
+    shown = drawn(image, [(np.array([10.0, 10, 30, 30]), RIGHT, 3)], [(mask, (200, 0, 100))])
+    assert shown.shape == (288, 384, 3)
+    inside = shown[60:180, 60:180]
+    assert inside[0, 0].tolist() == inside[2, 60].tolist() == list(RIGHT)
+    assert (inside[3:-3, 3:-3] == [145, 55, 100]).all() and shown[59, 60].tolist() == [100] * 3
+
+
 def test_the_page_holds_everything_and_escapes_names():
     one = ObjectCase("a/b.png", np.full((40, 60, 3), 90, np.uint8), boxes([[1, 2, 30, 30]], [0]),
                      boxes([[2, 2, 30, 31], [40, 0, 50, 10]], [0, 0]), 0.25)  # fmt: skip
@@ -103,7 +113,7 @@ def test_masks_tell_right_from_wrong_where_there_are_such():
     crowd = replace(boxes(corners, [0], [False]), masks=upper[None])
     assert excused(crowd, same, 0).tolist() == [True] and excused(crowd, other, 0).tolist() == [False]
     shown = drawn(np.full((10, 10, 3), 100, np.uint8), [], [(upper, (200, 0, 100))])
-    assert shown[0, 0].tolist() == [145, 55, 100] and shown[9, 9].tolist() == [100] * 3
+    assert shown[0, 0].tolist() == [145, 55, 100] and shown[-1, -1].tolist() == [100] * 3
 
 
 def test_a_training_with_masks_is_ranked_by_them(tmp_path, monkeypatch):

@@ -157,6 +157,24 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path, undisturbed: Path,
         conduct(make_study(series), Wish(path, device="cpu"), QUIET)
 
 
+def test_a_file_begun_before_a_setting_existed_is_gone_on_with(tmp_path: Path, undisturbed: Path) -> None:
+    path = tmp_path / "before.sqlite"
+    shutil.copy(undisturbed, path)
+    store = Store(path)
+    study, text = stored_study(store), store.recall("study")
+    for base in text["bases"]:
+        del base["optim"]["warmup_share"]
+    store.remember("study", text)
+    store.close()
+    conduct(study, Wish(path, device="cpu"), QUIET)
+    # And one of a later version, with a setting that nobody knows here, is told by it.
+    store = Store(path)
+    store.remember("study", {**text, "metric": "mae", "unheard": 1})
+    store.close()
+    with pytest.raises(ConfigError, match="holds another study, 'small': bases, metric differ"):
+        conduct(study, Wish(path, device="cpu"), QUIET)
+
+
 def prepared_file(path: Path, study: Study) -> Store:
     """A file of a study whose models are matched and measured, and none trained."""
     store = Store(path)

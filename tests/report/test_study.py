@@ -1,5 +1,6 @@
 """The report of a study: numbers as the records, words as the outcomes, and a page that a browser shows in peace."""
 
+import copy
 import csv
 import functools
 import http.server
@@ -20,8 +21,9 @@ from selectra.cli import main
 from selectra.compare.results import crossover, require_alike, results, write_results
 from selectra.compare.store import Store
 from selectra.errors import DataError
-from selectra.report.study import markdown, page, read_study, reading, write_reports
+from selectra.report.study import markdown, page, read_study, reading, summary, write_reports
 from selectra.report.study_claims import claims
+from selectra.report.study_plots import against_cost
 from tests.compare.studies import finished
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -68,6 +70,29 @@ class Reader(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.rows and self.rows[-1] and self.inside in ("td", "th", "data", "code"):
             self.rows[-1][-1] += data.strip()
+
+
+def changed_costs(content: dict[str, Any], **values: tuple[float, float]) -> dict[str, Any]:
+    """The same study with the costs of its models spread evenly from one value to another."""
+    changed = copy.deepcopy(content)
+    for name, (low, high) in values.items():
+        for i, row in enumerate(changed["rows"]):
+            row["cost"][name] = low + (high - low) * i / (len(changed["rows"]) - 1)
+    return changed
+
+
+@pytest.mark.parametrize("limits", [(92.1, 112.0), (4.4, 27.7), (0.2, 0.9), (3.0, 900.0)])
+def test_a_picture_of_costs_has_numbers_on_its_axis(content: dict[str, Any], limits: tuple[float, float]) -> None:
+    changed = changed_costs(content, forward_ms=limits)
+    drawn = against_cost(changed, changed["rows"], 0)
+    axis = drawn[drawn.index("matplotlib.axis_1") : drawn.index("matplotlib.axis_2")]
+    assert 2 <= len(re.findall(r">[\d.]+</text>", axis)) <= 9
+
+
+def test_large_amounts_of_memory_are_written_out(content: dict[str, Any]) -> None:
+    changed = changed_costs(content, activations_mb=(2112.0, 12112.0))
+    rows = summary(changed, changed["rows"][0]["base"])[1]
+    assert "2,112" in [row[9] for row in rows] and not any("e+" in each for row in rows for each in row)
 
 
 def test_numbers_on_the_page_are_those_of_the_records(content: dict[str, Any], store: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 
 from selectra.compare.cells import Cell
@@ -112,6 +113,7 @@ def open_study(store: Store, study: Study, device: torch.device, console: Consol
         # What is slow and can fail comes before anything is stored.
         store.settle(PREPARED, prepare(study, device, console, until))
         before = store.settle(STUDY, text)
+    before = _as_now(before)
     if before != text:
         changed = [name for name in text if before.get(name) != text[name]]
         raise ConfigError(
@@ -119,6 +121,15 @@ def open_study(store: Store, study: Study, device: torch.device, console: Consol
             "ask for the same, or name another file with --store."
         )
     return stored_study(store)
+
+
+def _as_now(before: dict[str, Any]) -> dict[str, Any]:
+    """A stored study with the defaults of settings that did not exist when it was stored."""
+    try:
+        return json.loads(Study.model_validate(before).model_dump_json())
+    except ValidationError:
+        # A newer one's: what differs is named by its fields.
+        return before
 
 
 def stored_study(store: Store) -> Study:

@@ -2,7 +2,7 @@
 
 A width is one whole number. Everything that belongs to it grows with it in the proportion of the registered size: the
 widths of all stages, and the inner width of feed-forward networks. Where heads or blocks allow few widths, that inner
-width alone then makes up the rest.
+width alone then makes up the rest. Of a detector or a segmenter it is its backbone that is turned.
 """
 
 import math
@@ -84,7 +84,7 @@ def match(
     best = meet(spec, facts, quantity, wanted, over=over, tolerance=tolerance, device=device, align=align)
     assert best.got is not None
     measured = measure(best.spec, facts, device=device, precision=precision)
-    return Matched(best.spec, quantity, wanted, best.got, best.turned.name, best.value, measured)
+    return Matched(best.spec, quantity, wanted, best.got, best.turned.label, best.value, measured)
 
 
 def meet(
@@ -145,7 +145,7 @@ def _best(
     """The width, or the inner width, that comes nearest to a budget; refused where that is not near enough."""
     if quantity == "params":
         # Most of a search's time is for models that were made for the budget.
-        own, value = cost(turned.spec), _first(turned.values[turned.name])
+        own, value = cost(turned.whole), _first(turned.values[turned.name])
         if abs(own / wanted - 1) <= tolerance / 4 and value % turned.align == 0:
             return _Tried(turned, value, own, {value: own})
     tried = [_try(turned, cost, wanted)]
@@ -153,7 +153,7 @@ def _best(
         tried.append(_try(follower, cost, wanted))
     best = min(tried, key=lambda each: each.off(wanted))
     if best.got is None or best.off(wanted) > tolerance:
-        name, unit, model = turned.name, UNITS[quantity], turned.spec.name
+        name, unit, model = turned.label, UNITS[quantity], turned.whole.name
         raise ConfigError(
             f"no {model}.{name} brings {model} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
             f"{_nearest(tried[0], wanted, unit)}; ask for one of these, or match another quantity."
@@ -169,8 +169,25 @@ class _Turned:
     name: str
     values: Mapping[str, Any]
     align: int = 1
+    above: Spec | None = None
+    """The model of which `spec` is the backbone, if it is one."""
 
     def __call__(self, value: int) -> Spec:
+        inner = self.inner(value)
+        return inner if self.above is None else self.above.replace(backbone=inner)
+
+    @property
+    def whole(self) -> Spec:
+        """The model as it is, with what it is the backbone of."""
+        return self.spec if self.above is None else self.above.replace(backbone=self.spec)
+
+    @property
+    def label(self) -> str:
+        """What is turned, as the command line says it."""
+        return self.name if self.above is None else f"backbone.{self.name}"
+
+    def inner(self, value: int) -> Spec:
+        """The model itself, without what it is the backbone of."""
         if value % self.align:
             raise ConfigError(f"{self.name}={value} is no multiple of {self.align}.")
         ratio = value / _first(self.values[self.name])
@@ -178,9 +195,11 @@ class _Turned:
 
     def followers(self, values: Iterable[int]) -> "list[_Turned]":
         """With the width as it is at each of these values, each inner width to be turned alone."""
-        fixed = [self(value) for value in values]
+        fixed = [self.inner(value) for value in values]
         names = (*self.values,)[1:]
-        return [_Turned(spec, name, {name: spec.args[name]}, self.align) for name in names for spec in fixed]
+        return [
+            _Turned(spec, name, {name: spec.args[name]}, self.align, self.above) for name in names for spec in fixed
+        ]
 
 
 @dataclass
@@ -202,16 +221,33 @@ class _Tried:
         return math.inf if self.got is None else abs(self.got / wanted - 1)
 
 
-def _turned(spec: Spec, facts: Mapping[str, Any], over: str, align: int) -> _Turned:
-    names = WIDTHS if over == "width" else DEPTHS
-    resolved = models.resolve(spec, facts)
-    values = {name: resolved[name].value for name in names if name in resolved and _is_size(resolved[name].value)}
+def has_size(spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"]) -> bool:
+    """Whether a model has a width (or depth) to turn, itself or in its backbone."""
+    return bool(_sizes(spec, facts, over)[2])
+
+
+def _turned(spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"], align: int) -> _Turned:
+    above, inner, values = _sizes(spec, facts, over)
     if not values:
-        takes = ", ".join(name for name in resolved if name not in facts) or "nothing"
+        takes = ", ".join(name for name in models.resolve(spec, facts) if name not in facts) or "nothing"
         raise ConfigError(
             f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}."
         )
-    return _Turned(spec, next(iter(values)), values, align if over == "width" else 1)
+    return _Turned(inner, next(iter(values)), values, align if over == "width" else 1, above)
+
+
+def _sizes(
+    spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"]
+) -> tuple[Spec | None, Spec, dict[str, Any]]:
+    """What can be turned, of which model, and what stands above that one where it is a backbone."""
+    names, above = WIDTHS if over == "width" else DEPTHS, None
+    resolved = models.resolve(spec, facts)
+    backbone = resolved["backbone"].value if "backbone" in resolved else None
+    if isinstance(backbone, Spec) and not any(name in resolved for name in names):
+        above, spec = spec, backbone
+        resolved = models.resolve(backbone, partial=True)
+    values = {name: resolved[name].value for name in names if name in resolved and _is_size(resolved[name].value)}
+    return above, spec, values
 
 
 def _is_size(value: Any) -> bool:
@@ -276,5 +312,5 @@ def _nearest(tried: _Tried, wanted: float, unit: str) -> str:
     sides = [*([max(below)] if below else []), *([min(above)] if above else [])]
     if not sides:
         return "none that was tried can be built"
-    shown = (f"{tried.turned.name}={value} with {tried.seen[value]:,.6g} {unit}" for value in sides)
+    shown = (f"{tried.turned.label}={value} with {tried.seen[value]:,.6g} {unit}" for value in sides)
     return "the nearest are " + " and ".join(shown)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from selectra.compare.match import meet
+from selectra.compare.match import has_size, meet
 from selectra.compare.measure import build_model, measure
 from selectra.compare.study import Study, Variant
 from selectra.compare.worker import load
 from selectra.errors import ConfigError
-from selectra.registry import models
 from selectra.spec import Run, Spec
 from selectra.train.job import check, typed
 
@@ -62,11 +61,11 @@ def _prepared(
     check(run)
     spec, note = run.model, ""
     if study.budget is not None:
-        if _has_size(spec, study.budget.over):
+        if has_size(spec, facts, study.budget.over):
             quantity, over = study.budget.quantity, study.budget.over
             amount, align = study.budget.amount, study.budget.align
             found = meet(spec, facts, quantity, amount, over=over, device=device, align=align, before_each=in_time)
-            spec, note = found.spec, f"{found.turned.name} = {found.value} for {found.got:,.6g} {quantity}"
+            spec, note = found.spec, f"{found.turned.label} = {found.value} for {found.got:,.6g} {quantity}"
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
     model = build_model(spec, facts)
@@ -78,12 +77,6 @@ def _prepared(
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(facts, default=str))
-
-
-def _has_size(spec: Spec, over: str) -> bool:
-    takes = models.resolve(spec, partial=True)
-    names = ("d_model", "dims", "n1") if over == "width" else ("depth", "depths")
-    return any(name in takes for name in names)
 
 
 def _curves(

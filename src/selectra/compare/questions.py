@@ -13,13 +13,15 @@ from pydantic import ValidationError
 from selectra import data as _data
 from selectra import models as _models
 from selectra import tasks as _tasks
+from selectra.compare.amounts import amount_of
+from selectra.compare.dense import Dense, ask_dense
 from selectra.compare.study import FEWEST_SEEDS, Budget, Study, Tuning, Variant
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, studies
 from selectra.spec import Optim, Run, Spec, Train, describe_problem, nearest, override
 
-__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "find_study", "forecasting_study", "language_study",
-           "vision_study"]  # fmt: skip
+__all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "dense_study", "find_study", "forecasting_study",
+           "language_study", "vision_study"]  # fmt: skip
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
@@ -58,8 +60,8 @@ LENGTHS = (96, 200, 336, 720)
 LOOKBACK, HORIZON = 96, 24
 # Options that only forecasts have.
 ROWS = ("lookback", "horizon")
-# A letter after a number of parameters or FLOPs.
-LETTERS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+# Studies of a user's own data.
+NAMED = ("forecasting", "vision", "language", "detection", "segmentation")
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ class Asked:
     """What the command line says about a study; None leaves what the study has.
 
     Args:
-        file: A table of series, a folder of images, or a text.
+        file: A table of series, a folder of images, with objects or masks or in classes, or a text.
         models: Names, for a study of a user's own data.
         quick: For a first look within minutes.
         lookback: Rows that a forecast sees; None is 96.
         horizon: Rows that are forecast; None is 24.
         trials: Draws by optuna from the study's own ranges, or between its own values, in place of these.
-        img_size: Pixels of the sides that images of a folder are brought to; None where all have one size.
+        img_size: Pixels of the sides that images of a folder are brought to, of segmentation those of training's crops;
+            None where all images of classes have one size, else a usual one.
         match: What is turned to meet the budget.
     """
 
@@ -92,7 +95,7 @@ class Asked:
 
 
 def find_study(what: str, asked: Asked) -> Study:
-    """The study that a word stands for: forecasting, vision, language, a built-in name, or a file of Python.
+    """The study that a word stands for: one of `NAMED`, a built-in name, or a file of Python.
 
     Raises:
         ConfigError: There is none, it cannot be read, or something is asked that would have no effect on it.
@@ -103,12 +106,15 @@ def find_study(what: str, asked: Asked) -> Study:
     elif what == "vision":
         _refuse(asked, ROWS, "`compare forecasting`; images have --img-size")
         study = vision_study(asked)
+    elif what in ("detection", "segmentation"):
+        _refuse(asked, ROWS, "`compare forecasting`; images have --img-size")
+        study = dense_study(what, asked)
     elif what == "language":
         _refuse(asked, (*ROWS, "img_size"), "other kinds of data; a text's pieces are as long as the study says")
         study = language_study(asked)
     else:
         _refuse(asked, ("quick", "models", "img_size"),
-                "`compare forecasting`, `compare vision` and `compare language`; a study says it itself")  # fmt: skip
+                f"`compare` of {', '.join(NAMED)}; other studies say it themselves")  # fmt: skip
         if what.endswith(".py"):
             _refuse(asked, ("file", *ROWS), "studies that have a name; one in a file of Python says its data itself")
             study = _from_file(Path(what))
@@ -155,7 +161,7 @@ def _built_in(name: str) -> Study:
     from selectra.recipes import studies as _filled  # noqa: F401, PLC0415
 
     if name not in studies.names():
-        known = ["forecasting", "vision", "language", *studies.names()]
+        known = [*NAMED, *studies.names()]
         raise ConfigError(f"there is no study '{name}'; there are {known}, and files of Python.{nearest(name, known)}")
     return studies.build(Spec(name))
 
@@ -293,6 +299,19 @@ def vision_study(asked: Asked) -> Study:
     return study.model_copy(update={"metric": "top1", "higher_is_better": True, "lengths": ()})
 
 
+def dense_study(kind: Dense, asked: Asked) -> Study:
+    """Backbones against each other below one detector, or one segmentation head, on a user's folder.
+
+    Raises:
+        ConfigError: A backbone is unknown, or no model of images.
+    """
+    found = ask_dense(kind, asked.file, asked.models, asked.quick, asked.img_size)
+    kinds = {name: _kind(spec) for name, spec in found.backbones.items()}
+    study = _study(f"{kind}_{_short(found.base.name)}", f"Should I use Mamba to {found.title}?", found.base,
+                   found.models, asked, kinds)  # fmt: skip
+    return study.model_copy(update={"metric": found.metric, "higher_is_better": True, "lengths": ()})
+
+
 def language_study(asked: Asked) -> Study:
     """Language models against each other on a user's text, JSONL or parquet file, byte by byte.
 
@@ -319,10 +338,19 @@ def language_study(asked: Asked) -> Study:
     return study.model_copy(update={"metric": "loss", "lengths": (), "budget": budget, "tuning": built_in.tuning})
 
 
-def _study(name: str, question: str, base: Run, chosen: Mapping[str, Spec], asked: Asked) -> Study:
-    variants = tuple(Variant(name=each, model=spec, kind=_kind(spec)) for each, spec in chosen.items())
+def _study(
+    name: str, question: str, base: Run, chosen: Mapping[str, Spec], asked: Asked,
+    kinds: Mapping[str, str] | None = None,
+) -> Study:  # fmt: skip
+    """A study with the same trials for all.
+
+    Args:
+        kinds: The sorts of the models, where these do not say it themselves.
+    """
+    kinds = kinds or {each: _kind(spec) for each, spec in chosen.items()}
+    variants = tuple(Variant(name=each, model=spec, kind=kinds[each]) for each, spec in chosen.items())
     if not any(each.kind == "mamba" for each in variants):
-        raise ConfigError(f"none of {list(chosen)} is a Mamba model; name one, such as tsm2.")
+        raise ConfigError(f"none of {list(chosen)} is a Mamba model; name one, such as {_example(base.task)}.")
     return Study(
         name=name, question=question, bases=(base,), variants=variants, subject="mamba", subject_title="Mamba",
         seeds=FEWEST_SEEDS if asked.seeds is None else asked.seeds, declared=DECLARED,
@@ -340,6 +368,11 @@ def _chosen(names: Sequence[str], usual: Mapping[str, Spec | None]) -> dict[str,
     return found
 
 
+def _example(task: Spec) -> str:
+    """A Mamba model for a task."""
+    return {"forecasting": "tsm2", "language": "mamba_lm"}.get(task.name, "vmamba")
+
+
 def _kind(spec: Spec) -> str:
     """The sort of a registered model; sizes follow the name of the family."""
     matches = [family for family in KINDS if spec.name == family or spec.name.startswith(f"{family}_")]
@@ -348,20 +381,3 @@ def _kind(spec: Spec) -> str:
 
 def _short(name: str) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in name.lower())
-
-
-def amount_of(text: str) -> float:
-    """A number as people write it: "5M", "300k", "1.2e9".
-
-    Raises:
-        ConfigError: It is none.
-    """
-    letter = text[-1:].lower()
-    digits, factor = (text[:-1], LETTERS[letter]) if letter in LETTERS else (text, 1.0)
-    try:
-        value = float(digits) * factor
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"'{text}' is no amount; write 5M, 300k or 1.2e6.")
-    return value

@@ -23,6 +23,10 @@ from selectra.recipes.cifar10 import vit_cifar10 as vit_cifar10
 from selectra.recipes.cifar10 import vmamba_cifar10 as vmamba_cifar10
 from selectra.recipes.coco_mini import simba_coco_mini as simba_coco_mini
 from selectra.recipes.coco_mini import vim2_coco_mini as vim2_coco_mini
+from selectra.recipes.imagenet import vim2_imagenet as vim2_imagenet
+from selectra.recipes.imagenet import vim_imagenet as vim_imagenet
+from selectra.recipes.imagenet import vmamba_finetune as vmamba_finetune
+from selectra.recipes.imagenet import vmamba_imagenet as vmamba_imagenet
 from selectra.recipes.moving_shapes import videomamba_shapes as videomamba_shapes
 from selectra.recipes.moving_shapes import videomamba_shapes_still as videomamba_shapes_still
 from selectra.recipes.shakespeare import shakespeare as shakespeare

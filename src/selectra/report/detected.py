@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 
 from selectra.errors import ConfigError
-from selectra.report.overlay import LEGEND, LONGER, MOST_SHOWN
+from selectra.report.overlay import LEGEND, LONGER, MOST_SHOWN, titles
 
 Pixels = np.ndarray[Any, Any]
 # Of a mask's colour over the image.
 OPACITY = 0.45
 # Objects whose names are written beside them; where there are more, colours and the legend say it.
 MOST_NAMED = 40
+# Sum of red, green and blue in shares from which on a colour is light.
+LIGHT = 1.5
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,10 @@ def detected_figure(found: Detected) -> Figure:
     axes: Any = figure.subplots(1, 3, gridspec_kw={"width_ratios": (wide, wide, LEGEND)})
     image = np.repeat(found.image, 3, axis=2) if found.image.shape[2] == 1 else found.image[..., :3]
     axes[0].imshow(image)
-    axes[0].set_title(Path(found.file).name, fontsize=11)
     axes[1].imshow(masked(image, found))
     count = len(found.labels)
-    axes[1].set_title(
-        f"{found.model}: {count} object{'' if count == 1 else 's'} from {found.threshold:.0%}", fontsize=11
-    )
+    words = f"{count} object{'' if count == 1 else 's'} from {found.threshold:.0%}"
+    titles(axes, wide, Path(found.file).name, found.model, words)
     _draw(axes[1], found)
     for ax in axes[:2]:
         ax.set_xticks([])
@@ -98,11 +99,16 @@ def _draw(ax: Any, found: Detected) -> None:
     for i in reversed(range(len(found.labels))):
         left, top, right, bottom = (float(value) for value in found.boxes[i])
         colour = shares(found.colours[found.labels[i]])
-        ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.6))
+        # A light line around a dark one, and the other way round, so that it shows on any image.
+        around = withStroke(linewidth=3.2, foreground="black" if sum(colour) > LIGHT else "white")
+        ax.add_patch(
+            Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.6,
+                      path_effects=[around])
+        )  # fmt: skip
         if named:
             ax.text(
-                left, max(top, 0), f"{found.classes[found.labels[i]]} {found.scores[i]:.2f}", fontsize=6.5, va="top",
-                color="black" if sum(colour) > 1.5 else "white", clip_on=True,
+                left, max(top, 0), f"{found.classes[found.labels[i]]} {found.scores[i]:.2f}", fontsize=8, va="top",
+                color="black" if sum(colour) > LIGHT else "white", clip_on=True,
                 bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
             )  # fmt: skip
 
@@ -113,7 +119,8 @@ def _legend(ax: Any, found: Detected) -> None:
     handles = []
     for i in shown[:MOST_SHOWN]:
         scores = found.scores[found.labels == i]
-        label = f"{found.classes[i]}  {counts[i]}  ({scores.min():.2f} to {scores.max():.2f})"
+        among = f"{scores.max():.2f}" if counts[i] == 1 else f"{scores.min():.2f} to {scores.max():.2f}"
+        label = f"{found.classes[i]}  {counts[i]}  ({among})"
         handles.append(Patch(facecolor=shares(found.colours[i]), edgecolor="#444444", label=label))
     left_out = len(shown) - MOST_SHOWN
     note = f"objects and their scores{f'; {left_out} rarer classes not shown' if left_out > 0 else ''}"

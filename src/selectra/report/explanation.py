@@ -14,12 +14,13 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 
 from selectra.errors import ConfigError
+from selectra.report.titles import shortened
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 CORRECT, OTHERS = "#0072B2", "#b9b9b9"
 DECADES = 3
-# Letters in a line under a picture.
-NOTE_WIDTH = 52
+# Letters in a line under a picture; of a class beside its bar, and in the title of one picture; of the file's name.
+NOTE_WIDTH, MOST_LETTERS, FEWER_LETTERS, FILE_LETTERS = 52, 28, 20, 56
 # Layers' bars above this are too thin to be told apart by number.
 MOST_TICKS = 12
 Pixels = np.ndarray[Any, Any]
@@ -115,7 +116,8 @@ def explanation_figure(found: Explanation) -> Figure:
     """The image and its classes, what matters for the class, the field of one feature, and the scan directions."""
     routes = found.routes
     figure = Figure(figsize=(15, 9.4 if routes else 5.2), layout="constrained")
-    figure.suptitle(f"What {found.model} looks at in {found.file}", fontsize=16, fontweight="bold")
+    model, file = shortened(found.model, MOST_LETTERS), shortened(found.file, FILE_LETTERS)
+    figure.suptitle(f"What {model} looks at in {file}", fontsize=16, fontweight="bold")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05)) if routes else (figure, None)
     upper, lower = halves
     axes: Any = upper.subplots(1, 4, gridspec_kw={"width_ratios": (1, 1, 1, 0.85)})
@@ -144,7 +146,7 @@ def _grey(image: Pixels) -> Pixels:
 
 def _class_map(ax: Axes, found: Explanation) -> None:
     note = "how far a change of each pixel moves the class's score (gradient, mean over noisy copies, smoothed)"
-    _picture(ax, _grey(found.image), f"What matters for “{found.target}”", note)
+    _picture(ax, _grey(found.image), f"What matters for “{shortened(found.target, FEWER_LETTERS, tail=False)}”", note)
     shown = _smoothed(found.class_map)
     shown = shown / max(float(np.quantile(shown, 0.995)), 1e-30)
     ax.imshow(shown, cmap="inferno", alpha=np.clip(shown, 0, 1) * 0.85, vmin=0, vmax=1)
@@ -176,7 +178,14 @@ def _classes(ax: Axes, found: Explanation) -> None:
     colors = [CORRECT if name == found.target else OTHERS for name in found.classes]
     ax.barh(places, found.probabilities, color=colors)
     for place, name, value in zip(places, found.classes, found.probabilities, strict=True):
-        ax.text(0.01, float(place) - 0.42, f"{_short(name)}  {value:.1%}", va="bottom", ha="left", fontsize=9)
+        ax.text(
+            0.01,
+            float(place) - 0.42,
+            f"{shortened(name, MOST_LETTERS, tail=False)}  {value:.1%}",
+            va="bottom",
+            ha="left",
+            fontsize=9,
+        )
     ax.set_ylim(len(places) - 0.5, -0.75)
     ax.set_xlim(0, 1)
     ax.set_yticks([])
@@ -184,7 +193,9 @@ def _classes(ax: Axes, found: Explanation) -> None:
     ax.set_title("The likeliest classes", fontsize=11)
     ax.spines[["top", "right", "left"]].set_visible(False)
     if found.target not in found.classes:
-        ax.set_xlabel(f"explained: “{_short(found.target)}”, {found.probability:.1%}", fontsize=9)
+        ax.set_xlabel(
+            f"explained: “{shortened(found.target, MOST_LETTERS, tail=False)}”, {found.probability:.1%}", fontsize=9
+        )
 
 
 def _routes(figure: SubFigure, found: Explanation, routes: Routes) -> None:
@@ -224,7 +235,8 @@ def _without(ax: Axes, found: Explanation, routes: Routes) -> None:
     ax.set_xlim(0, 1.05)
     ax.set_xticks([0, 0.5, 1], labels=["0", "50 %", "100 %"], fontsize=8)
     ax.invert_yaxis()
-    ax.set_title(f"Probability of “{_short(found.target)}”\nif one direction is left out everywhere", fontsize=11)
+    target = shortened(found.target, MOST_LETTERS, tail=False)
+    ax.set_title(f"Probability of “{target}”\nif one direction is left out everywhere", fontsize=11)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -253,7 +265,3 @@ def _smoothed(values: Pixels) -> Pixels:
         padded = np.pad(values, padding, mode="edge")
         values = np.apply_along_axis(np.convolve, axis, padded, weights / weights.sum(), "valid")
     return values
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 28 else name[:27] + "…"

@@ -144,14 +144,18 @@ def excused(true: Boxes, found: Boxes, number: int) -> Pixels:
 def drawn(
     image: Pixels, lines: list[tuple[Pixels, Colour, int]], masks: Sequence[tuple[Pixels, Colour]] = ()
 ) -> Pixels:
-    """The image in the page's size under masks of some colour, and boxes of some colour and width."""
+    """The image in the page's size under masks of some colour, and boxes of some colour and width.
+
+    Small images are made larger by a whole factor before, so that lines do not cover what they surround.
+    """
     mixed = image.astype(np.float32)
     for inside, colour in masks:
         mixed[inside] = (1 - OPACITY) * mixed[inside] + OPACITY * np.array(colour, np.float32)
     picture = Image.fromarray(mixed.round().clip(0, 255).astype(np.uint8))
-    scale = min(1.0, LONGER / max(picture.size))
+    longer = max(picture.size)
+    scale = LONGER / longer if longer > LONGER else LONGER // longer
     size = tuple(max(1, round(side * scale)) for side in picture.size)
-    picture = picture.resize((size[0], size[1]))
+    picture = picture.resize((size[0], size[1]), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
     for box, colour, width in lines:
         left, top, right, bottom = (float(value) * scale for value in box)

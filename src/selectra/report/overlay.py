@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from selectra.errors import ConfigError
+from selectra.report.titles import shortened
 
 # Of the classes' colours over the image.
 OPACITY = 0.55
@@ -20,6 +22,8 @@ OPACITY = 0.55
 MOST_SHOWN = 24
 # Inches of the legend, and of the longer side of the image.
 LEGEND, LONGER = 2.6, 6.0
+# Letters of a title in an inch.
+LETTERS = 6
 Pixels = np.ndarray[Any, Any]
 
 
@@ -60,9 +64,8 @@ def overlay_figure(found: Overlay) -> Figure:
     axes: Any = figure.subplots(1, 3, gridspec_kw={"width_ratios": (wide, wide, LEGEND)})
     image = np.repeat(found.image, 3, axis=2) if found.image.shape[2] == 1 else found.image[..., :3]
     axes[0].imshow(image)
-    axes[0].set_title(Path(found.file).name, fontsize=11)
+    titles(axes, wide, Path(found.file).name, found.model, f"mean probability {found.probability:.0%}")
     axes[1].imshow(blended(image, found))
-    axes[1].set_title(f"{found.model}: mean probability {found.probability:.0%}", fontsize=11)
     for ax in axes[:2]:
         ax.set_xticks([])
         ax.set_yticks([])
@@ -82,6 +85,23 @@ def overlay_figure(found: Overlay) -> Figure:
     axes[2].legend(handles=handles, loc="upper left", frameon=False, fontsize=10, title=note, alignment="left",
                    borderaxespad=0.0)  # fmt: skip
     return figure
+
+
+def titles(axes: Any, wide: float, file: str, model: str, words: str) -> None:
+    """Titles over an image and over what a model says of it, in several lines where one has no room.
+
+    Args:
+        axes: The two, and the legend's.
+        wide: Inches of each.
+        file: The image's name.
+        model: Its name.
+        words: What it says.
+    """
+    room = int(wide * LETTERS)
+    axes[0].set_title(shortened(file, room), fontsize=11)
+    line = f"{model}: {words}"
+    lines = [line] if len(line) <= room else [f"{shortened(model, room)}:", *wrap(words, room)]
+    axes[1].set_title("\n".join(lines), fontsize=11)
 
 
 def _shares_of(colour: tuple[int, int, int]) -> tuple[float, float, float]:

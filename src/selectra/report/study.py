@@ -97,7 +97,7 @@ def _summary_row(row: Row) -> list[str]:
         "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}", f"{cost['parameters']:,}",
         f"{cost['flops']:,}", f"{brief(cost['forward_ms'])} ± {cost['forward_iqr_ms']:.2g}",
         f"{brief(cost['step_ms'])} ± {cost['step_iqr_ms']:.2g}" if cost["step_ms"] else "-",
-        f"{cost['activations_mb']:.3g}", f"{cost['throughput']:,.0f}", number(row["seconds"], 1),
+        brief(cost["activations_mb"]), f"{cost['throughput']:,.0f}", number(row["seconds"], 1),
     ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from selectra.report.svg import COLORS, LINE, MARKERS, TEXT, Picture
 
 WIDTH = 5.4
+# Greatest over least value of an axis from which on ticks are 1, 2 and 5 times powers of ten.
+NARROW = 5
 Row = dict[str, Any]
 QUANTITIES = {
     "forward_ms": ("forward pass, ms", "Time of a forward pass"),
@@ -135,6 +137,8 @@ def curve(content: Row, rows: Sequence[Row], quantity: str, unit: str) -> str:
 
 def _plain_ticks(axis: Any) -> None:
     """2000 in place of 2 times ten to the third; no words on minor ticks."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_view_interval()
+    # Of 1, 2 and 5 times powers of ten a narrow range holds one, or none.
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > NARROW * low else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())

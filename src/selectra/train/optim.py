@@ -62,7 +62,7 @@ def make_optimizer(model: nn.Module, optim: Optim, fused: bool = False) -> AdamW
 
 def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:
     """Linear warm-up, then a cosine down to zero at the last step, or a constant."""
-    warmup = min(optim.warmup_steps, steps)
+    warmup = min(optim.warmup_steps, steps) if optim.warmup_share is None else round(optim.warmup_share * steps)
     if optim.schedule == "cosine":
         after: LRScheduler = CosineAnnealingLR(optimizer, T_max=max(steps - warmup, 1))
     else:
