@@ -41,8 +41,8 @@ class Projections(NamedTuple):
 
 
 def mixed_both_ways(
-    x: Float[Tensor, "b l d_model"], projections: Projections, ahead: Weights, back: Weights, mean: bool
-) -> Float[Tensor, "b l d_model"] | None:
+    x: Float[Tensor, "*batch l d_model"], projections: Projections, ahead: Weights, back: Weights, mean: bool
+) -> Float[Tensor, "*batch l d_model"] | None:
     """The sum, or mean, of both paths between the projections.
 
     None where the operations have to be called one by one: where a compiler, a transform, a wrapper of an operator or
