@@ -7,7 +7,7 @@ import pytest
 from selectra.cli import main
 from selectra.compare import questions
 from selectra.compare.questions import Asked, amount_of, find_study, forecasting_study, vision_study
-from selectra.compare.study import Budget, Tuning
+from selectra.compare.study import Tuning
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models, studies
 from selectra.runs import registries
@@ -123,14 +123,6 @@ def test_rows_of_a_forecast_reach_a_study_on_ones_own_table() -> None:
 @pytest.mark.parametrize(("text", "amount"), [("5M", 5e6), ("300k", 3e5), ("1.2e6", 1.2e6), ("2G", 2e9), ("7", 7.0)])
 def test_amounts_as_people_write_them(text: str, amount: float) -> None:
     assert amount_of(text) == amount
-
-
-def test_another_budget_keeps_what_widths_are_multiples_of() -> None:
-    asked = Budget(quantity="params", amount=3e5)
-    found = find_study("language_recall", Asked(budget=asked)).budget
-    assert found == asked.model_copy(update={"align": 8})
-    given = find_study("language_recall", Asked(budget=asked.model_copy(update={"align": 2}))).budget
-    assert given is not None and given.align == 2
 
 
 def test_models_are_matched_by_depth_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,8 @@ def test_packed_trainings_are_those_of_the_loop(packed: Path, tmp_path: Path) ->
         assert record["history"] == pytest.approx(expected["history"], rel=1e-3)
         for part in ("val", "test"):
             if part in record:
-                assert record[part]["loss"] == pytest.approx(expected[part]["loss"], rel=1e-5)
+                # As far as a history: rounding differs by processor. Other weights or statistics differ by per cents.
+                assert record[part]["loss"] == pytest.approx(expected[part]["loss"], rel=1e-3)
                 # A score may lie so near to another that rounding turns one image.
                 assert record[part]["top1"] == pytest.approx(expected[part]["top1"], abs=1.1 / 32)
 

@@ -72,8 +72,8 @@ def test_it_is_the_loop(name: str, tmp_path: Path) -> None:
     _, training = on_device(run)
     outcome = training.outcome()
     assert outcome.best_step == fitted.best_step and outcome.steps == 10 and len(outcome.history) == 3
-    # A choice between experts of nearly equal weight may fall otherwise by rounding.
-    rel = 5e-4 if name == "jamba_smoke" else 2e-5
+    # A choice between experts of nearly equal weight may fall otherwise by rounding, and turn a token or two of 1,448.
+    rel = 3e-3 if name == "jamba_smoke" else 2e-5
     assert outcome.val == pytest.approx(fitted.best, rel=rel)
     assert outcome.test == pytest.approx(test, rel=rel)
     # The best weights came last: the text is far from learned.
@@ -91,8 +91,8 @@ def targets(built: Any, part: str) -> int:
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     data = Spec("text_file", path=write(tmp_path), seq_len=32)
     run = make_run(Spec("gpt_smoke"), data, steps=6, eval_every=2)
-    # So large a rate that the model gets worse.
-    run = run.model_copy(update={"optim": Optim(lr=1.0, schedule="constant", warmup_steps=4)})
+    # So large a rate that the model gets worse from the first evaluation on, several times, whatever rounding does.
+    run = run.model_copy(update={"optim": Optim(lr=10.0, schedule="constant", warmup_steps=4)})
     built, training = on_device(run)
     outcome = training.outcome()
     assert outcome.best_step < 6

@@ -208,9 +208,6 @@ def _changed(study: Study, asked: Asked) -> Study:
     if asked.seeds is not None:
         changes["seeds"] = asked.seeds
     budget = asked.budget or study.budget
-    if asked.budget is not None and study.budget is not None and "align" not in asked.budget.model_fields_set:
-        # What the study's models need of widths holds for any budget.
-        budget = asked.budget.model_copy(update={"align": study.budget.align})
     if budget is None and asked.match is not None:
         raise ConfigError(f"--match {asked.match} turns models to a budget, and there is none; "
                           "name one, such as --budget-params 5M.")  # fmt: skip
