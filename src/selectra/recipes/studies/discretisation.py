@@ -13,7 +13,7 @@ from selectra.spec import Spec
 def discretisation() -> Study:
     """Does Mamba need a discretised differential equation, or does a plain gate do?
 
-    24 trainings of 500 steps; its cost is not measured yet.
+    24 trainings of 500 steps, 1 h 27 min on one busy CPU core: all but Mamba's own run in plain PyTorch.
     Sizes are alike but for A, which the plain gate does not have.
     """
     model = Spec("simba_series", channel_mixer="mlp", d_state=16)
