@@ -126,6 +126,10 @@ def test_a_training_with_masks_is_ranked_by_them(tmp_path, monkeypatch):
     assert found.masks and found.map50 == 0.1 and np.nansum(found.values) == pytest.approx(0.2)
     cases = [case for pair in found.cases for each in pair for case in each]
     assert cases
+    # With such a threshold every class is found everywhere: worst where it is not.
+    absent = [case for number, (_, worst) in enumerate(found.cases) for case in worst
+              if not (case.true.labels == number).any()]  # fmt: skip
+    assert absent and {case.value for case in absent} == {0.0}
     for case in cases:
         for side in (case.true, case.found):
             assert side.masks is not None and side.masks.shape == (len(side.labels), *case.image.shape[:2])

@@ -27,7 +27,8 @@ SHOWN = 0.5
 def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: torch.device | None = None) -> ObjectCases:
     """Look at every image of a part, and keep the best and worst of each class by its average precision in it.
 
-    Of a model and a set with masks it is that of masks.
+    Of a model and a set with masks it is that of masks. An image without the class in which it is found counts as 0:
+    all that is found there is wrong, which the average precision over all images suffers from, too.
 
     Args:
         out: Folder of a training of detection.
@@ -56,6 +57,8 @@ def object_cases_of(out: Path, part: str, metrics: dict[str, float], device: tor
         here = evaluator.compute()
         table[i] = [here.get(f"{prefix}map50 {name}", np.nan) for name in classes]
         sides.append((_true(batch.truths[0]), *_found(found), batch.truths[0].masks))
+        absent = [k for k in range(len(classes)) if np.isnan(table[i, k]) and (sides[i][1].labels == k).any()]
+        table[i, absent] = 0.0
     each = EACH if len(classes) <= MANY else 1
 
     def shown(number: int, rows: Sequence[int]) -> tuple[ObjectCase, ...]:
