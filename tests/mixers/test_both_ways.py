@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from selectra.mixers import Bidirectional
 from selectra.mixers.both_ways import Projections, mixed_both_ways, mixed_one_by_one_both_ways
 from selectra.models.vim import Halved
-from selectra.ops import causal_conv1d, cross_scan, selective_scan
+from selectra.ops import causal_conv1d, cross_scan, selective_scan, whole
 from selectra.ops.causal_conv1d.cuda import TYPES
 from selectra.ops.cross_scan import line
 from selectra.ops.selective_scan import wide as wide_scan
@@ -224,7 +224,7 @@ def test_gradients_of_gradients() -> None:
     assert all(grad.isfinite().all() and grad.any() for grad in again)
 
 
-def test_what_it_leaves_to_the_operators() -> None:
+def test_what_it_leaves_to_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     mixer, x = build(), inputs()
     projections, ahead, back = arguments(mixer)
     assert mixed_both_ways(x.double(), projections, ahead, back, False) is None
@@ -237,6 +237,9 @@ def test_what_it_leaves_to_the_operators() -> None:
     with cross_scan.wrapping(cross_scan.run):
         assert mixed_both_ways(x, projections, ahead, back, False) is None
     with cross_scan.using("cpu"):
+        assert mixed_both_ways(x, projections, ahead, back, False) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(whole, "splits", [object()])
         assert mixed_both_ways(x, projections, ahead, back, False) is None
     assert mixed_both_ways(x, projections, ahead, back, False) is not None
 
