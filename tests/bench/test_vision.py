@@ -22,6 +22,7 @@ from selectra.bench import (
     vision_table,
     vision_training,
 )
+from selectra.bench.events import Stopwatch
 from selectra.bench.modules import Subject, agree, plain, seeded
 from selectra.errors import ConfigError
 from selectra.ops import selective_scan
@@ -143,6 +144,17 @@ def packages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_both_sides_compute_the_same(case: vision_training.Case) -> None:
     errors = vision_training.gate(case, CPU)
     assert max(errors.values()) < 1e-4
+
+
+def test_a_row_of_more_images_is_run_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for way in ("_eager", "_compiled", "_profiled"):
+        monkeypatch.setattr(vision_training, way, lambda *_: None)
+    monkeypatch.setattr(vision_training, "gate", lambda *_: {})
+    monkeypatch.setattr(vision_training, "missing", lambda *_: [])
+    for only, batches in ((None, [128, 64, 128]), ("vim_tiny@256", [256]), ("vim_tiny", [128])):
+        into: dict[str, Any] = {}
+        vision_training.measure(into, 0.0, Stopwatch(CPU), lambda: None, only)
+        assert [row["batch"] for row in into["rows"]] == batches
 
 
 @pytest.mark.compile

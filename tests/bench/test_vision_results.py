@@ -128,8 +128,8 @@ def timing(ms: float, peak: float = 2.0**20) -> Record:
     return {"wall_ms": {"median": ms}, "device_ms": {"median": ms}, "peak_bytes": peak}
 
 
-def kernels(model: str, ours: float, theirs: float, date: str = "2026-01-02", **more: Any) -> Record:
-    row = {"model": model, "peer": "peer", "batch": 10, "target": 2.0, "eager": {"ours": timing(ours),
+def kernels(model: str, ours: float, theirs: float, date: str = "2026-01-02", batch: int = 128, **more: Any) -> Record:
+    row = {"model": model, "peer": "peer", "batch": batch, "target": 2.0, "eager": {"ours": timing(ours),
            "theirs": timing(theirs)}, **more}  # fmt: skip
     return {"benchmark": "vision", "command": "c", "date": date, "device": "cuda", "environment": FACTS,
             "training": {"rows": [row]}}  # fmt: skip
@@ -141,7 +141,10 @@ def test_trainings_of_several_records_stand_in_one_table() -> None:
     text = trainings_table(*records)
     assert text.count("vim_tiny | peer") == 2 and "| 2.50 |" in text and "| 1.50 |" in text
     assert "9.00" not in text
-    assert trainings_table({"date": "1", "training": {"rows": [{"model": "vim_tiny"}]}}) == "Nothing is timed yet."
+    assert (
+        trainings_table({"date": "1", "training": {"rows": [{"model": "vim_tiny", "batch": 1}]}})
+        == "Nothing is timed yet."
+    )
 
 
 def test_targets_are_met_or_not_or_have_no_record() -> None:
@@ -150,11 +153,15 @@ def test_targets_are_met_or_not_or_have_no_record() -> None:
     text = vision_target_table(cifar(WINS), kernels("vim_tiny", 1.0, 2.5), kernels("vmamba_tiny", 1.0, 1.5), growth)
     assert "within 1 point | VMamba 93.20 %, ResNet-18 92.20 %: +1.00 | yes |" in text
     assert "over 90 % | VMamba 93.20 % | yes |" in text
-    assert "`vim_tiny` at 224 px against the same over others' kernels, eager | 2 times | 2.50 | yes |" in text
-    assert (
-        "`vim_tiny` at 224 px against the same over others' kernels, compiled | 2 times | no record yet | - |" in text
-    )
-    assert "`vmamba_tiny` at 224 px against the same over others' kernels, eager | 2 times | 1.50 | **no** |" in text
+    others = "images of 224 px, against others' kernels"
+    assert f"`vim_tiny`, 128 {others}, eager | 2 times | 2.50 | yes |" in text
+    assert f"`vim_tiny`, 128 {others}, compiled | 2 times | no record yet | - |" in text
+    assert f"`vmamba_tiny`, 128 {others}, eager | 2 times | 1.50 | **no** |" in text
+    # Each number of images is a line of its own, and a model without a record keeps its own.
+    more = vision_target_table(kernels("vim_tiny", 1.0, 1.9), kernels("vim_tiny", 1.0, 2.6, batch=256))
+    assert f"`vim_tiny`, 128 {others}, eager | 2 times | 1.90 | **no** |" in more
+    assert f"`vim_tiny`, 256 {others}, eager | 2 times | 2.60 | yes |" in more
+    assert f"`vmamba_tiny`, 64 {others}, eager | 2 times | no record yet | - |" in more
     assert "1 of 2 slopes inside; 0.80 to 1.00 | **no** |" in text
     assert "all stable | no record yet | - |" in text
     assert "2 of 3 that ran; 2 of 5 not run | **no** |" in vision_target_table(stability())

@@ -81,14 +81,14 @@ def test_a_graph_generates_what_the_model_does(name):
 @torch.no_grad()
 def test_recording_a_step_copies_no_cache_and_changes_no_state():
     model = models.build(Spec("gpt_smoke", d_model=256, n_heads=4), {"vocab_size": 32}).eval().cuda().bfloat16()
-    state = model.init_state(1, capacity=2**17)
+    state = model.init_state(1, capacity=2**18)
     model.step_(torch.randint(32, (1, 30), device="cuda"), state)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
     GraphedStep(model, state)
-    # The workspace of matrix products is of some megabytes.
+    # Matrix products have a workspace on each stream, on an H200 of 64 MiB.
     assert torch.cuda.max_memory_allocated() - held < state.n_bytes / 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in state.tensors().items())
 

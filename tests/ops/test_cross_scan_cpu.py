@@ -158,7 +158,7 @@ def test_it_is_taken_by_itself_and_told() -> None:
     tensors: dict[str, Any] = {name: x.float() for name, x in drawn((1, 2, 3), 4, 6, 2).items()}
     with BackendWatch() as watch:
         cross_scan(**tensors, delta_softplus=True)
-    assert watch.ran == {"cross_scan": "cpu"}
+    assert watch.noted == {"cross_scan": "cpu"}
     call = prepare(**tensors)
     assert cpu.refuse(call) is None
     on_meta = call._replace(u=call.u.to("meta"))

@@ -207,7 +207,7 @@ def test_the_backend_that_ran_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "require_cuda", lambda tensors, op: None)
     with BackendWatch() as watch:
         scan(**{name: t.float() for name, t in drawn((1, 2, 3), 4, 6, 2).items()})
-    assert watch.ran == {"cross_scan": "cuda"}
+    assert watch.noted == {"cross_scan": "cuda"}
 
 
 @pytest.mark.compile

@@ -250,19 +250,20 @@ def _stable(row: Record | None) -> str:
     return f"stable, {loss}{skipped}"
 
 
-def kernels_by_model(records: Sequence[Record]) -> dict[str, Record]:
-    """Rows of training against other kernels: of one model's the one that holds most, of alike ones the latest."""
-    found: dict[str, Record] = {}
+def kernels_by_case(records: Sequence[Record]) -> dict[tuple[str, int], Record]:
+    """Rows of training against other kernels by model and images of a step: of alike ones the fullest, then latest."""
+    found: dict[tuple[str, int], Record] = {}
     for record in sorted(records, key=lambda each: each["date"]):
         for row in record.get("training", {}).get("rows", ()):
-            if len(row) >= len(found.get(row["model"], ())):
-                found[row["model"]] = row
+            case = row["model"], row["batch"]
+            if len(row) >= len(found.get(case, ())):
+                found[case] = row
     return found
 
 
 def trainings_table(*records: Record) -> str:
     """Training against other kernels, from records of one model each."""
-    rows = [row for row in kernels_by_model(records).values() if "eager" in row or "compiled" in row]
+    rows = [row for _, row in sorted(kernels_by_case(records).items()) if "eager" in row or "compiled" in row]
     return training_table({"training": {"rows": rows}}) if rows else "Nothing is timed yet."
 
 

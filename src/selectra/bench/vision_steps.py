@@ -1,6 +1,6 @@
 """Inference and training steps of classifiers under bfloat16 autocast, their times and their peak memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -86,10 +86,10 @@ def peak_bytes(step: Step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def rows_named(only: str | None, rows: dict[str, Any]) -> list[Any]:
-    """Those of a part's rows that are asked for: all, or one."""
+def rows_named(only: str | None, rows: dict[str, Any], usual: Sequence[Any] | None = None) -> list[Any]:
+    """Those of a part's rows that are asked for: one, or the usual ones, or all."""
     if only is None:
-        return list(rows.values())
+        return list(rows.values() if usual is None else usual)
     if only not in rows:
         raise ConfigError(f"there is no row '{only}'; there are {', '.join(rows)}.{nearest(only, rows)}")
     return [rows[only]]

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
+from selectra.bench import vision_training
 from selectra.bench.scan_table import markdown
-from selectra.bench.vision_results import OURS, accuracies, joined, kernels_by_model, name_of
+from selectra.bench.vision_results import OURS, accuracies, joined, kernels_by_case, name_of
 
 Record = dict[str, Any]
 NOT_YET = "no record yet"
@@ -22,11 +23,14 @@ def vision_target_table(*records: Record) -> str:
         ["CIFAR-10-JPEG: the best of ours against ResNet-18", f"within {WITHIN:g} point", *_near_resnet(cifar)],
         ["CIFAR-10-JPEG: the best of ours", f"over {OVER:g} %", *_over(cifar)],
     ]
-    trainings = kernels_by_model(records)
-    for model, wanted in (("vim_tiny", 2.0), ("vmamba_tiny", 2.0), ("vmamba_tiny_s1l8", 1.3)):
-        for way in ("eager", "compiled"):
-            title = f"training of `{model}` at 224 px against the same over others' kernels, {way}"
-            rows.append([title, f"{wanted:g} times", *_faster(trainings.get(model, {}), way, wanted)])
+    trainings = kernels_by_case(records)
+    for case in vision_training.CASES:
+        batches = sorted({batch for model, batch in trainings if model == case.model}) or [case.batch]
+        for batch in batches:
+            for way in ("eager", "compiled"):
+                title = f"training of `{case.model}`, {batch} images of 224 px, against others' kernels, {way}"
+                found = _faster(trainings.get((case.model, batch), {}), way, case.target)
+                rows.append([title, f"{case.target:g} times", *found])
     growth = [
         row
         for each in records

@@ -25,6 +25,8 @@ from selectra.spec import Run, Spec, override
 from selectra.train.precision import autocast
 
 MEASURED, WARM = 30, 3
+# The first step.
+PREPARED = 1
 
 
 def find_run(recipe: str, seed: int, changes: Sequence[str]) -> Run:
@@ -43,6 +45,9 @@ def measure(recipe: str, changes: Sequence[str], library: Library, seed: int = 0
         seed: What the model is drawn from.
     """
     run, device = find_run(recipe, seed, changes), library.device
+    # The graph takes its images and rates from tables of as many rows as there are steps, and cannot say that they end.
+    if run.train.steps is not None:
+        run = override(run, [f"train.steps={max(run.train.steps, PREPARED + WARM + MEASURED)}"])
     parts = library(run.data)
     model, task = build(run, parts, device)
     model.eval()

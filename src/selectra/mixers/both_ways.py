@@ -22,7 +22,7 @@ from selectra.ops.causal_conv1d.cuda import TYPES
 from selectra.ops.cross_scan import line
 from selectra.ops.cross_scan.call import ROUTES, CrossCall
 from selectra.ops.cross_scan.line import Line
-from selectra.ops.transforms import is_batched, needs_dispatcher
+from selectra.ops.transforms import is_batched, needs_operators, tell
 
 _copy_all: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 # Numbers of two bytes in 16.
@@ -50,7 +50,7 @@ def mixed_both_ways(
     devices do not fit (the operators say so in words).
     """
     tensors = (x, *projections, *ahead, *back)
-    if needs_dispatcher(tensors) or causal_conv1d.wrapped or cross_scan.wrapped or whole.splits:
+    if needs_operators(tensors) or causal_conv1d.wrapped or cross_scan.wrapped or whole.splits:
         return None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -164,6 +164,7 @@ def _forward(
 def _mixed(
     mean: bool, dtype: torch.dtype, x: Tensor, projections: Projections, paths: tuple[Weights, Weights], save: bool
 ) -> tuple[Tensor, _Kept, _Cast]:
+    tell(dict.fromkeys(("causal_conv1d", "cross_scan"), "cuda"))
     w = _cast(dtype, projections, *paths)
     (batch, length, _), d, rank = x.shape, w.A.shape[1], w.dt_proj.shape[2]
     # Plans rely on how its product lies.
@@ -214,7 +215,7 @@ class _BothWays(torch.autograd.Function):
         saved = ctx.saved_tensors
         mean, dtype = ctx.flags
         inputs, wanted = saved[:N_INPUTS], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() or is_batched(dy) or needs_dispatcher((dy, inputs[0])):
+        if torch.is_grad_enabled() or is_batched(dy) or needs_operators((dy, inputs[0])):
             grads = _differentiable_gradients(mean, dtype, inputs, wanted, dy)
         else:
             kept, cast = saved[N_INPUTS:-N_CAST], saved[-N_CAST:]
@@ -236,6 +237,7 @@ def _gradients(
     mean: bool, inputs: Sequence[Any], kept: _Kept, w: _Cast, wanted: Sequence[bool], dout: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x and the weights, in the order of the node's inputs."""
+    tell(dict.fromkeys(("cross_scan_backward", "causal_conv1d_backward"), "cuda"))
     x, (into, out), paths = inputs[0], *_paths(inputs[1:])
     (batch, length, width), (_, d, _) = x.shape, w.A.shape
     dout = _in(dout, kept.y.dtype).reshape(-1, width)

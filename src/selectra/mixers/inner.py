@@ -17,7 +17,7 @@ from selectra.ops.causal_conv1d.call import ConvCall
 from selectra.ops.causal_conv1d.registration import KERNELS as CONVOLUTIONS
 from selectra.ops.selective_scan.call import ScanCall
 from selectra.ops.selective_scan.registration import KERNELS as SCANS
-from selectra.ops.transforms import is_batched, needs_dispatcher
+from selectra.ops.transforms import is_batched, needs_operators, tell
 
 
 class Weights(NamedTuple):
@@ -63,7 +63,7 @@ def mixed_at_once(
         checks.count_states(u, mask, cu_seqlens)
     product = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else None
     alike = u.dtype == (product or weights.x_proj.dtype) == (product or weights.dt_proj.dtype)
-    if not alike or (z is not None and z.dtype != u.dtype) or u.numel() == 0 or needs_dispatcher(tensors):
+    if not alike or (z is not None and z.dtype != u.dtype) or u.numel() == 0 or needs_operators(tensors):
         return None
     # Backends look at the device, the types, and the numbers of taps and of states.
     filters, decay = weights.conv.flatten(1), weights.A_log
@@ -136,6 +136,7 @@ def _forward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """y, and what the backward needs."""
     (batch, length, d), rank = x.shape, w.dt_proj.shape[1]
+    tell({"causal_conv1d": way.convolution, "selective_scan": way.scan})
     u, _ = CONVOLUTIONS[way.convolution].forward(_convolution(x, w, mask, cu_seqlens, way.reverse))
     # Rounded as autocast does it; its products take what has its type as it is.
     x_proj, dt_proj = _in(w.x_proj, x.dtype), _in(w.dt_proj, x.dtype)
@@ -168,7 +169,7 @@ class _Inner(torch.autograd.Function):
         mask, cu_seqlens, x, z, *saved = ctx.saved_tensors
         w, kept = Weights._make(saved[:7]), saved[7:]
         wanted = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or is_batched(dy) or needs_dispatcher((dy, x)):
+        if torch.is_grad_enabled() or is_batched(dy) or needs_operators((dy, x)):
             grads = _differentiable_gradients(ctx.way, mask, cu_seqlens, (x, z, *w), wanted, dy)
         else:
             with _plain_products(x):
@@ -191,6 +192,7 @@ def _gradients(
     dy: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, z and the weights."""
+    tell({"selective_scan_backward": way.scan, "causal_conv1d_backward": way.convolution})
     u, projected, delta, A, checkpoints, x_proj, dt_proj = kept
     d, rank = x.shape[2], w.dt_proj.shape[1]
     call = _scan(u, delta, A, projected, z, w, mask, cu_seqlens, way.reverse)

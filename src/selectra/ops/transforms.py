@@ -1,12 +1,13 @@
 """What operators say to the transforms of PyTorch that only plain operations follow."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch as modes
 
 from selectra.errors import BackendError
 
@@ -14,7 +15,39 @@ from selectra.errors import BackendError
 PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def needs_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
+class Onlooker(modes.TorchDispatchMode):
+    """Looks at what runs and changes nothing. What goes past the dispatcher is told to it (`tell`)."""
+
+    def ran(self, operator: str, backend: str) -> None:
+        """`operator` ran on `backend`."""
+        raise NotImplementedError
+
+
+def tell(backends: dict[str, str]) -> None:
+    """Tell whoever looks on what operators ran on, from where the dispatcher does not see them."""
+    if _moded():
+        for mode in modes._get_current_dispatch_mode_stack():
+            if isinstance(mode, Onlooker):
+                for operator, backend in backends.items():
+                    mode.ran(operator, backend)
+
+
+def needs_operators(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether more than one node for several operators must see a call. Such a node rounds otherwise than they do, and
+    an onlooker must not change what is computed: the node tells it what it runs.
+    """
+    return needs_dispatcher(tensors, _moded_by_others)
+
+
+def _moded() -> bool:
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _moded_by_others() -> bool:
+    return _moded() and not all(isinstance(mode, Onlooker) for mode in modes._get_current_dispatch_mode_stack())
+
+
+def needs_dispatcher(tensors: Iterable[Tensor | None], moded: Callable[[], bool] = _moded) -> bool:
     """Whether more than a kernel must see a call: a compiler, a tracer, a transform, a mode, a kind of tensor.
 
     Autocast is not among them: it must not change what a backend computes that is asked without it.
@@ -24,7 +57,7 @@ def needs_dispatcher(tensors: Iterable[Tensor | None]) -> bool:
         torch.compiler.is_compiling()
         or _functorch.maybe_current_level() is not None
         or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
+        or moded()
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()  # pyright: ignore[reportAttributeAccessIssue]

@@ -174,7 +174,9 @@ def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
     wrapped = cast(nn.Module, torch.compile(model)) if compiled else model
     if world.size == 1 or world.sharded:
         return wrapped
-    return DistributedDataParallel(wrapped, device_ids=[world.device] if world.device.type == "cuda" else None)
+    devices = [world.device] if world.device.type == "cuda" else None
+    # A copy of every gradient on its way in and out would be hundreds of launches that nothing hides.
+    return DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def split_along_length(world: World, timeout: float) -> contextlib.AbstractContextManager[Any]:

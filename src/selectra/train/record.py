@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from selectra.errors import ConfigError, DataError
 from selectra.ops.dispatch import OPS
+from selectra.ops.transforms import Onlooker
 from selectra.registry import Resolved
 from selectra.spec import Run
 from selectra.train.board import FOLDER, Board
@@ -75,24 +75,28 @@ def environment() -> dict[str, Any]:
     }
 
 
-class BackendWatch(TorchDispatchMode):
+class BackendWatch(Onlooker):
     """Inside the block, notes which backend of each of our operators really ran."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ran: dict[str, str] = {}
+        self.noted: dict[str, str] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "selectra":
             names = [argument.name for argument in func._schema.arguments]
             if "backend" in names:
-                self.ran[func._opname] = args[names.index("backend")]
+                self.noted[func._opname] = args[names.index("backend")]
         return func(*args, **(kwargs or {}))
+
+    def ran(self, operator: str, backend: str) -> None:
+        """Note it."""
+        self.noted[operator] = backend
 
     def found(self) -> dict[str, str]:
         """Backends by operator; the reference is plain PyTorch and shows only in having been asked for."""
         asked = {name: op.asked for name, op in OPS.items() if op.asked is not None}
-        return {**asked, **self.ran}
+        return {**asked, **self.noted}
 
 
 def write_run(
