@@ -3,11 +3,12 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from selectra.choices import Sort
-from selectra.compare.answer import QUESTIONS, _question, collect
+from selectra.compare.answer import QUESTIONS, _question, collect, together
 from selectra.errors import DataError
 from selectra.report import answer
 from selectra.report.forecasting import page, read_records
@@ -54,13 +55,13 @@ def test_a_record_answers_its_own_question_alone(name: str, answered: str, tmp_p
     content = collect(tmp_path)
     missing = {each["question"] for each in content["missing"]}
     assert missing == {question for key, (question, _) in QUESTIONS.items() if key != answered}
-    claims = {claim["text"].partition(",")[0]: claim for claim in content["claims"]}
-    against_gpt = claims["Tiny Shakespeare: hybrid against gpt"]
+    claims = by_pair(content)
+    against_gpt = claims["Tiny Shakespeare, 11 M parameters: hybrid against gpt"]
     assert against_gpt["outcome"] == "level"
     # Another Mamba is no rival: four are left, for each of the two.
     assert "p 0.109 after Holm's correction for 8 comparisons, so not told from chance" in against_gpt["text"]
     assert "uncorrected: p 0.017)" in against_gpt["text"]
-    assert "uncorrected" not in claims["Tiny Shakespeare: hybrid against rwkv"]["text"]
+    assert "uncorrected" not in claims["Tiny Shakespeare, 11 M parameters: hybrid against rwkv"]["text"]
 
 
 def test_an_answer_without_records_says_so(tmp_path: Path) -> None:
@@ -72,15 +73,29 @@ def test_an_answer_without_records_says_so(tmp_path: Path) -> None:
         collect(tmp_path)
 
 
+def by_pair(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Claims by the data and the two models."""
+    return {re.sub(r"(against \w+),.*", r"\1", claim["text"]): claim for claim in content["claims"]}
+
+
 def test_a_mamba_that_is_not_the_best_of_its_study_is_said_to_lose() -> None:
-    texts = {each["text"].partition(",")[0]: each["outcome"] for each in collect(ROOT / "results")["claims"]}
-    assert texts["recall of 8 pairs: mamba against gpt"] == "loses"
-    assert texts["recall of 8 pairs: hybrid against rwkv"] == "wins"
-    assert "recall of 8 pairs: hybrid against mamba" not in texts
-    lines = {(each["what"], each["mamba"]): each for each in collect(ROOT / "results")["table"]}
-    assert lines["Recall of 8 pairs", "mamba"]["loses"] == ["gpt"]
-    assert lines["Recall of 8 pairs", "hybrid"]["wins"] == ["rwkv", "retnet", "hyena"]
-    # Two Mamba models against four rivals are corrected together.
-    recall = [each["text"] for each in collect(ROOT / "results")["claims"] if each["text"].startswith("recall")]
-    assert len(recall) == 8
-    assert all("Holm's correction for 8 comparisons" in text for text in recall)
+    content = collect(ROOT / "results")
+    claims, small = by_pair(content), "recall of 8 pairs, 0.044 M parameters"
+    assert claims[f"{small}: mamba against gpt"]["outcome"] == "loses"
+    assert claims[f"{small}: hybrid against rwkv"]["outcome"] == "wins"
+    assert f"{small}: hybrid against mamba" not in claims
+    lines = {(each["what"].lower(), each["mamba"]): each for each in content["table"]}
+    assert lines[small.lower(), "mamba"]["loses"] == ["gpt"]
+    assert lines[small.lower(), "hybrid"]["wins"] == ["rwkv", "retnet", "hyena"]
+    # Two Mamba models against four rivals are corrected together; a study of other sizes is another.
+    recall = [text for text in claims if text.startswith("recall")]
+    assert len(recall) == 16
+    assert all("Holm's correction for 8 comparisons" in claims[text]["text"] for text in recall)
+
+
+def test_data_that_differ_in_one_word_are_named_together() -> None:
+    assert together(["recall of 8 pairs", "recall of 16 pairs", "recall of 32 pairs"]) == "recall of 8, 16 and 32 pairs"
+    assert together(["weather 24", "weather 96"]) == "weather 24 and 96"
+    assert (
+        together(["ETTh1"]) == "ETTh1" and together(["a b", "c d"]) == "a b, c d" and together(["a", "b c"]) == "a, b c"
+    )

@@ -88,7 +88,15 @@ def test_accuracies_by_length_say_how_long_was_trained(tmp_path: Path) -> None:
     assert "Not all seeds were trained within the time: gpt on 16 pairs, mamba on 16 pairs." in text
     study["tuning"] = {"values": {"optim.lr": [0.002, 0.004]}, "trials": 0}
     put(tmp_path, "language_recall_a.json", record)
-    assert "Each has the one of 2 learning rates that is best on validation" in page(tmp_path)
+    assert "Each has the one of 2 learning rates that is best on validation, with a seed that is not" in page(tmp_path)
+    study["tuning"]["repeats"] = 2
+    other = {**record, "verdict": {"text": "An earlier one."}, "date": "2025-01-01"}
+    put(tmp_path, "language_recall_a.json", record)
+    put(tmp_path, "language_recall_b.json", other)
+    text = page(tmp_path)
+    assert text.count("with 2 seeds that are not scored") == 2
+    # Studies of memory are all shown, the latest first.
+    assert text.index("Lost.") < text.index("An earlier one.")
 
 
 def test_differences_say_which_hold_after_correction() -> None:

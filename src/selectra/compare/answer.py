@@ -178,7 +178,7 @@ def _question(name: str) -> str:
 
 def _contest(found: Row, name: str, record: Row) -> None:
     """A study of Mamba against other kinds: its comparisons are claims like others, of every Mamba model in it."""
-    bases, metric = ", ".join(dict.fromkeys(row["base"] for row in record["rows"])), record["metric"]
+    bases, metric = _data(record), record["metric"]
     compared = [(subject, each) for subject, contrasts in _by_mamba(record).items() for each in contrasts]
     results = judged([each for _, each in compared], record["higher_is_better"])
     for subject in dict.fromkeys(subject for subject, _ in compared):
@@ -196,6 +196,24 @@ def _contest(found: Row, name: str, record: Row) -> None:
             _claim(found, outcome, text, [name])
         if by_outcome:
             _line(found, bases[0].upper() + bases[1:], subject, by_outcome)
+
+
+def _data(record: Row) -> str:
+    """What a study is on, and the parameters that all its models have."""
+    budget = record["study"].get("budget") or {}
+    size = f", {budget['amount'] / 1e6:.2g} M parameters" if budget.get("quantity") == "params" else ""
+    return together(list(dict.fromkeys(row["base"] for row in record["rows"]))) + size
+
+
+def together(names: Sequence[str]) -> str:
+    """Names as one: those that differ in one word share the others, as in "recall of 8, 16 and 32 pairs"."""
+    words = [name.split() for name in names]
+    places = [i for i, column in enumerate(zip(*words, strict=False)) if len(set(column)) > 1]
+    if len({len(each) for each in words}) > 1 or len(places) != 1:
+        return ", ".join(names)
+    at = places[0]
+    several = f"{', '.join(each[at] for each in words[:-1])} and {words[-1][at]}"
+    return " ".join([*words[0][:at], several, *words[0][at + 1 :]])
 
 
 def _by_mamba(record: Row) -> dict[str, list[Row]]:

@@ -25,8 +25,11 @@ from selectra.train.precision import Precision, autocast
 __all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", "inputs_for", "measure"]
 
 BATCH = 32
-# Seconds of calls behind each median; a GPU makes many in less.
+# Seconds of calls behind each median, at the least; a GPU makes many in less. Times that waver take up to MOST as long.
 TIMED, TIMED_GPU = 0.3, 0.1
+MOST = 6
+# The first call compiles and loads kernels; the second one still asks for memory.
+WARM = 2
 SEED = 0
 MIB = 2**20
 # The shape of one input, beside the batch, from what the data says.
@@ -170,9 +173,12 @@ def _kept(model: nn.Module, inputs: Tensor, device: torch.device, precision: Pre
 
 
 def _timed(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
+    """Milliseconds: the median over blocks of calls, and the width of their middle half, 0 where there was one."""
+    for _ in range(WARM):
+        call()
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    # It warms up, synchronises a GPU, and takes medians over blocks of calls.
-    found = timer.blocked_autorange(min_run_time=seconds)
+    # It synchronises a GPU, and takes more than three blocks where the time allows.
+    found = timer.adaptive_autorange(0.05, min_run_time=seconds, max_run_time=MOST * seconds)
     return 1e3 * found.median, 1e3 * found.iqr
 
 
@@ -184,7 +190,7 @@ def measure(
 
     Args:
         facts: What the data says, such as seq_len, horizon and n_series, or n_classes and img_size.
-        seconds: Time behind each median; by default 0.3 on a CPU and 0.1 on a GPU.
+        seconds: Time behind each median, at the least; by default 0.3 on a CPU and 0.1 on a GPU.
         precision: What products are rounded to in the timed passes.
     """
     device = torch.device(device)

@@ -195,18 +195,24 @@ def _against(rival: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
     return {**found, "rival": rival, "rival_mean": found["rival"]}
 
 
+TIMES = ("forward_ms", "step_ms")
+
+
 def _costs(study: Study, rows: Sequence[Row], subject: str | None) -> list[Row]:
-    """What the subject costs beside each rival, on each base; times differ where their middle halves do not meet."""
+    """What the subject costs beside each rival, on each base; times differ where their middle halves do not meet.
+
+    A time that one block of calls gave, its spread unknown, is compared with none.
+    """
     of, found = {(row["base"], row["variant"]): row["cost"] for row in rows}, []
     for base in study.bases:
         for rival in (each.name for each in study.variants if subject not in (None, each.name)):
             ours, theirs = of[base.name, subject or ""], of[base.name, rival]
             for quantity in ("parameters", "forward_ms", "step_ms", "activations_mb"):
                 own, other = ours[quantity], theirs[quantity]
-                noise = 0.5 * (ours.get(f"{quantity[:-3]}_iqr_ms", 0.0) + theirs.get(f"{quantity[:-3]}_iqr_ms", 0.0))
-                level = abs(own - other) <= max(noise, 0.02 * max(own, other))
+                spreads = [each[f"{quantity[:-3]}_iqr_ms"] for each in (ours, theirs)] if quantity in TIMES else []
+                level = abs(own - other) <= max(0.5 * sum(spreads), 0.02 * max(own, other))
                 # What is solved has no step and keeps nothing.
-                if own > 0 and other > 0:
+                if own > 0 and other > 0 and all(spreads):
                     outcome = "level" if level else "better" if own < other else "worse"
                     found.append({"base": base.name, "rival": rival, "quantity": quantity, "ours": own, "theirs": other,
                                   "outcome": outcome})  # fmt: skip

@@ -1,7 +1,8 @@
 """The page of what language models were measured at, in Markdown, from the records in a folder.
 
-Every kind of record has a section; of several records of a kind the one of the latest date counts, and a kind without
-one says so. A record is a JSON object with `command`, `date` and `device`, beside what its section reads.
+Every kind of record has a section; of several records of a kind the one of the latest date counts, of studies of memory
+all, which have models of other sizes, and a kind without one says so. A record is a JSON object with `command`, `date`
+and `device`, beside what its section reads.
 """
 
 import json
@@ -30,14 +31,16 @@ class Section(NamedTuple):
     """File names of the records."""
     lines: Callable[[dict[str, Any]], Iterator[str]]
     """The paragraphs of a record."""
+    every: bool = False
+    """Whether all records are shown, the latest first."""
 
 
 SECTIONS = (
     Section("Decoding one token at a time", "decode_*.json", decoding),
     Section("One block of Jamba at published sizes", "jamba_*.json", jamba),
     Section("Tiny Shakespeare: six families at one budget", "language_shakespeare_*.json", losses),
-    Section("Copying by length", "language_copying_*.json", scores),
-    Section("Recall by number of pairs", "language_recall_*.json", scores),
+    Section("Copying by length", "language_copying_*.json", scores, every=True),
+    Section("Recall by number of pairs", "language_recall_*.json", scores, every=True),
 )
 
 
@@ -57,22 +60,22 @@ def page(folder: Path) -> str:
     parts = [INTRODUCTION]
     for section in SECTIONS:
         parts.append(f"## {section.title}")
-        path = newest(folder, section.pattern)
-        if path is None:
+        paths = latest(folder, section.pattern)
+        if not paths:
             parts.append(NO_RECORD)
-            continue
-        record = read_record(path)
-        try:
-            parts += section.lines(record)
-        except (KeyError, TypeError, IndexError) as error:
-            raise DataError(f"'{path}' lacks what its section shows: {type(error).__name__} {error}.") from error
-        parts.append(_source(record, path))
+        for path in paths if section.every else paths[:1]:
+            record = read_record(path)
+            try:
+                parts += section.lines(record)
+            except (KeyError, TypeError, IndexError) as error:
+                raise DataError(f"'{path}' lacks what its section shows: {type(error).__name__} {error}.") from error
+            parts.append(_source(record, path))
     return "\n\n".join(parts) + "\n"
 
 
-def newest(folder: Path, pattern: str) -> Path | None:
-    """The record of the latest date, or None where there is none."""
-    return max(folder.glob(pattern), key=lambda path: (read_record(path)["date"], path.name), default=None)
+def latest(folder: Path, pattern: str) -> list[Path]:
+    """The records, those of the latest date first."""
+    return sorted(folder.glob(pattern), key=lambda path: (read_record(path)["date"], path.name), reverse=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

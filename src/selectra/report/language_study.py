@@ -66,7 +66,9 @@ def _budget(record: Row) -> Iterator[str]:
         yield f"All have the same learning rate, {_either(rates)}: another may suit a family better."
     else:
         tried = tuning["trials"] or len(next(iter(tuning["values"].values())))
-        yield f"Each has the one of {tried} learning rates that is best on validation, with a seed that is not scored."
+        repeats = tuning.get("repeats", 1)
+        seeds = "a seed that is" if repeats == 1 else f"{repeats} seeds that are"
+        yield f"Each has the one of {tried} learning rates that is best on validation, with {seeds} not scored."
 
 
 def _either(values: list[Any]) -> str:

@@ -95,10 +95,15 @@ def _summary_row(row: Row) -> list[str]:
     return [
         row["variant"], row["kind"] or "-", number(row["mean"]), "no chance" if row["sure"] else number(row["spread"]),
         "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}", f"{cost['parameters']:,}",
-        f"{cost['flops']:,}", f"{brief(cost['forward_ms'])} ± {cost['forward_iqr_ms']:.2g}",
-        f"{brief(cost['step_ms'])} ± {cost['step_iqr_ms']:.2g}" if cost["step_ms"] else "-",
+        f"{cost['flops']:,}", _wavering(cost["forward_ms"], cost["forward_iqr_ms"]),
+        _wavering(cost["step_ms"], cost["step_iqr_ms"]) if cost["step_ms"] else "-",
         brief(cost["activations_mb"]), f"{cost['throughput']:,.0f}", number(row["seconds"], 1),
     ]  # fmt: skip
+
+
+def _wavering(ms: float, iqr: float) -> str:
+    """A time with its spread, where there is one."""
+    return f"{brief(ms)} ± {iqr:.2g}" if iqr else f"{brief(ms)}, one block"
 
 
 def contrast_rows(content: Row) -> tuple[list[str], list[list[str]]]:
