@@ -7,6 +7,7 @@ import matplotlib as mpl
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from selectra.report.answer_plot import LOOKS, figure, write_picture
 
@@ -91,3 +92,12 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         write_picture([{"panel": "a"}], out)
     assert out.read_bytes() == before
+
+
+def test_long_titles_of_panels_stay_in_the_picture() -> None:
+    drawn = figure(rows({"copies of 16, 32 and 64 letters of an alphabet, 0.42 M parameters, accuracy": 3, "other": 3}))
+    drawn.draw_without_rendering()
+    for sub in drawn.subfigs:
+        for ax in sub.axes:
+            titles = [text for text in ax.get_children() if isinstance(text, Text) and text.get_text()]
+            assert titles and all(text.get_window_extent().x1 <= sub.bbox.x1 for text in titles)

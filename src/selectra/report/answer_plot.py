@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ INK, PALE = "#1b1b1b", "#c8c8c8"
 LOOKS = {"wins": (COLORS[1], "o", "Mamba is better"), "loses": (COLORS[0], "s", "Mamba is worse"),
          "level": ("#7a7a7a", "D", "no difference is shown")}  # fmt: skip
 COLUMNS, WIDTH, LINE_INCHES = 2, 11.0, 0.25
+# More of them would not fit over a panel.
+TITLE_LETTERS = 52
 # Per cent from where on, in a panel that reaches beyond, every tenfold has the same room.
 FAR = 100.0
 
@@ -71,7 +74,7 @@ def _panel(ax: Axes, name: str, points: list[Row]) -> None:
     ax.axvline(0, color=INK, linewidth=1)
     ax.set_yticks(range(len(points)), [f"{each['mamba']} against {each['rival']}" for each in points], fontsize=8)
     ax.set_ylim(len(points) - 0.5, -0.5)
-    ax.set_title(name, fontsize=9, loc="left")
+    ax.set_title(textwrap.fill(name, TITLE_LETTERS), fontsize=9, loc="left")
 
 
 def write_picture(points: list[Row], out: Path) -> None:
