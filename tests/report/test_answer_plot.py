@@ -95,7 +95,7 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
 
 
 def test_long_titles_of_panels_stay_in_the_picture() -> None:
-    drawn = figure(rows({"copies of 16, 32 and 64 letters of an alphabet, 0.42 M parameters, accuracy": 3, "other": 3}))
+    drawn = figure(rows({"copies of 16, 32 and 64 letters of an alphabet, 0.42 M parameters, accuracy": 8, "other": 8}))
     drawn.draw_without_rendering()
     for sub in drawn.subfigs:
         for ax in sub.axes:
