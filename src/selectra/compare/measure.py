@@ -27,7 +27,7 @@ __all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", 
 BATCH = 32
 # Seconds of calls behind each median, at the least; a GPU makes many in less. Times that waver take up to MOST as long.
 TIMED, TIMED_GPU = 0.3, 0.1
-MOST = 6
+MOST = 4
 # The first call compiles and loads kernels; the second one still asks for memory.
 WARM = 2
 SEED = 0
