@@ -4,8 +4,11 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
+import torch
+
 from selectra.compare import measure
 from selectra.compare.results import _costs
+from selectra.compare.sampling import WARM_CALLS
 from selectra.compare.study import Study
 from selectra.report.study import _wavering
 
@@ -15,13 +18,13 @@ def test_what_only_the_first_calls_take_is_not_timed() -> None:
 
     def call() -> None:
         calls.append(1)
-        time.sleep(0.2 if len(calls) <= measure.WARM else 0.002)
+        time.sleep(0.2 if len(calls) <= WARM_CALLS else 0.002)
 
-    median, iqr = measure._timed(call, 0.05)
+    median, iqr = measure._timed(call, torch.device("cpu"), 0.05)
     assert median < 100 and iqr > 0
 
 
-def test_times_of_one_block_are_shown_as_such_and_compared_with_none() -> None:
+def test_times_of_one_call_are_shown_as_such_and_compared_with_none() -> None:
     names = ("ours", "theirs")
     study = cast(
         Study, SimpleNamespace(bases=[SimpleNamespace(name="b")], variants=[SimpleNamespace(name=n) for n in names])
@@ -39,4 +42,4 @@ def test_times_of_one_block_are_shown_as_such_and_compared_with_none() -> None:
     level = {("parameters", "level"), ("activations_mb", "level"), ("forward_ms", "better")}
     assert found(0.5) == level | {("step_ms", "worse")}
     assert found(0.0) == level
-    assert _wavering(12.345, 0.5) == "12.3 ± 0.5" and _wavering(12.345, 0.0) == "12.3, one block"
+    assert _wavering(12.345, 0.5) == "12.3 ± 0.5" and _wavering(12.345, 0.0) == "12.3, once"

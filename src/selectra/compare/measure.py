@@ -2,8 +2,9 @@
 
 FLOPs are counted by `torch.utils.flop_counter`, with the formulas that our operators register beside it (a scan is 9
 for each step, channel and state, the field's rule); it counts products and scans, not element-wise work. Times are
-medians of synchronised calls after a warm-up. Activation memory is what a forward pass keeps for its backward, each
-storage once and weights left out, which is the same on every device.
+medians of calls after a warm-up, on a GPU by its own clock, each call begun before the last one ends. Activation
+memory is what a forward pass keeps for its backward, each storage once and weights left out, which is the same on every
+device.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from selectra import models as _models
+from selectra.compare.energy import Counter
+from selectra.compare.sampling import sample
 from selectra.errors import ConfigError
 from selectra.registry import models
 from selectra.spec import Spec
@@ -25,11 +27,9 @@ from selectra.train.precision import Precision, autocast
 __all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", "inputs_for", "measure"]
 
 BATCH = 32
-# Seconds of calls behind each median, at the least; a GPU makes many in less. Times that waver take up to MOST as long.
+# Seconds of calls behind each median, at the least; a GPU makes many in less.
 TIMED, TIMED_GPU = 0.3, 0.1
-MOST = 4
-# The first call compiles and loads kernels; the second one still asks for memory.
-WARM = 2
+NO_COUNTER = Counter("energy is not asked for", None)
 SEED = 0
 MIB = 2**20
 # The shape of one input, beside the batch, from what the data says.
@@ -172,14 +172,10 @@ def _kept(model: nn.Module, inputs: Tensor, device: torch.device, precision: Pre
         return kept_for_backward(model, inputs)
 
 
-def _timed(call: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Milliseconds: the median over blocks of calls, and the width of their middle half, 0 where there was one."""
-    for _ in range(WARM):
-        call()
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    # It synchronises a GPU, and takes more than three blocks where the time allows.
-    found = timer.adaptive_autorange(0.05, min_run_time=seconds, max_run_time=MOST * seconds)
-    return 1e3 * found.median, 1e3 * found.iqr
+def _timed(call: Callable[[], Any], device: torch.device, seconds: float) -> tuple[float, float]:
+    """Milliseconds: the median of calls, and the width of their middle half, 0 where a slow one was made but once."""
+    found = sample(call, device, seconds, NO_COUNTER)
+    return found.ms, found.upper - found.lower
 
 
 def measure(
@@ -212,9 +208,9 @@ def measure(
             loss = torch.stack([each.square().mean() for each in (found if isinstance(found, tuple) else (found,))])
         loss.sum().backward()
 
-    forward_ms, forward_iqr = _timed(forward, seconds)
+    forward_ms, forward_iqr = _timed(forward, device, seconds)
     model.train()
-    step_ms, step_iqr = _timed(step, seconds) if learns else (0.0, 0.0)
+    step_ms, step_iqr = _timed(step, device, seconds) if learns else (0.0, 0.0)
     return Cost(
         parameters=sum(each.numel() for each in model.parameters() if each.requires_grad),
         flops=flops,

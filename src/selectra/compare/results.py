@@ -201,7 +201,7 @@ TIMES = ("forward_ms", "step_ms")
 def _costs(study: Study, rows: Sequence[Row], subject: str | None) -> list[Row]:
     """What the subject costs beside each rival, on each base; times differ where their middle halves do not meet.
 
-    A time that one block of calls gave, its spread unknown, is compared with none.
+    A time that was measured once, its spread unknown, is compared with none.
     """
     of, found = {(row["base"], row["variant"]): row["cost"] for row in rows}, []
     for base in study.bases:

@@ -103,7 +103,7 @@ def _summary_row(row: Row) -> list[str]:
 
 def _wavering(ms: float, iqr: float) -> str:
     """A time with its spread, where there is one."""
-    return f"{brief(ms)} ± {iqr:.2g}" if iqr else f"{brief(ms)}, one block"
+    return f"{brief(ms)} ± {iqr:.2g}" if iqr else f"{brief(ms)}, once"
 
 
 def contrast_rows(content: Row) -> tuple[list[str], list[list[str]]]:
@@ -186,7 +186,7 @@ def reading(content: Row) -> list[str]:
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
         "many seeds of this spread can tell from chance, alone.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
-        f"synchronised calls after a warm-up, with the interquartile range: {'; '.join(_settings(content))}.",
+        f"calls after a warm-up, with the interquartile range where there are several: {'; '.join(_settings(content))}.",
     ]
 
 
