@@ -186,7 +186,8 @@ def reading(content: Row) -> list[str]:
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
         "many seeds of this spread can tell from chance, alone.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
-        f"calls after a warm-up, with the interquartile range where there are several: {'; '.join(_settings(content))}.",
+        "calls after a warm-up, with the interquartile range where there are several: "
+        f"{'; '.join(_settings(content))}.",
     ]
 
 
