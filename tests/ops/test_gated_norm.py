@@ -1,14 +1,17 @@
 """Skip, gate and norm behind Mamba-2's scan: kernels emulated and on a device against the plain form in float64."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selectra.errors import BackendError, ConfigError
 from selectra.ops.gated_norm import cuda, gated_norm
 from selectra.ops.gated_norm.call import prepare
+from selectra.train.record import BackendWatch
 from tests.ops.emulator.fixture import EmulatedGpu, emulated_gpu
 
 __all__ = ["emulated_gpu"]
@@ -103,3 +106,23 @@ def test_refusals() -> None:
         gated_norm(y, z, weight, x, torch.ones(5))
     with pytest.raises(BackendError, match="tensors are on cpu, it needs cuda"), gated_norm.using("cuda"):
         gated_norm(y, z, weight, x, D)
+
+
+class _Mode(TorchDispatchMode):
+    """Any mode that changes what runs."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_stay_where_a_record_looks_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step of a training is looked at, and must round as the others do."""
+    monkeypatch.setattr(cuda.cuda, "refusal", lambda index: None)
+    tensors = (torch.ones(2, 4), torch.ones(2, 4), torch.ones(4), None, None)
+    y = SimpleNamespace(is_cuda=True, dtype=F32, numel=lambda: 8, device=SimpleNamespace(index=0))
+    call: Any = SimpleNamespace(y=y, z=tensors[1], x=None, n_groups=1, tensors=tensors)
+    assert cuda.refuse(call) is None
+    with BackendWatch():
+        assert cuda.refuse(call) is None
+    with _Mode():
+        assert "a mode" in str(cuda.refuse(call))

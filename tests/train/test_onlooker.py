@@ -64,6 +64,24 @@ def test_a_node_tells_what_it_runs_and_leaves_calls_to_other_modes(monkeypatch: 
     assert watch.noted == dict.fromkeys(names, "cpu") and len(nodes) == 1
 
 
+@pytest.mark.compile
+def test_what_is_compiled_stays_so() -> None:
+    """Otherwise the first step of `train.compile` runs uncompiled, and a training that goes on rounds otherwise."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    mixer, x = torch.compile(S6(8), backend=backend), torch.randn(2, 5, 8)
+    with BackendWatch() as watch:
+        mixer(x).sum().backward()
+    assert graphs
+    names = {"causal_conv1d", "selective_scan", "causal_conv1d_backward", "selective_scan_backward"}
+    assert watch.noted == dict.fromkeys(names, "cpu")
+
+
 def test_a_resumed_training_in_bfloat16_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """Whose first step is watched, wherever it begins."""
     name, data = "vim_smoke", Images("shapes", val=0.1)

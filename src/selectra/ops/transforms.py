@@ -18,6 +18,11 @@ PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 class Onlooker(modes.TorchDispatchMode):
     """Looks at what runs and changes nothing. What goes past the dispatcher is told to it (`tell`)."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Whether what is compiled stays so: under other modes PyTorch runs it uncompiled, which rounds otherwise."""
+        return True
+
     def ran(self, operator: str, backend: str) -> None:
         """`operator` ran on `backend`."""
         raise NotImplementedError

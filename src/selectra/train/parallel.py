@@ -165,18 +165,28 @@ def _others_named(timeout: float) -> Iterator[None]:
         ) from error
 
 
-def wrap(model: nn.Module, world: World, compiled: bool = False) -> nn.Module:
+def wrap(model: nn.Module, world: World, compiled: bool = False, fixed: bool = False) -> nn.Module:
     """The model as the loop calls it: compiled if asked for, gradients averaged over processes where there are several.
 
     Its parameters and their names stay those of `model`, which is what is measured and saved. A model that is sharded
     already (`sharding.shard`) averages its gradients itself.
+
+    Args:
+        compiled: Whether it is.
+        fixed: Whether all steps add gradients in one order also on a GPU, as they do on a CPU.
     """
     wrapped = cast(nn.Module, torch.compile(model)) if compiled else model
     if world.size == 1 or world.sharded:
         return wrapped
     devices = [world.device] if world.device.type == "cuda" else None
     # A copy of every gradient on its way in and out would be hundreds of launches that nothing hides.
-    return DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(wrapped, device_ids=devices, gradient_as_bucket_view=True)
+    if fixed or world.device.type == "cpu":
+        # After its first step it would put gradients in the order in which they came. From three processes on, a
+        # gradient's place says who adds first, and a training that goes on has another first step.
+        parallel.reducer._push_all_rebuilt_params()
+        parallel.reducer._rebuild_buckets()
+    return parallel
 
 
 def split_along_length(world: World, timeout: float) -> contextlib.AbstractContextManager[Any]:

@@ -36,7 +36,8 @@ class Steps:
         self.state, self.task, self.order, self.val = state, task, order, val
         self.record, self.display, self.flag = record, display, flag
         self.meter, self.splits = Meter(order.start_at(state.at.position), state.world), (order.windows, val)
-        self.wrapped = wrap(state.model, state.world, state.run.train.compile)
+        train = state.run.train
+        self.wrapped = wrap(state.model, state.world, train.compile, fixed=train.deterministic)
         self.together = together(state.model, state.world, state.run.train.compile)
         training_mode(state.model)
         self.precision: Precision = state.run.train.precision

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from selectra.ops import cuda
 from selectra.ops.gated_norm.call import GatedCall
-from selectra.ops.transforms import needs_dispatcher
+from selectra.ops.transforms import needs_operators
 
 SOURCE = "gated_norm/gated_norm.cu"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -26,7 +26,7 @@ def refuse(call: GatedCall) -> str | None:
         return "it takes y in float32, and x and z in one type of float32, bfloat16 and float16"
     if z.shape[-1] // call.n_groups > MOST_THREADS * MOST_CHUNKS or y.numel() == 0:
         return f"it takes groups of 1 to {MOST_THREADS * MOST_CHUNKS} channels, and a row at least"
-    if needs_dispatcher(call.tensors):
+    if needs_operators(call.tensors):
         return "a compiler, a transform or a mode has to see its operations"
     return cuda.refusal(y.device.index)
 
