@@ -107,8 +107,12 @@ def from_official(
     if source not in readers:
         raise ConfigError(f"'{source}' is not known; there are {', '.join(sorted(readers))}.{nearest(source, readers)}")
     options = checked_options(source, config)
-    with contextlib.nullcontext() if device is None else torch.device("meta"):
-        official = readers[source](**options)
+    try:
+        with contextlib.nullcontext() if device is None else torch.device("meta"):
+            official = readers[source](**options)
+    except ConfigError as error:
+        # Our models name their own arguments.
+        raise ConfigError(f"{source}: {error}") from error
     if "dtype" not in config or config["dtype"] is None:
         double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in state_dict.values())
         official.to(torch.float64 if double else torch.float32)

@@ -11,11 +11,13 @@ from PIL import Image
 
 from selectra.classifier import from_run, from_weights, predict
 from selectra.classifier.reading import UnreadableError, read_image, standardised
-from selectra.data.image_decode import fitted
+from selectra.data.image_decode import decode, fitted
+from selectra.data.image_files import list_images
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models
 from selectra.spec import Spec
 from tests.classifier.conftest import CLASSES, SIZE
+from tests.data.pictures import deep, encoded, photo, pixels, write_folder
 
 Make = Callable[..., Path]
 
@@ -88,9 +90,11 @@ def test_many_bands_come_as_arrays(make_run: Make, tmp_path: Path) -> None:
         ("text.png", "'.*text.png' cannot be read as an image: cannot identify"),
         ("cut.png", "'.*cut.png' cannot be read as an image"),
         ("small.png", r"'.*small.png' is 9 x 3 pixels \(width x height\), smaller than the 4 x 4 pixels of one patch"),
-        ("wrong.npy", r"'.*wrong.npy' holds uint8 of shape \(32, 32, 4\); the model takes uint8 of shape \(h, w, 3\)"),
-        ("float.npy", "holds float32 of shape"),
+        ("wrong.npy", "'.*wrong.npy' has 4 channels, and in_channels is 3"),
+        ("float.npy", "is an array of float32 of shape"),
         ("bad.npy", "'.*bad.npy' cannot be read as an image"),
+        ("deep.png", r"'.*deep.png' has more than 8 bits a channel \(mode I;16\)"),
+        ("deep.tif", "'.*deep.tif' has more than 8 bits a channel"),
     ],
 )
 def test_what_does_not_fit_is_named(name: str, words: str, make_run: Make, make_image: Make, tmp_path: Path) -> None:
@@ -98,6 +102,8 @@ def test_what_does_not_fit_is_named(name: str, words: str, make_run: Make, make_
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.png").write_bytes(make_image("whole.png").read_bytes()[:900])
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY and no more")
+    (tmp_path / "deep.png").write_bytes(deep((SIZE, SIZE)))
+    (tmp_path / "deep.tif").write_bytes(deep((SIZE, SIZE), "TIFF"))
     make_image("small.png", width=9, height=3)
     np.save(tmp_path / "wrong.npy", np.zeros((32, 32, 4), np.uint8))
     np.save(tmp_path / "float.npy", np.zeros((32, 32, 3), np.float32))
@@ -106,8 +112,22 @@ def test_what_does_not_fit_is_named(name: str, words: str, make_run: Make, make_
 
 
 def test_pictures_have_no_thirteen_bands(make_run: Make, make_image: Make) -> None:
-    with pytest.raises(DataError, match=r"is a picture, and the model takes 13 channels; give an array \(h, w, 13\)"):
+    with pytest.raises(DataError, match=r"in_channels is 13; give arrays \(h, w, 13\)"):
         predict(from_run(make_run(channels=13)), [make_image()])
+
+
+def test_images_are_read_as_in_training(tmp_path: Path) -> None:
+    """Of every form that both take, grey and coloured, turned or not."""
+    files = {"a/photo.png": photo(pixels(0, (4, 6)), 6), "a/upright.png": encoded(pixels(1, (4, 6)))}
+    root = write_folder(tmp_path, files)
+    np.save(root / "a" / "grey.npy", pixels(2, (4, 6))[..., 0])
+    np.save(root / "a" / "one.npy", pixels(3, (4, 6))[..., :1])
+    np.save(root / "a" / "three.npy", pixels(4, (4, 6)))
+    listing = list_images(str(root))
+    for channels in (1, 3):
+        for i, name in enumerate(listing.names):
+            assert torch.equal(read_image(root / name, channels), decode(listing, i, channels)), name
+    assert decode(listing, listing.names.index("a/photo.png"), 3).shape == (3, 6, 4)
 
 
 def test_damaged_files_are_left_out_when_asked_for(make_run: Make, make_image: Make, tmp_path: Path) -> None:

@@ -21,6 +21,19 @@ def encoded(array: np.ndarray, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def photo(array: np.ndarray, orientation: int) -> bytes:
+    """A picture of which a camera says how it was held."""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(array).save(buffer, "PNG", exif=exif)
+    return buffer.getvalue()
+
+
+def deep(size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
+    """A picture with 16 bits a channel."""
+    return encoded(np.arange(size[0] * size[1], dtype=np.uint16).reshape(size) * 500, kind)
+
+
 def names(part: str = "", each: int = 10, first: int = 0) -> dict[str, bytes]:
     """Paths inside a folder, and what lies there: `each` images of each class."""
     prefix = f"{part}/" if part else ""

@@ -13,7 +13,7 @@ import torch
 from selectra.data.image_files import list_images
 from selectra.data.images import Images
 from selectra.errors import ConfigError, DataError
-from tests.data.pictures import CLASSES, encoded, names, pixels, write_folder, write_zip
+from tests.data.pictures import CLASSES, deep, encoded, names, pixels, write_folder, write_zip
 from tests.data.shards import serving, within
 
 
@@ -170,6 +170,19 @@ def test_damaged_files_are_named_or_left_out_and_counted(keep, tmp_path):
     windows = images.windows("train")
     assert len(windows) == 13
     assert windows[list(range(13))].to("cpu").y.tolist() == [0] * 5 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({}, r"'train/dog/002.png' has more than 8 bits a channel \(mode I;16\); convert it to 8 bits"),
+     ({"in_channels": 13}, "'train/cat/000.png' is a picture, which gives 1, 3 or 4 channels, and in_channels is 13")],
+)  # fmt: skip
+def test_whole_images_of_another_kind_are_not_left_out_as_damaged(change, message, tmp_path):
+    root = write_folder(tmp_path, names("train", 5) | names("test", 2, first=50))
+    (root / "train" / "dog" / "002.png").write_bytes(deep())
+    with pytest.raises(DataError, match=message) as caught:
+        Images(str(root), val=0, corrupt="skip", **change).hold("train")
+    assert "cannot be read" not in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])

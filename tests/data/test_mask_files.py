@@ -12,7 +12,7 @@ from selectra.data import Masks
 from selectra.data.mask_coding import CITYSCAPES, ISPRS, distinct_colours
 from selectra.data.mask_files import list_masks
 from selectra.errors import ConfigError, DataError
-from tests.data.pictures import encoded, pixels, write_folder, write_zip
+from tests.data.pictures import deep, encoded, photo, pixels, write_folder, write_zip
 
 SIZE = (6, 8)
 
@@ -193,6 +193,66 @@ def test_a_palettes_numbers_are_the_classes(tmp_path):
     files["masks/0.png"] = buffer.getvalue()
     data = Masks(str(write_folder(tmp_path, files)), classes=("a", "b", "c"), val=0)
     assert sorted(data.read(0)[1].unique().tolist()) == [0, 1, 2]
+
+
+def test_masks_of_one_bit_have_two_classes(tmp_path):
+    bits = np.resize(np.array([False, True]), SIZE)
+    files = folders(4) | {f"masks/{i}.png": encoded(bits) for i in range(4)}
+    data = Masks(str(write_folder(tmp_path, files)), val=0)
+    assert data.classes == ("class 0", "class 1") and of_part(data, "train") == [[0, 1]] * 3
+
+
+def test_masks_of_black_and_white(tmp_path):
+    """255, which by default does not count, is often the class itself."""
+    root = str(write_folder(tmp_path, folders(4, (0, 255))))
+    message = r"all that counts in the training masks of .* is of the class 'class 0'.* labels \[255\].*data\.labels="
+    with pytest.raises(DataError, match=message):
+        Masks(root, val=0)
+    with pytest.raises(DataError, match="is of the class 'sea'"):
+        Masks(root, val=0, classes=("sea", "land"))
+    data = Masks(root, val=0, labels=(255, 0), classes=("land", "sea"))
+    assert data.classes == ("land", "sea") and of_part(data, "train") == [[0, 1]] * 3
+    assert data.read(0)[1][0, :2].tolist() == [1, 0]
+    assert Masks(root, val=0, labels=(0, 255)).classes == ("class 0", "class 255")
+    with pytest.raises(ConfigError, match=r"labels=\(0, 255\): needs one for each of the 3 classes"):
+        Masks(root, labels=(0, 255), classes=("a", "b", "c"))
+    with pytest.raises(ConfigError, match=r"labels=\(0, 0\): needs one for each"):
+        Masks(root, labels=(0, 0))
+    with pytest.raises(DataError, match="is of none"):
+        Masks(root, val=0, first_label=1, classes=("a", "b"), ignore=(0, 255))
+
+
+def test_labels_that_are_no_classes_are_named(tmp_path):
+    wide = encoded(np.resize(np.array([0, 1, 65535], np.uint16), SIZE))
+    broken = encoded(np.resize(np.array([0, 0.5], np.float32), SIZE), "TIFF")
+    root = str(write_folder(tmp_path / "wide", folders(4) | {f"masks/{i}.png": wide for i in range(4)}))
+    with pytest.raises(DataError, match=r"has the label 65535.*at most 255.*data\.ignore=\[65535\]"):
+        Masks(root)
+    assert of_part(Masks(root, ignore=(65535,), val=0), "train") == [[0, 1, 255]] * 3
+    files = {f"images/{i}.jpg": picture(i, "JPEG") for i in range(4)} | {f"masks/{i}.tif": broken for i in range(4)}
+    with pytest.raises(DataError, match=r"has fractions, such as 0\.5"):
+        Masks(str(write_folder(tmp_path / "broken", files)), classes=("a", "b"), val=0).windows("train")
+    with pytest.raises(DataError, match="there are 256 classes; masks of at most 255"):
+        Masks(root, classes=tuple(map(str, range(256))))
+
+
+def test_images_are_turned_as_their_camera_says_unless_their_masks_are_not(tmp_path):
+    array = pixels(0, SIZE)
+    files = {"images/0.png": photo(array, 6), "masks/0.png": mask([0, 1], (8, 6))}
+    files |= {"images/1.png": photo(array, 6), "masks/1.png": mask([0, 1])}
+    files |= {"images/2.png": photo(array, 3), "masks/2.png": mask([0, 1])}
+    data = Masks(str(write_folder(tmp_path, files)), val=0)
+    shown = [data.read(i)[0].permute(1, 2, 0).numpy() for i in range(3)]
+    assert (shown[0] == np.rot90(array, -1)).all() and (shown[1] == array).all()
+    assert (shown[2] == array[::-1, ::-1]).all()
+    assert not data.in_memory
+
+
+def test_images_of_more_than_8_bits_are_named(tmp_path):
+    files = folders(4, (0, 1)) | {"images/0.png": deep(SIZE), "masks/0.png": mask([0, 1])}
+    del files["images/0.jpg"]
+    with pytest.raises(DataError, match=r"'images/0\.png' has more than 8 bits a channel"):
+        Masks(str(write_folder(tmp_path, files)), val=0, faulty="skip", test=0.3)
 
 
 def test_unknown_labels_are_named_or_left_out(tmp_path):

@@ -72,6 +72,13 @@ def test_a_state_of_the_official_layout_is_read(size):
         from_official(SOURCE, SMALL, state)
 
 
+def test_no_classes():
+    """With 0 classes the official model has no head."""
+    model, x = small(), torch.randn(2, 3, 64, 64)
+    state = {official_name(key): value for key, value in model.state_dict().items() if not key.startswith("head.")}
+    assert torch.equal(from_official(SOURCE, {**SMALL, "num_classes": 0}, state)(x)[0], model.embed(x))
+
+
 def test_the_steps_bias_is_added_twice():
     mixer, x = HalfMamba(8, 3).double(), torch.randn(2, 5, 8).double()
     u, z = mixer.in_proj(x).mT.chunk(2, 1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from selectra.errors import ConfigError
 from selectra.mixers import S6
@@ -148,8 +149,23 @@ def test_the_mixers_own_options_are_read():
     assert mamba.conv1d.bias is None and mamba.in_proj.bias is not None and mamba.out_proj.bias is not None
 
 
-def test_a_whole_classifier_is_read():
-    model = small(img_size=24)
+@pytest.mark.parametrize("size", [24, 20])
+def test_a_classifier_reads_what_the_official_code_takes_for_the_class_token(size):
+    """The middle of all tokens, which of an odd number of patches (20 pixels: 5 x 5) is the one behind the class's."""
+    model, x = small(img_size=size, pool="middle"), torch.randn(2, 3, size, size)
+    body = {"arch": {"embed_dims": 8, "num_layers": 2}, "img_size": size, "patch_size": 8, "patch_cfg": {"stride": 4}}
+    config = {
+        "backbone": {**body, "layer_cfgs": {"state_size": 3}, "cls_position": "middle", "out_type": "cls_token"},
+        "head": {"num_classes": 4},
+    }
+    official = from_official("KyanChen/RSMamba:ImageClassifier", config, classifier_state(model))
+    tokens = model.forward_features(x)
+    assert tokens.shape[1] == (size // 4) ** 2 + 1
+    assert torch.equal(official(x)[0], model.head(tokens[:, tokens.shape[1] // 2]))
+
+
+def classifier_state(model: RSMamba) -> dict[str, Tensor]:
+    """Our state under the names of the official classifier."""
     names = {"patch_embed.proj": "patch_embed.projection", ".mamba.": ".", "head.": "head.fc."}
     state = {}
     for key, value in model.state_dict().items():
@@ -158,6 +174,12 @@ def test_a_whole_classifier_is_read():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
         state[name if name.startswith("head") else f"backbone.{name}"] = value
+    return state
+
+
+def test_a_whole_classifier_is_read():
+    model = small(img_size=24)
+    state = classifier_state(model)
     body = {"arch": {"embed_dims": 8, "num_layers": 2}, "img_size": 24, "patch_size": 8, "patch_cfg": {"stride": 4}}
     config = {
         "backbone": {"type": "RSMamba", **body, "layer_cfgs": {"state_size": 3}, "init_cfg": [{"type": "Kaiming"}]},

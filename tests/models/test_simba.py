@@ -110,6 +110,13 @@ def test_the_norms_eps_without_an_official_configuration():
     assert model.class_block.norm2.eps == 1e-6 and model.class_block.norm1.eps == 1e-5
 
 
+def test_no_classes():
+    """With 0 classes the official model has no head."""
+    model = from_official_untrained({**CONFIG, "num_classes": 0, "token_label": False}).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(x), model.embed(x)) and not any("head" in key for key in model.state_dict())
+
+
 def from_official_untrained(config: dict[str, Any]) -> Any:
     from selectra.official import readers
 
@@ -121,6 +128,7 @@ def from_official_untrained(config: dict[str, Any]) -> Any:
     [
         ({"norm_layer": "BatchNorm"}, "option 'norm_layer' is 'BatchNorm'"),
         ({"norm_layer": nn.GroupNorm}, "norm_layer|GroupNorm"),
+        ({"num_classes": 0}, "option 'num_classes' is 0 with 'token_label'"),
         ({"cm_type": "monarch"}, "option 'cm_type' is 'monarch'"),
         ({"num_stages": 4}, "option 'num_stages' is 4"),
         ({"embed_dim": [8]}, "no supported option 'embed_dim'.*Did you mean 'embed_dims'"),

@@ -138,6 +138,15 @@ def test_every_mixer_norm_and_eps_is_read(bimamba, mixer):
     assert model(torch.randn(1, 3, 4, 16, 24)).shape == (1, 4)
 
 
+@pytest.mark.parametrize(("source", "shape"), [(IMAGE, (1, 3, 16, 24)), (VIDEO, (1, 3, 8, 16, 24))])
+def test_no_classes(source, shape):
+    """With 0 classes the official model has no head."""
+    model = readers[source](**{**CONFIG, "num_classes": 0}).model.eval()
+    x = torch.randn(shape)
+    assert isinstance(model, VideoMamba) and not any(key.startswith("head") for key in model.state_dict())
+    assert torch.equal(model(x), model.embed(x))
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "message"),
     [

@@ -120,6 +120,33 @@ def test_every_way_to_pool_is_read():
         assert [grid.shape for grid in model.features(x)] == [(2, 3, 4, 12)] * 2
 
 
+@pytest.mark.parametrize("pool", ["middle", "double"])
+def test_the_official_max_beside_a_class_token_is_over_the_classes(pool):
+    """`final_pool_type="max"` takes the greatest along axis 1, which is that of the classes there."""
+    model, x = small(pool=pool), image()
+    state = official_state(model)
+    if pool == "double":
+        state["cls_token_head"] = state.pop("cls_token")
+    changes = {"final_pool_type": "max", "use_double_cls_token": pool == "double"}
+    official = from_official(SOURCE, {**CONFIG, **changes}, state)
+    assert torch.equal(official(x)[0], model(x).max(1)[0])
+    assert torch.equal(official(x, return_features=True)[0], model.embed(x))
+
+
+@pytest.mark.parametrize("pool", ["middle", "max"])
+def test_no_classes(pool):
+    """With 0 classes the official model has no head."""
+    model, x = small(pool=pool), image()
+    state = {key: value for key, value in official_state(model).items() if not key.startswith("head.")}
+    changes = {
+        "num_classes": 0,
+        "if_cls_token": pool == "middle",
+        "final_pool_type": "max" if pool == "max" else "none",
+    }
+    (y,) = from_official(SOURCE, {**CONFIG, **changes}, state)(x)
+    assert torch.equal(y, model.embed(x) if pool == "middle" else model.embed(x).max(1)[0])
+
+
 def test_scores_of_the_greatest_token():
     model, x = small(pool="max"), image()
     assert torch.allclose(model(x), model.head(model.features(x)[-1].flatten(1, 2)).max(1)[0])

@@ -162,7 +162,12 @@ def renamed(key: str, names: dict[str, str]) -> str:
         ({"gmlp": True}, "option 'gmlp' is True"),
         ({"ssm_drop_rate": 0.1}, "option 'ssm_drop_rate' is 0.1"),
         ({"ssm_dstate": 4}, "no supported option 'ssm_dstate'.*Did you mean 'ssm_d_state'"),
-        ({"ssm_conv": 4}, "d_conv=4: needs an odd number"),
+        ({"ssm_conv": 4}, "option 'ssm_conv' is 4; it takes odd numbers from 3 on"),
+        # Official code leaves the convolution out there.
+        ({"ssm_conv": 1}, "option 'ssm_conv' is 1; it takes odd numbers from 3 on"),
+        ({"ssm_conv": -1}, "option 'ssm_conv' is -1; it takes odd numbers from 3 on"),
+        ({"num_classes": 0}, "option 'num_classes' is 0; it takes 1 or more"),
+        ({"ssm_ratio": 0}, "^MzeroMiko/VMamba:VSSM: expand=0.0: needs a finite number above 0"),
         ({"ssm_act_layer": "gelu"}, "option 'ssm_act_layer' is 'gelu'.*'silu'"),
         ({"depths": [1]}, r"dims=\(8, 12\) and depths=\(1,\)"),
     ],
@@ -178,6 +183,7 @@ def test_what_is_not_supported_is_named(changes, message):
         ({"forward_type": "v052d"}, "option 'forward_type' is 'v052d'"),
         ({"pretrained": "file.pth"}, "option 'pretrained' is 'file.pth'"),
         ({"out_indices": [0, 2]}, "option 'out_indices' has 2; there are 2 stages"),
+        ({"out_indices": []}, "option 'out_indices' is empty"),
         ({"norm_layr": "ln"}, "no supported option 'norm_layr'.*Did you mean 'norm_layer'"),
         ({"options": {}}, "no supported option 'options'"),
     ],
@@ -185,6 +191,19 @@ def test_what_is_not_supported_is_named(changes, message):
 def test_the_backbones_options_are_the_classifiers(changes, message):
     with pytest.raises(ConfigError, match=message):
         from_official("MzeroMiko/VMamba:Backbone_VSSM", {**CONFIG, **changes}, {})
+
+
+@pytest.mark.parametrize("given", [(1, 0), (0, 1), (1, 1, 0)])
+def test_the_backbones_grids_come_in_the_order_of_the_stages(given):
+    """Whatever the order of `out_indices`, and each once: the official code asks of every stage whether it is in it."""
+    model, x = VMamba(**SIZES).eval(), torch.randn(1, 3, 21, 30)
+    norms = {i: torch.nn.LayerNorm(d) for i, d in enumerate(model.feature_dims)}
+    state = {key: value for key, value in official_state(model).items() if not key.startswith("classifier.")}
+    state |= {f"outnorm{i}.{key}": value for i, norm in norms.items() for key, value in norm.state_dict().items()}
+    grids = from_official("MzeroMiko/VMamba:Backbone_VSSM", {**CONFIG, "out_indices": given}, state)(x)
+    assert len(grids) == 2
+    for i, grid in enumerate(model.features(x)):
+        assert torch.equal(grids[i], norms[i](grid).permute(0, 3, 1, 2))
 
 
 def test_a_state_that_does_not_fit_is_described():

@@ -1,17 +1,13 @@
 """From an image file to what a model takes: pixels of its size and channels, standardised."""
 
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from selectra.data.image_decode import UNREADABLE, pixels_of, reason_of
 from selectra.errors import DataError
-
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class UnreadableError(DataError):
@@ -19,7 +15,7 @@ class UnreadableError(DataError):
 
 
 def read_image(path: Path, channels: int) -> UInt8[Tensor, "c h w"]:
-    """A picture, or an array (h, w, c) in a .npy file, which may have any number of channels.
+    """A picture, or an array (h, w, c) in a .npy file, which may have any number of channels, as in training.
 
     Pictures become grey or coloured as the model wants them, and are turned as their camera says.
 
@@ -32,31 +28,11 @@ def read_image(path: Path, channels: int) -> UInt8[Tensor, "c h w"]:
     if not path.is_file():
         raise DataError(f"there is no file '{path}'.")
     try:
-        if path.suffix == ".npy":
-            pixels: Any = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path) as image:
-                if channels not in MODES:
-                    raise DataError(
-                        f"'{path}' is a picture, and the model takes {channels} channels; give an array "
-                        f"(h, w, {channels}) of uint8 in a .npy file."
-                    )
-                pixels = np.asarray(ImageOps.exif_transpose(image).convert(MODES[channels]))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise UnreadableError(f"'{path}' cannot be read as an image: {reason}") from error
-    return _planes(pixels, channels, path)
-
-
-def _planes(pixels: Any, channels: int, path: Path) -> UInt8[Tensor, "c h w"]:
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] != channels:
-        raise DataError(
-            f"'{path}' holds {pixels.dtype} of shape {pixels.shape}; the model takes uint8 of shape (h, w, {channels})."
-        )
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+        return pixels_of(path.read_bytes(), channels, str(path))
+    except DataError:
+        raise
+    except UNREADABLE as error:
+        raise UnreadableError(f"'{path}' cannot be read as an image: {reason_of(error)}") from error
 
 
 def standardised(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional
 
@@ -18,6 +18,8 @@ from selectra.errors import DataError
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GREY = ("1", "L", "LA")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# How Pillow and NumPy say that bytes are damaged or no image.
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class CorruptError(DataError):
@@ -33,27 +35,63 @@ def decode(listing: Listing, i: int, channels: int | None) -> UInt8[Tensor, "c h
     """
     name = listing.names[i]
     try:
-        content = listing.source.read(i)
-        if isinstance(content, bytes) and not content.startswith(b"\x93NUMPY"):
-            with Image.open(io.BytesIO(content)) as image:
-                return _picture(image, channels, name)
-        pixels = content if isinstance(content, np.ndarray) else np.load(io.BytesIO(content), allow_pickle=False)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).partition("\n")[0]
+        return pixels_of(listing.source.read(i), channels, name)
+    except DataError:
+        # Of errors in values, those that say what is wrong with a whole image.
+        raise
+    except UNREADABLE as error:
         raise CorruptError(
-            f"'{name}' in '{listing.where}' cannot be read as an image: {reason}. "
+            f"'{name}' in '{listing.where}' cannot be read as an image: {reason_of(error)}. "
             "Remove or replace it, or leave such files out with data.corrupt=skip."
         ) from error
+
+
+def pixels_of(content: bytes | np.ndarray[Any, Any], channels: int | None, name: str) -> UInt8[Tensor, "c h w"]:
+    """A picture, turned as its camera says, or an array, such as a .npy file holds.
+
+    Args:
+        content: A file's bytes, or pixels (h, w) or (h, w, c).
+        channels: How many are wanted: pictures become grey or coloured. None leaves them.
+        name: Of the image, for messages.
+
+    Raises:
+        DataError: It has other channels, or more than 8 bits for each.
+        Exception: One of `UNREADABLE`: it is damaged or no image.
+    """
+    if isinstance(content, bytes) and not content.startswith(b"\x93NUMPY"):
+        with Image.open(io.BytesIO(content)) as image:
+            return _picture(image, channels, name)
+    pixels = content if isinstance(content, np.ndarray) else np.load(io.BytesIO(content), allow_pickle=False)
     return _array(pixels, channels, name)
 
 
-def _picture(image: Image.Image, channels: int | None, name: str) -> Tensor:
+def reason_of(error: BaseException) -> str:
+    """What a library says of bytes that are damaged, in a line and without their place in memory."""
+    return str(error).partition("\n")[0].partition(" <_io.")[0]
+
+
+def require_bytes(image: Image.Image, name: str) -> None:
+    """Refuse pictures that Pillow would cut off at 255.
+
+    Raises:
+        DataError: It has more than 8 bits a channel.
+    """
     if image.mode in DEEP:
-        raise DataError(f"'{name}' has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits.")
+        raise DataError(
+            f"'{name}' has more than 8 bits a channel (mode {image.mode}); convert it to 8 bits, by a range that is "
+            "the same for all images."
+        )
+
+
+def _picture(image: Image.Image, channels: int | None, name: str) -> Tensor:
+    require_bytes(image, name)
     wanted = channels or (1 if image.mode in GREY else 3)
     if wanted not in MODES:
-        raise DataError(f"'{name}' is a picture, which gives 1, 3 or 4 channels, and in_channels is {wanted}.")
-    return _planes(np.asarray(image.convert(MODES[wanted])))
+        raise DataError(
+            f"'{name}' is a picture, which gives 1, 3 or 4 channels, and in_channels is {wanted}; give arrays "
+            f"(h, w, {wanted}) of uint8 in .npy files."
+        )
+    return _planes(np.asarray(ImageOps.exif_transpose(image).convert(MODES[wanted])))
 
 
 def _array(pixels: Any, channels: int | None, name: str) -> Tensor:

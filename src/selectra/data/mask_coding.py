@@ -47,6 +47,10 @@ class Coding:
             wanted, got = ("a picture in colours", "numbers") if self.by_colour else ("numbers", "colours")
             raise DataError(f"the mask '{name}' has {got} of shape {mask.shape}; its layout needs {wanted}.")
         codes = mask.astype(np.int64)
+        if (codes != mask).any():
+            raise DataError(
+                f"the mask '{name}' has fractions, such as {mask[codes != mask][0]}; labels are whole numbers."
+            )
         if self.by_colour:
             codes = (codes[..., 0] << 16) | (codes[..., 1] << 8) | codes[..., 2]
         found, places = np.unique(codes, return_inverse=True)
@@ -76,10 +80,21 @@ class Coding:
 
 
 def by_numbers(
-    classes: Sequence[str], colours: Sequence[Colour] | None = None, first: int = 0, ignored: Sequence[int] = (IGNORED,)
+    classes: Sequence[str],
+    colours: Sequence[Colour] | None = None,
+    first: int = 0,
+    ignored: Sequence[int] = (IGNORED,),
+    labels: Sequence[int] = (),
 ) -> Coding:
-    """Classes that are numbered from `first` on."""
-    numbers = dict.fromkeys(ignored, IGNORED) | {first + i: i for i in range(len(classes))}
+    """Classes that are numbered from `first` on, or by `labels`, of which none is ignored.
+
+    Raises:
+        DataError: There are more classes than a byte has numbers, besides that of what does not count.
+    """
+    if len(classes) > IGNORED:
+        raise DataError(f"there are {len(classes):,} classes; masks of at most {IGNORED} are supported.")
+    own = labels or range(first, first + len(classes))
+    numbers = dict.fromkeys(ignored, IGNORED) | {label: i for i, label in enumerate(own)}
     return Coding(tuple(classes), tuple(colours or distinct_colours(len(classes))), numbers)
 
 

@@ -76,7 +76,12 @@ Found = tuple[list[Pair], Coding | None]
 
 
 def list_masks(
-    path: str, layout: Layout = "auto", classes: Sequence[str] = (), first: int = 0, ignored: Sequence[int] = (255,)
+    path: str,
+    layout: Layout = "auto",
+    classes: Sequence[str] = (),
+    first: int = 0,
+    ignored: Sequence[int] = (255,),
+    labels: Sequence[int] = (),
 ) -> MaskListing:
     """List the pairs of a public set by name, of a folder, or of a zip file.
 
@@ -86,9 +91,11 @@ def list_masks(
         classes: Names of the classes, where neither the layout nor classes.txt says them.
         first: Number of the first of these.
         ignored: Numbers that do not count beside these.
+        labels: Numbers of the classes, where they do not follow each other.
 
     Raises:
         DataError: There is no such thing, or it holds no images with masks.
+        ConfigError: The set has classes or labels of its own; there are not as many labels as classes.
     """
     root = found_root(path, PUBLIC, "masks")
     found = {str(inside): (place, mark) for inside, place, mark in places(root) if not hidden(inside)}
@@ -100,7 +107,7 @@ def list_masks(
             f"'{path}' holds no images with masks in the layout '{kind}': {HOW[kind]}. "
             f"Layouts are {', '.join(get_args(Layout)[1:])}."
         )
-    named = _named(files, classes, masks_mean, first, ignored)
+    named = _named(files, classes, masks_mean, first, ignored, labels)
     lost = next((name for pair in pairs for name in pair[:2] if name not in files), None)
     if lost is not None:
         raise DataError(f"a list in '{path}' names '{lost}', which is not there.")
@@ -185,17 +192,25 @@ def _detect(files: Files) -> str:
 
 
 def _named(
-    files: Files, classes: Sequence[str], found: Coding | None, first: int, ignored: Sequence[int]
+    files: Files,
+    classes: Sequence[str],
+    found: Coding | None,
+    first: int,
+    ignored: Sequence[int],
+    labels: Sequence[int],
 ) -> Coding | None:
     """What masks mean: as the layout says, as classes.txt or the run names the classes; None where nobody does."""
     if found is not None:
-        if classes and tuple(classes) != found.classes:
+        if (classes and tuple(classes) != found.classes) or labels:
+            given = f"labels={tuple(labels)}" if labels else f"classes={tuple(classes)}"
             raise ConfigError(
-                f"classes={tuple(classes)}: the set has its own, {found.classes}; leave data.classes out."
+                f"{given}: the set has its own, {found.classes}; leave data.{given.partition('=')[0]} out."
             )
         return found
-    names = classes or (_text(files, CLASSES) if CLASSES in files else ())
-    return coding.by_numbers(names, first=first, ignored=ignored) if names else None
+    names = classes or (_text(files, CLASSES) if CLASSES in files else [f"class {label}" for label in labels])
+    if labels and (len(labels) != len(names) or len(set(labels)) < len(labels)):
+        raise ConfigError(f"labels={tuple(labels)}: needs one for each of the {len(names)} classes {tuple(names)}")
+    return coding.by_numbers(names, first=first, ignored=ignored, labels=labels) if names else None
 
 
 def _text(files: Files, name: str) -> list[str]:

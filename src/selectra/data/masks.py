@@ -5,26 +5,29 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from selectra.data.image_decode import DEEP, UNREADABLE, reason_of, require_bytes
 from selectra.data.image_examples import shape_masks
 from selectra.data.image_files import Arrays
 from selectra.data.images import IMAGENET, MOST_HELD
 from selectra.data.mask_batches import HeldMasks, ReadMasks, Rows
 from selectra.data.mask_coding import Coding, by_numbers
 from selectra.data.mask_files import Layout, MaskListing, list_masks
-from selectra.data.mask_views import HeldPairs, MaskAugment
+from selectra.data.mask_views import IGNORED, HeldPairs, MaskAugment
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets
 
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+# Orientations in which a camera's picture is to be turned onto its side.
+SIDEWAYS = (5, 6, 7, 8)
 
 
 class FaultyError(DataError):
@@ -44,6 +47,7 @@ class Masks:
         classes: Names of the classes, where neither the layout nor a file classes.txt says them; with neither they are
             numbers, as many as the training masks have.
         first_label: Number of the first of these classes in masks.
+        labels: Numbers of all classes in masks, where they do not follow each other, such as 0 and 255.
         ignore: Labels that do not count beside these classes.
         crop: Training: height and width of what is seen, or one number for both; None for whole images of one size.
         zoom: Training: least and greatest factor by which an image is made larger before it is cropped.
@@ -71,6 +75,7 @@ class Masks:
         layout: Layout = "auto",
         classes: tuple[str, ...] = (),
         first_label: int = 0,
+        labels: tuple[int, ...] = (),
         ignore: tuple[int, ...] = (255,),
         crop: int | tuple[int, int] | None = None,
         zoom: tuple[float, float] = (1.0, 1.0),
@@ -90,11 +95,12 @@ class Masks:
             raise ConfigError(f"val={val}, test={test}: shares from 0 up to, but not, 1, and test above 0")
         if short_side is not None and short_side < 1:
             raise ConfigError(f"short_side={short_side}: needs at least 1 pixel")
-        self.listing = example() if path == "shapes" else list_masks(path, layout, classes, first_label, ignore)
+        self.listing = example() if path == "shapes" else list_masks(path, layout, classes, first_label, ignore, labels)
         self.unknown, self.faulty, self.short_side = unknown, faulty, short_side
         self.rows = split_rows(self.listing, val, test, split_seed)
         self._readable: dict[str, Rows] = {}
         self.coding = self.listing.coding or self._numbered(first_label, ignore)
+        self._require_classes()
         first = self._first()
         size = tuple(first.shape[1:]) if crop is None else (crop, crop) if isinstance(crop, int) else tuple(crop)
         self.augment = MaskAugment((size[0], size[1]), zoom, flip, flip_vertical, jitter)
@@ -116,8 +122,39 @@ class Masks:
                     f"the mask '{self.listing.mask_names[row]}' has colours, and nobody says of what classes: save "
                     "masks as numbers, with their names in classes.txt."
                 )
-            most = max(most, *(int(n) for n in np.unique(numbers) if n not in ignored), most)
+            own = [int(number) for number in np.unique(numbers) if number not in ignored]
+            most = max(most, *own, most)
+            if most - first >= IGNORED:
+                raise DataError(
+                    f"the mask '{self.listing.mask_names[row]}' has the label {most}, and classes that nobody names "
+                    f"are numbered from {first} on, at most {IGNORED} of them: name its labels (data.labels=[0,{most}])"
+                    f", or those that do not count (data.ignore=[{most}])."
+                )
         return by_numbers([f"class {i}" for i in range(first, most + 1)], first=first, ignored=ignored)
+
+    def _require_classes(self) -> None:
+        """Refuse training masks in which all that counts is of one class; what cannot be read is named elsewhere."""
+        counted: set[int] = set()
+        other: set[int] = set()
+        for row in self.readable("train"):
+            with suppress(DataError):
+                mask = self._mask(int(row))
+                classes = self.coding.read(mask, "", unknown_counts=False)
+                counted |= set(np.unique(classes[classes != IGNORED]).tolist())
+                other |= set() if self.coding.by_colour else set(np.unique(mask[classes == IGNORED]).tolist())
+            if len(counted) > 1:
+                return
+        if not counted and not other:
+            return
+        own = f"of the class '{self.classes[counted.pop()]}'" if counted else "of none"
+        beside = (
+            f" Beside it there are the labels {sorted(other)}, which do not count: name all labels of classes in their "
+            "order, such as data.labels=[0,255]."
+        )
+        raise DataError(
+            f"all that counts in the training masks of '{self.listing.where}' is {own}, so there is nothing to tell "
+            f"apart.{beside if other else ''}"
+        )
 
     def _first(self) -> UInt8[Tensor, "c h w"]:
         rows = self.readable("train")
@@ -135,8 +172,10 @@ class Masks:
             return content.shape[:2]
         try:
             with Image.open(io.BytesIO(content)) as image:
-                return image.height, image.width
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError):
+                # Only with its mask it is known whether a picture is turned.
+                is_sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+                return None if is_sideways else (image.height, image.width)
+        except UNREADABLE:
             # What is damaged is named where it is read.
             return None
 
@@ -159,8 +198,8 @@ class Masks:
             DataError: The mask has unknown labels.
         """
         name, mask_name = self.listing.names[row], self.listing.mask_names[row]
-        image = decoded(self.listing.images.read(row), name, "RGB")
         mask = self._mask(row)
+        image = decoded(self.listing.images.read(row), name, "RGB", (mask.shape[0], mask.shape[1]))
         if image.shape[:2] != mask.shape[:2]:
             raise FaultyError(
                 f"the image '{name}' is {image.shape[0]} x {image.shape[1]} pixels, and its mask '{mask_name}' "
@@ -253,25 +292,47 @@ class Masks:
         }
 
 
-def decoded(content: bytes | np.ndarray[Any, Any], name: str, mode: str | None) -> np.ndarray[Any, Any]:
-    """Pixels (h, w) or (h, w, 3) of a picture in a mode, or in its own: numbers where it has a palette or greys.
+def decoded(
+    content: bytes | np.ndarray[Any, Any], name: str, mode: str | None, size: tuple[int, int] | None = None
+) -> np.ndarray[Any, Any]:
+    """Pixels (h, w) or (h, w, 3) of a picture.
+
+    Args:
+        content: A file's bytes, or pixels.
+        name: Of the file, for messages.
+        mode: Of the result: that of an image, which is turned as its camera says; or None for a mask, whose numbers
+            are kept: those of its palette, its greys, and 0 and 1 where it has one bit.
+        size: Height and width of what is annotated. Where they fit the picture only as it lies, so it is annotated.
 
     Raises:
         FaultyError: It is damaged or no picture.
+        DataError: It is an image with more than 8 bits a channel.
     """
     if isinstance(content, np.ndarray):
         return content
     try:
         with Image.open(io.BytesIO(content)) as image:
-            own = image.mode if image.mode in ("L", "P", *DEEP) else "L" if image.mode in ("1", "LA") else "RGB"
-            # A palette's numbers are the classes; its colours are for the eye.
-            return np.array(image if mode is None and own == image.mode else image.convert(mode or own))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).partition("\n")[0]
+            if mode is None:
+                return _numbers(image)
+            require_bytes(image, name)
+            turned = ImageOps.exif_transpose(image)
+            as_it_lies = size == (image.height, image.width) != (turned.height, turned.width)
+            return np.array((image if as_it_lies else turned).convert(mode))
+    except DataError:
+        raise
+    except UNREADABLE as error:
         raise FaultyError(
-            f"'{name}' cannot be read as an image: {reason}. Remove or replace it, or leave such pairs out with "
-            "data.faulty=skip."
+            f"'{name}' cannot be read as an image: {reason_of(error)}. Remove or replace it, or leave such pairs out "
+            "with data.faulty=skip."
         ) from error
+
+
+def _numbers(mask: Image.Image) -> np.ndarray[Any, Any]:
+    """What a mask's pixels are called by: a palette's numbers are the classes; its colours are for the eye."""
+    if mask.mode == "1":
+        return np.array(mask, np.uint8)
+    own = mask.mode if mask.mode in ("L", "P", *DEEP) else "L" if mask.mode == "LA" else "RGB"
+    return np.array(mask if own == mask.mode else mask.convert(own))
 
 
 def example() -> MaskListing:

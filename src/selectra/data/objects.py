@@ -167,7 +167,7 @@ class Objects:
             DataError: Its masks are damaged or not there.
         """
         entry = self.listing.entries[row]
-        pixels = decoded(self.listing.images.read(row), entry.file, "RGB")
+        pixels = decoded(self.listing.images.read(row), entry.file, "RGB", entry.size)
         size = (pixels.shape[0], pixels.shape[1])
         if entry.size is not None and entry.size != size:
             raise FaultyError(

@@ -258,7 +258,7 @@ def read_mambavision(
 ) -> Official:
     """The classifier; `resolution` has no effect in the official code either."""
     model = MambaVision(
-        n_classes=num_classes,
+        n_classes=max(num_classes, 1),
         in_channels=in_chans,
         d_stem=in_dim,
         d_model=dim,
@@ -271,6 +271,8 @@ def read_mambavision(
         conv_scale=layer_scale_conv,
         drop_path=drop_path_rate,
     )
+    if num_classes < 1:
+        model.reset_classifier(0)
     return Official(model, _rename)
 
 

@@ -80,6 +80,19 @@ class Backbone(nn.Module):
         return self.backbone.ln2(tokens.mean(1))
 
 
+class OfficialClassifier(Official):
+    """RSMamba with its head, which is given the token that the official code takes for the class token."""
+
+    model: RSMamba
+
+    def forward(self, x: Float[Tensor, "b c H W"]) -> tuple[Tensor]:
+        if self.model.kind != "middle":
+            return (self.model(x),)
+        tokens = self.model.forward_features(x)
+        # Of an odd number of patches the middle of all tokens is behind the one that was put into theirs.
+        return (self.model.head(tokens[:, tokens.shape[1] // 2]),)
+
+
 @reads(BACKBONE)
 def read_rsmamba(
     *,
@@ -159,7 +172,7 @@ def read_classifier(
     if (model.ln2 is None) == (model.kind == "mean"):
         raise ConfigError("options 'out_type' and 'cls_position': a head reads the mean without a class token, or it")
     model.head, model.test_shuffle = nn.Linear(model.feature_dims[-1], head["num_classes"]), "seeded"
-    return Official(model, rename_classifier)
+    return OfficialClassifier(model, rename_classifier)
 
 
 def _architecture(arch: str | dict[str, int]) -> tuple[int, int, int]:

@@ -33,8 +33,10 @@ def read_simba(
     """The classifier; `cm_type` is what the official code changes by hand, `sr_ratios` has no effect there either."""
     if not num_stages == len(embed_dims) == len(depths) == len(mlp_ratios):
         raise ConfigError(f"option 'num_stages' is {num_stages}; embed_dims, depths and mlp_ratios need one for each")
+    if num_classes < 1 and token_label:
+        raise ConfigError(f"option 'num_classes' is {num_classes} with 'token_label'; it takes 1 or more there")
     model = Simba(
-        n_classes=num_classes,
+        n_classes=max(num_classes, 1),
         in_channels=in_chans,
         d_stem=stem_hidden_dim,
         dims=embed_dims,
@@ -44,6 +46,8 @@ def read_simba(
         token_labels=token_label,
         drop_path=drop_path_rate,
     )
+    if num_classes < 1:
+        model.reset_classifier(0)
     _set_eps(model, norm_layer)
     return Official(model, rename)
 

@@ -223,7 +223,7 @@ def read_image_model(
 ) -> Official:
     """The classifier of images; `fused_add_norm` chooses a kernel and has no effect."""
     model = VideoMamba(
-        n_classes=num_classes,
+        n_classes=max(num_classes, 1),
         in_channels=channels,
         img_size=img_size,
         patch_size=patch_size,
@@ -232,6 +232,8 @@ def read_image_model(
         depth=depth,
         drop_path=drop_path_rate,
     )
+    if num_classes < 1:
+        model.reset_classifier(0)
     return _official(model, norm_epsilon, rms_norm, residual_in_fp32, bimamba, mixer_options("ssm_cfg", ssm_cfg))
 
 
@@ -263,7 +265,7 @@ def read_video_model(
 ) -> Official:
     """The classifier of clips; `use_checkpoint` and `checkpoint_num` save memory in training: without effect here."""
     model = VideoMamba(
-        n_classes=num_classes,
+        n_classes=max(num_classes, 1),
         in_channels=channels,
         img_size=img_size,
         patch_size=patch_size,
@@ -273,6 +275,8 @@ def read_video_model(
         tubelet=kernel_size,
         drop_path=drop_path_rate,
     )
+    if num_classes < 1:
+        model.reset_classifier(0)
     return _official(model, norm_epsilon, rms_norm, residual_in_fp32, bimamba, mixer_options("ssm_cfg", ssm_cfg))
 
 

@@ -23,7 +23,7 @@ Departures, paper and official code against each other and against this:
   not built     rotary positions, flipped sequences, pairs of layers (`if_bidirectional`): no released weights have them
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -215,10 +215,20 @@ class Vim(Plain):
 
 
 class OfficialVim(Official):
-    """The official classifier, which can be asked for what its head reads."""
+    """The official classifier, which can be asked for what its head reads.
+
+    Beside a class token the official "max" is over the scores of the classes, so that one is left of an image.
+    """
+
+    model: Vim
+
+    def __init__(self, model: Vim, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]], greatest: bool) -> None:
+        super().__init__(model, rename)
+        self.greatest = greatest
 
     def forward(self, x: Float[Tensor, "b c H W"], return_features: bool = False) -> tuple[Tensor]:
-        return (self.model.embed(x) if return_features else self.model(x),)  # pyright: ignore[reportCallIssue]
+        y = self.model.embed(x) if return_features else self.model(x)
+        return (y.amax(1) if self.greatest and not return_features else y,)
 
 
 BimambaType = Literal["none", "v1", "v2"]
@@ -275,7 +285,7 @@ def read_vim(
     else:
         pool = "mean" if final_pool_type == "mean" else "max"
     model = Vim(
-        n_classes=num_classes,
+        n_classes=max(num_classes, 1),
         in_channels=channels,
         img_size=img_size,
         patch_size=patch_size,
@@ -286,6 +296,8 @@ def read_vim(
         pool=pool,
         drop_path=drop_path_rate,
     )
+    if num_classes < 1:
+        model.reset_classifier(0)
     kind, own = "v1" if if_bimamba else bimamba_type, mixer_options("ssm_cfg", ssm_cfg)
     if "d_state" in own:
         raise ConfigError("option 'ssm_cfg' has 'd_state', which is an option of its own")
@@ -300,7 +312,7 @@ def read_vim(
         name = "norm_f" if block is model else "norm"
         norm = AddNorm(embed_dim, norm_epsilon, "rms" if rms_norm else "layer", residual_in_fp32)
         setattr(block, name, norm)
-    return OfficialVim(model, partial(_rename, kind=kind))
+    return OfficialVim(model, partial(_rename, kind=kind), if_cls_token and final_pool_type == "max")
 
 
 def _mixer(kind: BimambaType, divide: bool) -> type[nn.Module]:

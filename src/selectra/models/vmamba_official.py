@@ -18,7 +18,8 @@ class Backbone(nn.Module):
 
     def __init__(self, backbone: VMamba, out_indices: Sequence[int]) -> None:
         super().__init__()
-        self.backbone, self.out_indices = backbone, tuple(out_indices)
+        # The official code goes through the stages and asks of each whether it is wanted.
+        self.backbone, self.out_indices = backbone, tuple(sorted(set(out_indices)))
         del backbone.norm, backbone.head
         for i in self.out_indices:
             if not 0 <= i < len(backbone.feature_dims):
@@ -80,6 +81,10 @@ def read_vssm(
     if forward_type in FIRST_TYPES:
         # That type has a convolution of its own, whatever these options say.
         ssm_conv, ssm_conv_bias = 3, True
+    if ssm_conv < 3 or ssm_conv % 2 == 0:
+        raise ConfigError(f"option 'ssm_conv' is {ssm_conv}; it takes odd numbers from 3 on")
+    if num_classes < 1:
+        raise ConfigError(f"option 'num_classes' is {num_classes}; it takes 1 or more")
     model = VMamba(
         n_classes=num_classes,
         in_channels=in_chans,
@@ -103,7 +108,9 @@ def read_vssm(
 @reads("MzeroMiko/VMamba:Backbone_VSSM")
 @with_options_of(read_vssm)
 def read_backbone(*, out_indices: tuple[int, ...] = (0, 1, 2, 3), pretrained: None = None, **options: Any) -> Official:
-    """The grids of the stages `out_indices`, normalised, channels first."""
+    """The grids of the stages `out_indices`, normalised, channels first, in the order of the stages."""
+    if not out_indices:
+        raise ConfigError("option 'out_indices' is empty; it takes the numbers of one stage or more")
     model = read_vssm(**options).model
     assert isinstance(model, VMamba)
     return Official(Backbone(model, out_indices), partial(_rename_backbone, model=model))
