@@ -101,7 +101,7 @@ class Study(Section):
     variants: tuple[Variant, ...] = Field(min_length=2)
     """The models that are compared."""
     subject: str
-    """A variant, or a sort of variants of which the one best on validation is set against all others."""
+    """A variant, or a sort of variants of which the one best on validation is set against those of other sorts."""
     subject_title: str = ""
     """What headings call it; default: the subject as it is."""
     seeds: int = Field(default=FEWEST_SEEDS, ge=1)
@@ -169,6 +169,10 @@ class Study(Section):
     def is_subject(self, variant: Variant) -> bool:
         """Whether a variant is the subject, or one of those that it may be."""
         return self.subject in (variant.name, variant.kind)
+
+    def rivals(self, subject: str) -> list[str]:
+        """The variants that the subject is set against: one of its own sort is none."""
+        return [each.name for each in self.variants if each.name != subject and not self.is_subject(each)]
 
     def run(self, base: Run, variant: Variant, seed: int, settings: Mapping[str, Any] | None = None) -> Run:
         """One training.
