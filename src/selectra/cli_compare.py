@@ -106,14 +106,18 @@ def compare(
     asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size,
                   None if match is None else match.value)  # fmt: skip
     study = find_study(what, asked)
-    from selectra.compare.conduct import Wish, conduct  # noqa: PLC0415
+    from selectra.compare.conduct import Wish, conduct, failures  # noqa: PLC0415
     from selectra.compare.crew import Crew  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
     counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
     # Of processes that torchrun started the first one is the last to leave.
-    if counts["done"] and Crew.found().rank == 0:
+    if Crew.found().rank:
+        return
+    if counts["done"]:
         _report_study(path, None, console)
+    elif reasons := failures(path):
+        raise DataError(f"no training of '{study.name}' succeeded: {'; '.join(reasons[:3])}")
 
 
 def _costs(

@@ -226,7 +226,10 @@ def _by_mamba(record: Row) -> dict[str, list[Row]]:
     found = {record["subject"]: rivals}
     values: dict[str, list[dict[str, float]]] = defaultdict(list)
     for row in record["rows"]:
-        values[row["variant"]].append(row["values"])
+        alone = next(iter(row["values"].values()), None) if row["sure"] else None
+        # What no seed changes was run once and stands for every seed.
+        every = row["values"] if alone is None else {str(seed): alone for seed in range(record["seeds"])}
+        values[row["variant"]].append(every)
     for model in (name for name in values if kinds.get(name) == "mamba" and name != record["subject"]):
         contrasts = []
         for rival in (each["rival"] for each in rivals):

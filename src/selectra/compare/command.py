@@ -73,7 +73,8 @@ def compare_forecasting(wish: Wish, console: Console) -> None:
     until = inf if wish.time_limit is None else began + wish.time_limit
     store = Store(wish.store)
     stages = _stages(wish.tables)
-    store.reopen(WANT_OF_MEMORY)
+    store.reopen(cell.key for cell, state, record in store.cells()
+                 if state == "failed" and record and WANT_OF_MEMORY in record["reason"])  # fmt: skip
     if BUDGET_TRIALS in wish.tables:
         store.add(budget_cells(wish.budget.batch_size))
     if _known(wish.tables):

@@ -21,20 +21,24 @@ from selectra.compare.crew import Crew, dismiss
 from selectra.compare.image_worker import packs_images, work_on_images
 from selectra.compare.prepare import TimeUpError, prepare
 from selectra.compare.store import Store
-from selectra.compare.study import Study, Variant
+from selectra.compare.study import Study, Variant, changes
 from selectra.compare.tune import best_settings, finished_trials, next_settings, optuna, pruner, settings_of
-from selectra.compare.worker import never, work_on_cpu, work_on_gpu
+from selectra.compare.worker import CURABLE, load, never, work_on_cpu, work_on_gpu
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models
 from selectra.spec import Run, Spec
+from selectra.train.job import typed
 from selectra.train.progress import duration
+from selectra.train.same_data import describe_data, refuse_changed
 from selectra.train.stop import StoppedError
 
 STUDY, PREPARED = "study", "prepared"
 # Seconds that a process may take, after the limit, to end the cell in its hands.
 GRACE = 5.0
-# Cells that failed with these words are tried again by the next call.
+# Cells that failed with these words are tried again by the next call, as are those of which the record says so.
 WANT_OF_MEMORY = "out of memory"
+# Differences that a refusal names.
+SHOWN = 4
 # Seconds between two looks at what others do.
 WAITING = 0.5
 
@@ -82,9 +86,11 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
         except TimeUpError as error:
             console.print(str(error), highlight=False, markup=False, soft_wrap=True)
             return store.counts()
-        store.reopen(WANT_OF_MEMORY)
+        store.reopen(_curable(store))
         decide(store, study)
         progress = Progress(store, study, wish, console)
+        if progress.left()[0]:
+            _require_same_data(store, study)
         progress.first_word()
         while time.monotonic() < until:
             _work(study, store, wish, device, until, progress)
@@ -115,12 +121,54 @@ def open_study(store: Store, study: Study, device: torch.device, console: Consol
         before = store.settle(STUDY, text)
     before = _as_now(before)
     if before != text:
-        changed = [name for name in text if before.get(name) != text[name]]
+        changed = list(changes(before, text))
+        more = f", and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise ConfigError(
-            f"'{store.path}' holds another study, '{before.get('name')}': {', '.join(changed)} differ; "
+            f"'{store.path}' holds another study, '{before.get('name')}': {', '.join(changed[:SHOWN])}{more}; "
             "ask for the same, or name another file with --store."
         )
     return stored_study(store)
+
+
+def _curable(store: Store) -> list[str]:
+    """Keys of the cells that failed for want of memory, or by what is wrong with data or settings.
+
+    A trial stays as it failed where the settings have been chosen without it: chosen again, every seed would be scored
+    twice.
+    """
+    cells = store.cells()
+    chosen = {(cell.label["base"], cell.label["variant"]) for cell, _, _ in cells if cell.trial is None}
+    failed = [(cell, record) for cell, state, record in cells if state == "failed" and record]
+    return [
+        cell.key for cell, record in failed
+        if (record.get(CURABLE) or WANT_OF_MEMORY in record["reason"])
+        and (cell.trial is None or (cell.label["base"], cell.label["variant"]) not in chosen)
+    ]  # fmt: skip
+
+
+def _require_same_data(store: Store, study: Study) -> None:
+    """Refuse to go on with data that is not what the models were measured, and the first of them trained, on.
+
+    Raises:
+        DataError: It has changed.
+    """
+    # A file of before descriptions were kept has none.
+    before = store.recall(PREPARED).get("data", {})
+    for base in study.bases:
+        advice = (
+            "All trainings of a comparison see the same data: bring it back as it was, or begin anew in another file "
+            "with --store."
+        )
+        if before.get(base.name):
+            refuse_changed(before[base.name], describe_data(load(typed(base).data)), str(store.path), advice)
+
+
+def failures(path: Path) -> list[str]:
+    """Why cells of a file failed, each reason once."""
+    store = Store(path)
+    found = [record["reason"] for _, state, record in store.cells() if state == "failed" and record]
+    store.close()
+    return list(dict.fromkeys(found))
 
 
 def _as_now(before: dict[str, Any]) -> dict[str, Any]:

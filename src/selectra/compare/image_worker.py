@@ -15,7 +15,7 @@ from selectra.compare.on_device_images import refusal
 from selectra.compare.packed_images import Job, Library, Training, work_packed
 from selectra.compare.store import Store
 from selectra.compare.study import Study
-from selectra.compare.worker import Judge, OnDone, facts_of, load, never
+from selectra.compare.worker import CURABLE, Judge, OnDone, facts_of, load, never
 from selectra.data.images import HeldImages
 from selectra.registry import models
 from selectra.train.job import typed
@@ -55,7 +55,7 @@ def work_on_images(
         finish(training.job.key, *result_of(training, packed))
 
     def failed(job: Job, error: Exception) -> None:
-        finish(job.key, "failed", {**job.key.label, "reason": str(error)})
+        finish(job.key, "failed", {**job.key.label, "reason": str(error), CURABLE: True})
 
     with store.beating():
         work_packed(library, packed, take, done, until, failed, finish=False)

@@ -13,9 +13,10 @@ from selectra.compare.match import has_size, meet
 from selectra.compare.measure import build_model, measure
 from selectra.compare.study import Study, Variant
 from selectra.compare.worker import load
-from selectra.errors import ConfigError
+from selectra.errors import ConfigError, DataError
 from selectra.spec import Run, Spec
 from selectra.train.job import check, typed
+from selectra.train.same_data import describe_data
 
 LENGTH_BATCH = 8
 
@@ -34,6 +35,7 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
         TimeUpError: That time came; a model that is being measured is measured to the end.
     """
     found, count = [], len(study.bases) * len(study.variants)
+    described: dict[str, Any] = {}
 
     def in_time() -> None:
         if time.monotonic() >= until:
@@ -45,13 +47,49 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
     _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
     for base in study.bases:
         in_time()
-        facts = load(typed(base).data).facts
+        data = load(typed(base).data)
+        facts = data.facts
+        _require_judges(base, data, in_time)
+        described[base.name] = describe_data(data)
         for variant in study.variants:
             in_time()
             each = _prepared(study, base, variant, facts, device, in_time)
             found.append({"base": base.name, "variant": variant.name, **each})
             _print_cost(found[-1], f"{len(found)} of {count}", console)
-    return {"models": found, "curves": _curves(study, found, device, console, in_time)}
+    curves = _curves(study, found, device, console, in_time)
+    return {"models": found, "curves": curves, "data": _plain(described)}
+
+
+def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
+    """Refuse data by which nothing could be chosen or decided, before anything is trained on it.
+
+    Images by which models are judged are read once: a damaged one would end every training at its last step.
+
+    Raises:
+        DataError: The validation part or the test part is empty or has a file that cannot be read, or there is a single
+            class.
+    """
+    for part, called, why in (("val", "validation", "chooses learning rates and weights by it"),
+                              ("test", "test", "decides by it")):  # fmt: skip
+        if not len(data.windows(part)):
+            raise DataError(
+                f"the {called} part of '{base.name}' is empty, and a comparison {why}; give it more data, or, where "
+                f"the data has parts of its own, a {called} part."
+            )
+        if hasattr(data, "readable") and hasattr(data, "read"):
+            for row in data.readable(part):
+                in_time()
+                data.read(int(row))
+    if base.task.name == "classification" and data.facts.get("n_classes") == 1:
+        raise DataError(
+            f"'{base.name}' has a single class{_named(data)}, which every model gets right; a comparison needs two or "
+            "more, each a folder of its own."
+        )
+
+
+def _named(data: Any) -> str:
+    classes = getattr(data, "classes", ())
+    return f", '{classes[0]}'" if classes else ""
 
 
 def _prepared(

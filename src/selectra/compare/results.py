@@ -169,11 +169,11 @@ def _values(study: Study, row: Row) -> list[float]:
 
 
 def _contrasts(study: Study, rows: Sequence[Row], subject: str | None) -> tuple[list[Row], list[Row]]:
-    """The subject against every other variant: over all bases (means over bases, seed by seed), and on each."""
+    """The subject against every rival: over all bases (means over bases, seed by seed), and on each."""
     if subject is None:
         return [], []
     of = {(row["base"], row["variant"]): row for row in rows}
-    rivals = [each.name for each in study.variants if each.name != subject]
+    rivals = study.rivals(subject)
     overall, by_base = [], []
     for rival in rivals:
         pairs = [(of[base.name, subject], of[base.name, rival]) for base in study.bases]
@@ -205,7 +205,7 @@ def _costs(study: Study, rows: Sequence[Row], subject: str | None) -> list[Row]:
     """
     of, found = {(row["base"], row["variant"]): row["cost"] for row in rows}, []
     for base in study.bases:
-        for rival in (each.name for each in study.variants if subject not in (None, each.name)):
+        for rival in study.rivals(subject) if subject is not None else ():
             ours, theirs = of[base.name, subject or ""], of[base.name, rival]
             for quantity in ("parameters", "forward_ms", "step_ms", "activations_mb"):
                 own, other = ours[quantity], theirs[quantity]
@@ -263,7 +263,7 @@ def _curves(store: Store, study: Study, subject: str | None) -> Row:
         found[row["variant"]].append(row)
     crossings = []
     for quantity in ("forward_ms", "step_ms", "activations_mb"):
-        for rival in (each.name for each in study.variants if each.name != subject):
+        for rival in study.rivals(subject) if subject is not None else ():
             if subject in found and rival in found:
                 length = crossover(found[subject], found[rival], quantity)
                 crossings.append({"rival": rival, "quantity": quantity, "length": length})

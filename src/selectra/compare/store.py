@@ -216,11 +216,11 @@ class Store:
             self._beat()
         return changed.rowcount == 1
 
-    def reopen(self, reason: str) -> None:
-        """Open the failed cells whose record holds these words."""
+    def reopen(self, keys: Iterable[str]) -> None:
+        """Open these cells where they failed."""
         with self._writing():
-            query = "UPDATE cells SET state = 'open', worker = NULL WHERE state = 'failed' AND instr(record, ?) > 0"
-            self._file.execute(query, (reason,))
+            query = "UPDATE cells SET state = 'open', worker = NULL WHERE state = 'failed' AND key = ?"
+            self._file.executemany(query, [(key,) for key in keys])
 
     def counts(self) -> dict[str, int]:
         """How many cells are in which state."""

@@ -101,7 +101,7 @@ class Study(Section):
     variants: tuple[Variant, ...] = Field(min_length=2)
     """The models that are compared."""
     subject: str
-    """A variant, or a sort of variants of which the one best on validation is set against all others."""
+    """A variant, or a sort of variants of which the one best on validation is set against those of other sorts."""
     subject_title: str = ""
     """What headings call it; default: the subject as it is."""
     seeds: int = Field(default=FEWEST_SEEDS, ge=1)
@@ -170,6 +170,10 @@ class Study(Section):
         """Whether a variant is the subject, or one of those that it may be."""
         return self.subject in (variant.name, variant.kind)
 
+    def rivals(self, subject: str) -> list[str]:
+        """The variants that the subject is set against: one of its own sort is none."""
+        return [each.name for each in self.variants if each.name != subject and not self.is_subject(each)]
+
     def run(self, base: Run, variant: Variant, seed: int, settings: Mapping[str, Any] | None = None) -> Run:
         """One training.
 
@@ -224,3 +228,22 @@ def label_of(base: Run, variant: Variant, seed: int) -> Mapping[str, Any]:
 def trials_of(base: str, variant: str) -> str:
     """The group of a variant's trials."""
     return f"trials of {variant} on {base}"
+
+
+def changes(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What two studies, in JSON's types, differ in, by dotted name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from changes(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for number, pair in enumerate(zip(before, now, strict=True)):
+            yield from changes(*pair, f"{name}.{number}")
+    elif before != now:
+        yield f"{name} is {_brief(before)} there and {_brief(now)} now"
+
+
+def _brief(value: Any) -> str:
+    """A value; of several, their names or how many they are."""
+    if isinstance(value, list):
+        return f"[{', '.join(str(each['name']) if isinstance(each, dict) else str(each) for each in value)}]"
+    return "absent" if value is None else "another" if isinstance(value, dict) else repr(value)

@@ -47,6 +47,8 @@ ASK_EVERY = 0.5
 # as many as in a training step.
 EVALUATED = 256
 LARGER = ("video", "segmentation", "detection")
+# Says of a failed cell that it would not fail with other data or settings, and is to be tried again.
+CURABLE = "curable"
 OnDone = Callable[[Cell, str, dict[str, Any]], None]
 # For a trial: whether it is to be ended, from its validation errors so far.
 Judge = Callable[[Cell], Callable[[Sequence[float]], bool]]
@@ -234,7 +236,8 @@ def _plain(cell: Cell, device: torch.device, judge: Judge) -> tuple[str, dict[st
                 size = cell.run.train.batch_size if larger else EVALUATED
                 result["test"] = evaluate(built.model, built.task, built.parts["test"], size, world, precision)
     except (ConfigError, DataError, DivergedError) as error:
-        return "failed", {**cell.label, "reason": str(error)}
+        cured = {} if isinstance(error, DivergedError) else {CURABLE: True}
+        return "failed", {**cell.label, "reason": str(error), **cured}
     history = {"history": watched.history, "score": min(watched.history, default=None)}
     return "done", {**_facts(cell, built, device, 1), **history, **result}
 
@@ -378,7 +381,7 @@ class _Gpu:
             slot.start(cell, self.residents, self.packed)
         except (ConfigError, DataError, torch.OutOfMemoryError) as error:
             slot.cell = None
-            self._finish(cell, "failed", {**cell.label, "reason": str(error)})
+            self._finish(cell, "failed", {**cell.label, "reason": str(error), CURABLE: True})
         return False
 
     def _note(self, slot: _Slot) -> None:

@@ -192,7 +192,8 @@ class Images:
         if not self.given_size and tuple(image.shape[1:]) != self.size:
             raise DataError(
                 f"'{self.listing.names[row]}' is {image.shape[1]} x {image.shape[2]} pixels, and others are "
-                f"{self.size[0]} x {self.size[1]}: set data.img_size, to which all are brought."
+                f"{self.size[0]} x {self.size[1]}: set data.img_size (`selectra compare`: "
+                "--img-size), to which all are brought."
             )
         return fitted(image, self.size)
 

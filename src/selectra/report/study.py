@@ -162,6 +162,12 @@ def fairness(content: Row) -> list[str]:
         lines.append(
             "Models keep the sizes that the study gives them, which differ: parameters and costs stand in the tables."
         )
+    sort = [name for name, kind in content["kinds"].items() if kind == study["subject"]]
+    if content["subject"] in sort and sort[1:]:
+        lines.append(
+            f"{content['subject']}, the best on validation of {', '.join(sort)}, stands for {content['subject_title']} "
+            "in every comparison; the others of its sort have their rows in the tables and are nobody's rivals."
+        )
     lines += [f"Differs beside the model: {name}, since {reason}." for name, reason in study["declared"].items()]
     return lines
 
