@@ -87,6 +87,9 @@ def test_a_mamba_that_is_not_the_best_of_its_study_is_said_to_lose() -> None:
     lines = {(each["what"].lower(), each["mamba"]): each for each in content["table"]}
     assert lines[small.lower(), "mamba"]["loses"] == ["gpt"]
     assert lines[small.lower(), "hybrid"]["wins"] == ["rwkv", "retnet", "hyena"]
+    counts = [sum(len(line[key]) for line in content["table"]) for key in ("wins", "loses", "level")]
+    said = f"Mamba wins {counts[0]}, loses {counts[1]}, and is not told apart in {counts[2]}"
+    assert f"of {sum(counts)} comparisons of a Mamba model with a rival {said}" in content["verdict"]
     # Two Mamba models against four rivals are corrected together; a study of other sizes is another.
     recall = [text for text in claims if text.startswith("recall")]
     assert len(recall) == 16

@@ -296,4 +296,8 @@ def _verdict(found: Row, said: Sequence[str]) -> str:
     outcomes = {claim["outcome"] for claim in found["claims"]}
     first = "No record yet" if not outcomes else "It depends" if {"wins", "loses"} <= outcomes else (
         "Yes, so far" if "wins" in outcomes else "No gain that can be shown")  # fmt: skip
+    wins, loses, level = (sum(len(line[key]) for line in found["table"]) for key in OUTCOMES.values())
+    if wins + loses + level:
+        first += (f": of {wins + loses + level} comparisons of a Mamba model with a rival Mamba wins {wins}, loses "
+                  f"{loses}, and is not told apart in {level}")  # fmt: skip
     return ". ".join([first, *said]) + "."
