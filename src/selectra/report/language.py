@@ -20,9 +20,9 @@ INTRODUCTION = (
     "# Language: what was measured\n\n"
     "Made by `selectra report results --out docs/results/language.md` from the records that it names; nothing is "
     "written by hand. What a section lacks was not run.\n\n"
-    "What is exact is tested, not recorded: logits (float64, to 1e-9), 200 greedy tokens with a cache, left padding, the "
-    "loss of routers and files both ways against `transformers`' Mamba, Mamba-2, Jamba and RWKV with random weights "
-    "(`pytest tests/models/test_transformers.py`), and stored outputs and gradients of official code "
+    "What is exact is tested, not recorded: logits (float64, to 1e-9), 200 greedy tokens with a cache, left padding, "
+    "the loss of routers and files both ways against `transformers`' Mamba, Mamba-2, Jamba and RWKV with random "
+    "weights (`pytest tests/models/test_transformers.py`), and stored outputs and gradients of official code "
     "(`pytest tests/models/test_language_golden.py`)."
 )
 
