@@ -97,15 +97,24 @@ class Baseline(nn.Module):
             renamed[f"body.{key}" if prefix is None else f"head.{key.removeprefix(prefix)}"] = value
         return renamed
 
-    def fit_weight(self, key: str, value: Tensor, own: Tensor) -> Tensor | None:
-        """A weight of another grid or of other channels at ours; None where it has no place."""
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of learned positions."""
+        size = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
+        return None if size is None or getattr(self.body, "pos_embed", None) is None else (size[0], size[1])
+
+    def fit_weight(self, key: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None = None) -> Tensor | None:
+        """A weight of another grid, square unless its sides are given, at ours; None where it has no place."""
         if key == "body.pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
             resize = timm_class("layers", "resample_abs_pos_embed")
             prefix = self.body.num_prefix_tokens
             n_tokens = value.shape[1] - prefix
-            if n_tokens < 1 or math.isqrt(n_tokens) ** 2 != n_tokens:
+            side = math.isqrt(max(n_tokens, 0))
+            rows, columns = grid or (side, side)
+            if n_tokens < 1 or rows * columns != n_tokens:
                 return None
-            return resize(value.float(), list(self.body.patch_embed.grid_size), num_prefix_tokens=prefix)
+            new = list(self.body.patch_embed.grid_size)
+            return resize(value.float(), new, [rows, columns], num_prefix_tokens=prefix)
         return None
 
     def prepared(self, x: Tensor) -> Tensor:
