@@ -60,13 +60,13 @@ class Baseline(nn.Module):
 
     def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
         """The grid behind every stage, or behind each quarter of the blocks, finest first."""
-        count, x = len(x), self.prepared(x)
+        count, x = x.shape[0], self.prepared(x)
         grids = self.body.forward_intermediates(x, indices=self.seen, intermediates_only=True, output_fmt="NCHW")
         return [grid[:count].permute(0, 2, 3, 1) for grid in grids]
 
     def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
         """What the head reads."""
-        count, x = len(x), self.prepared(x)
+        count, x = x.shape[0], self.prepared(x)
         return self.body.forward_head(self.body.forward_features(x), pre_logits=True)[:count]
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
@@ -120,7 +120,7 @@ class Baseline(nn.Module):
     def prepared(self, x: Tensor) -> Tensor:
         """The images, if they fit; of an empty batch, which timm's classes do not take, one that is cut off later."""
         require_image(x, self.in_channels, self.least)
-        return x if len(x) else x.new_zeros(1, *x.shape[1:])
+        return x if x.shape[0] else x.new_zeros(1, *x.shape[1:])
 
 
 class PlainBaseline(Baseline):
