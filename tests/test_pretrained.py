@@ -15,6 +15,8 @@ from torch import Tensor
 from selectra.errors import DataError
 from selectra.models import RSMamba, Simba, VideoMamba, Vim, VMamba
 from selectra.pretrained import fit_channels, load_pretrained, read_state
+from selectra.registry import models
+from selectra.spec import Spec
 
 SMALL: dict[str, Any] = {"d_model": 8, "depth": 2, "d_state": 2, "patch_size": 8, "img_size": 32, "n_classes": 5}
 BACK = {"A_log": "A_b_log", "D": "D_b", "conv1d": "conv1d_b", "x_proj": "x_proj_b", "dt_proj": "dt_proj_b"}
@@ -67,6 +69,32 @@ def test_positions_heads_and_channels_are_fitted():
     with torch.no_grad():
         # On one gray image in all channels both see the same, at any size.
         assert torch.allclose(other.embed(x), model.embed(x.expand(-1, 3, -1, -1)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["vim_smoke", "vit_smoke"])
+@pytest.mark.parametrize("size", [(24, 72), (48, 16), (24, 32)])
+def test_trainings_files_say_rows_and_columns(family, size, tmp_path: Path):
+    """Positions of no square are resized, and those of as many, but other rows too."""
+    path = tmp_path / "model.safetensors"
+
+    def make(img_size: tuple[int, int]) -> Any:
+        return models.build(Spec(family, n_classes=3, img_size=img_size, patch_size=8)).eval()
+
+    model, other, key = make((24, 32)), make(size), "pos_embed" if family == "vim_smoke" else "body.pos_embed"
+    state = model.state_dict()
+    state[key] = torch.randn_like(state[key])
+    save_file(state, path, {"grid": "3,4"})
+    assert load_pretrained(other, path).resized == ((key,) if size != (24, 32) else ())
+    again = make(size)
+    load_pretrained(again, state, grid=(3, 4))
+    assert torch.equal(other.state_dict()[key], again.state_dict()[key])
+    if family == "vim_smoke":
+        slot, own = other.slots(other.grid[0] * other.grid[1])[0], model.slots(12)[0]
+        assert torch.equal(other.pos_embed[:, slot], state[key][:, own])
+    if size == (48, 16):
+        assert state[key].shape == other.state_dict()[key].shape and not torch.equal(
+            state[key], again.state_dict()[key]
+        )
 
 
 def test_channels_keep_their_sum():
@@ -182,6 +210,9 @@ def test_damaged_files_are_called_damaged(tmp_path: Path):
     contents = [b"", b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1", b'{"a": 1}']
     contents += [generator.bytes(4096) for _ in range(30)]
     contents += [each.read_bytes()[:size] for each in (whole, old) for size in (100, 200, 300, 2000)]
+    # Long enough for PyTorch's reader to look for the end of an archive.
+    torch.save({str(i): torch.zeros(100) for i in range(30)}, whole)
+    contents += [whole.read_bytes()[:size] for size in (5000, 9000)]
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"is damaged, cut short, or not what torch\.save writes") as caught:

@@ -14,6 +14,8 @@ import torch
 
 import selectra.timm
 from selectra.errors import ConfigError
+from selectra.registry import models
+from selectra.spec import Spec
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 PYRAMID: dict[str, Any] = {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)}
@@ -175,6 +177,22 @@ def test_compiled_models_and_features(name):
     parameters = list(model.parameters())
     gradients, wanted = (torch.autograd.grad(output.square().sum(), parameters) for output in (y, expected))
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(gradients, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", [VIM, VMAMBA, "selectra_videomamba_tiny", "selectra_rsmamba_base", "convnext", "xt"])
+def test_exported_models_take_batches_of_any_size(name):
+    """What `torch.export` gives of one batch, with that axis left open."""
+    stack: dict[str, Any] = {"d_model": 8, "depth": 1, "d_state": 2, "img_size": 32}
+    if name.startswith("selectra_"):
+        model: Any = timm.create_model(name, num_classes=3, **(PYRAMID if name == VMAMBA else stack))
+    else:
+        model = models.build(Spec(f"{name}_smoke", n_classes=3), {"img_size": 32, "in_channels": 3})
+    model.eval()
+    axes = {"x": {0: torch.export.Dim.DYNAMIC}}
+    exported = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=axes).module()
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, 32, 32)
+        assert torch.allclose(exported(x), model(x), atol=1e-5)
 
 
 def test_modules_of_the_registry_are_the_librarys_own():

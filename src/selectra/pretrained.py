@@ -6,6 +6,7 @@ of other channels are summed or repeated, those of images see the middle frame o
 fit is an error.
 """
 
+import errno
 import io
 import math
 import pickle
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -35,6 +36,12 @@ HEADS = ("head.", "aux_head.")
 # What only a network above a backbone of ours has.
 DECODERS = ("network.", "decoder.", "levels.", "backbone.stages.", "backbone.layers.", "backbone.body.")
 MOST_SHOWN = 8
+POSITIONS = ("pos_embed", "body.pos_embed")
+# In the metadata of files of weights: rows and columns of the learned positions.
+GRID = "grid"
+DAMAGED = (
+    "cannot be read as weights: it is damaged, cut short, or not what torch.save writes. Copy or download it anew."
+)
 OTHER_GRIDS = (
     " Positions that are not of a square do not say their rows and columns: give the training's folder (--run FOLDER), "
     "build the model for images of that size (data.img_size=HEIGHT,WIDTH), or, in Python, tell "
@@ -77,13 +84,16 @@ def load_pretrained(
     Args:
         model: One of ours; of one with a backbone, that takes the weights of a classifier.
         source: A `.safetensors`, `.pth` or `.pt` file, or a state; keys are ours or those of the official code.
-        grid: Rows and columns of the source's positions, where they are not of a square and not of this model's grid.
+        grid: Rows and columns of the source's positions, where they are not of a square and not of this model's grid;
+            files that trainings of ours write say it themselves.
 
     Raises:
         DataError: The file cannot be read or would run code; the state lacks parameters, or has others or other shapes.
     """
     name = "the state" if isinstance(source, Mapping) else str(source)
     state = strip(dict(source)) if isinstance(source, Mapping) else read_state(Path(source))
+    if grid is None and not isinstance(source, Mapping):
+        grid = stored_grid(Path(source))
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, nn.Module) and not any(key.startswith(DECODERS) for key in state):
         # Of a classifier: what stands above the backbone starts as it is.
@@ -115,9 +125,10 @@ def fit_state(
     fresh = tuple(sorted(key for key in ours if _is_fresh(state, ours, key)))
     resized = []
     for key in sorted(state.keys() & ours.keys() - set(fresh)):
-        is_of_another_grid = key == "pos_embed" and grid is not None and grid != getattr(model, "grid", grid)
+        owner, inner = _owner(model, key)
+        is_of_another_grid = inner in POSITIONS and grid is not None and grid != getattr(owner, "grid", grid)
         if state[key].shape != ours[key].shape or is_of_another_grid:
-            fitted = _fit(model, key, state[key], ours[key], grid)
+            fitted = _fit(owner, inner, state[key], ours[key], grid)
             if fitted is not None:
                 state[key] = fitted
                 resized.append(key)
@@ -125,6 +136,36 @@ def fit_state(
     state = {key: value for key, value in state.items() if key in ours or key not in dropped}
     _require_fitting(name, type(model).__name__, state, ours, fresh)
     return {key: ours[key] if key in fresh else state[key] for key in ours}, Loaded(tuple(resized), fresh)
+
+
+def _owner(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    """The image model, be it below a decoder or a detector, that a parameter is of, and its name there."""
+    owner, inner, module, rest = model, key, model, key
+    while "." in rest:
+        name, _, rest = rest.partition(".")
+        found = getattr(module, name, None)
+        if not isinstance(found, nn.Module):
+            break
+        module = found
+        if hasattr(module, "keep_features"):
+            owner, inner = module, rest
+    return owner, inner
+
+
+def grid_in(model: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of a model's learned positions, or of those of the model below it."""
+    found = (getattr(module, "grid", None) for module in model.modules())
+    return next((grid for grid in found if isinstance(grid, tuple)), None)
+
+
+def stored_grid(path: Path) -> tuple[int, int] | None:
+    """Rows and columns of the positions in a file, if it says them, as those that trainings of ours write do."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get(GRID, "")
+    found = re.fullmatch(r"(\d+),(\d+)", said)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -144,7 +185,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([(OrderedDict, name) for name in SETTINGS]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"'{path}' cannot be read as weights: {error}") from error
+        # PyTorch's reader looks for the end of an archive before the start of a file that is cut short.
+        is_cut = isinstance(error, OSError) and error.errno == errno.EINVAL
+        raise DataError(f"'{path}' {DAMAGED if is_cut else f'cannot be read as weights: {error}'}") from error
     except UNREADABLE as error:
         # PyTorch's own words for all of these are advice to read the file without care.
         wanted = {name for name in _globals_in(path) if name not in SETTINGS and not OF_TENSORS.fullmatch(name)}
@@ -154,10 +197,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 f"{', '.join(sorted(wanted)[:MOST_SHOWN])}. "
                 "Save the weights alone: torch.save(model.state_dict(), FILE)."
             ) from error
-        raise DataError(
-            f"'{path}' cannot be read as weights: it is damaged, cut short, or not what torch.save writes. "
-            "Copy or download it anew."
-        ) from error
+        raise DataError(f"'{path}' {DAMAGED}") from error
     for name in CONTAINERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -221,7 +261,7 @@ def _is_fresh(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], key: str)
 def _fit(model: nn.Module, key: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
     """The value in our shape, or None where it has no place."""
     if hasattr(model, "fit_weight"):
-        fitted = model.fit_weight(key, value, own)  # pyright: ignore[reportCallIssue]
+        fitted = model.fit_weight(key, value, own, grid)  # pyright: ignore[reportCallIssue]
         if fitted is not None:
             return fitted
     if key == "pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:

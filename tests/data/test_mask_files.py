@@ -309,6 +309,14 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
         Masks(str(write_folder(tmp_path / "c", {**folders(2), "masks/0.png": picture(), "masks/1.png": picture()})))
 
 
+def test_names_of_classes_are_given_once(tmp_path):
+    root = str(write_folder(tmp_path, {**folders(4), "classes.txt": b"sea\nland\nsea"}))
+    with pytest.raises(DataError, match="classes name 'sea' twice"):
+        Masks(root)
+    with pytest.raises(DataError, match="classes name 'a' twice"):
+        Masks(root, classes=("a", "a", "b"))
+
+
 def test_classes_of_a_known_set_are_its_own(data_folder):
     with pytest.raises(ConfigError, match="the set has its own"):
         Masks("camvid", classes=("a", "b"))

@@ -204,6 +204,36 @@ def test_bad_annotations_of_coco_are_named_or_left_out(tmp_path, name):
         coco_with(tmp_path / "other", change, **{others[kind]: "skip"})
 
 
+def test_categories_of_one_name_are_one_class(tmp_path):
+    def twice(content: dict[str, Any], _: Any) -> None:
+        (cat,) = (each for each in content["categories"] if each["id"] == 3)
+        content["categories"] = [*content["categories"], {**cat, "id": 99}]
+        content["annotations"][0]["category_id"] = 99
+
+    data, before = (coco_with(tmp_path / name, change) for name, change in (("a", twice), ("b", lambda *_: None)))
+    assert data.classes == before.classes
+    labels, others = ([mark.label for entry in each.listing.entries for mark in entry.marks] for each in (data, before))
+    assert labels == others
+
+
+def test_nothing_to_learn_is_named(tmp_path):
+    def empty(content: dict[str, Any], _: Any) -> None:
+        content["annotations"] = []
+
+    def crowds(content: dict[str, Any], _: Any) -> None:
+        for each in content["annotations"]:
+            each["iscrowd"] = 1
+
+    def nameless(content: dict[str, Any], _: Any) -> None:
+        content["categories"] = []
+
+    for i, change in enumerate((empty, crowds)):
+        with pytest.raises(DataError, match=r"none of the \d training images of .* has an object that counts"):
+            coco_with(tmp_path / str(i), change)
+    with pytest.raises(DataError, match="the list 'categories' is empty, so there are no classes"):
+        coco_with(tmp_path / "nameless", nameless, unknown="skip")
+
+
 def test_damaged_files_of_coco_are_named(tmp_path):
     content, files = coco()
     root = Path(write_coco(tmp_path, content, files))

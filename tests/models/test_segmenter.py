@@ -119,6 +119,18 @@ def test_weights_of_a_classifier_begin_the_backbone(backbone):
         load_pretrained(model, {"stages.0.nothing": torch.ones(1)})
 
 
+@pytest.mark.parametrize("backbone", ["vim_smoke", "vit_smoke"])
+def test_a_whole_networks_positions_are_fitted(backbone):
+    """Weights of the same network for crops of another size, and with other channels."""
+    spec = Spec("upernet_smoke", backbone=Spec(backbone))
+    model: Any = models.build(spec, {"n_classes": 3, "in_channels": 3, "img_size": 48})
+    other: Any = models.build(spec, {"n_classes": 3, "in_channels": 5, "img_size": 32})
+    loaded = load_pretrained(other, model.state_dict())
+    assert len(loaded.resized) == 2 and all(key.startswith("backbone.") for key in loaded.resized)
+    assert {key.rpartition(".")[2] for key in loaded.resized} == {"pos_embed", "weight"}
+    assert other.eval()(torch.randn(1, 5, 40, 32)).shape == (1, 3, 40, 32)
+
+
 def test_units_are_the_backbones():
     model = build(backbone="vim_smoke")
     assert model.units() == list(model.backbone.layers)

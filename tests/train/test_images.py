@@ -286,6 +286,21 @@ def test_weights_to_start_from_on_other_classes(tmp_path, capsys):
         job.train_job(other, tmp_path / "three", console)
 
 
+def test_positions_of_no_square_are_resized_from_a_trainings_file(tmp_path, capsys):
+    """Such a file says its rows and columns."""
+    console = Console(width=300)
+    shape = Spec("vim_smoke", d_model=8, depth=1, d_state=2)
+    run = image_run(tmp_path).model_copy(update={"model": shape})
+    job.train_job(
+        run.model_copy(update={"data": Spec("images", img_size=(24, 32), per_class=4)}), tmp_path / "one", console
+    )
+    train = run.train.model_copy(update={"pretrained": str(tmp_path / "one" / "model.safetensors")})
+    for out, size in (("two", (24, 48)), ("three", (48, 16))):
+        other = {"data": Spec("images", img_size=size, per_class=4), "train": train}
+        job.train_job(run.model_copy(update=other), tmp_path / out, console)
+        assert "(resized: pos_embed)" in capsys.readouterr().out
+
+
 class Faulty(Small):
     """Divides by zero in a layer, or only in its gradient."""
 

@@ -69,7 +69,10 @@ def _sections(name: str, content: bytes) -> dict[str, Any]:
 
 
 def _classes(contents: dict[str, dict[str, Any]], wanted: Sequence[str]) -> list[str]:
-    """Names of the classes by category id, the same in all files; or those that are asked for, in their order."""
+    """Names of the classes by category id, the same in all files; or those that are asked for, in their order.
+
+    Categories of one name are one class: some tools write the name of the whole project as a category of its own.
+    """
     by_id: dict[Id, str] = {}
     for name, content in contents.items():
         for category in content["categories"]:
@@ -82,7 +85,9 @@ def _classes(contents: dict[str, dict[str, Any]], wanted: Sequence[str]) -> list
                     f"'{name}' calls category {category['id']} '{category['name']}', and elsewhere the set calls it "
                     f"'{known}'; bring them to one list."
                 )
-    every = [by_id[number] for number in sorted(by_id, key=_order)]
+    every = list(dict.fromkeys(by_id[number] for number in sorted(by_id, key=_order)))
+    if contents and not every:
+        raise DataError(f"{', '.join(map(repr, contents))}: the list 'categories' is empty, so there are no classes.")
     absent = [name for name in wanted if name not in every]
     if absent:
         raise DataError(f"data.classes names '{absent[0]}', which no category has; there are {every}."

@@ -79,6 +79,17 @@ class Coding:
         return f"({code >> 16}, {code >> 8 & 255}, {code & 255})" if self.by_colour else str(code)
 
 
+def require_once(what: str, names: Sequence[str]) -> None:
+    """Refuse names that stand in a list twice: metrics are by name.
+
+    Raises:
+        DataError: One does.
+    """
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise DataError(f"{what} name '{twice}' twice; give each class a name of its own.")
+
+
 def by_numbers(
     classes: Sequence[str],
     colours: Sequence[Colour] | None = None,
@@ -93,6 +104,7 @@ def by_numbers(
     """
     if len(classes) > IGNORED:
         raise DataError(f"there are {len(classes):,} classes; masks of at most {IGNORED} are supported.")
+    require_once("classes", classes)
     own = labels or range(first, first + len(classes))
     numbers = dict.fromkeys(ignored, IGNORED) | {label: i for i, label in enumerate(own)}
     return Coding(tuple(classes), tuple(colours or distinct_colours(len(classes))), numbers)

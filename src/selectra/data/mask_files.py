@@ -249,7 +249,7 @@ def _ade20k(files: Files) -> Found:
     meaning = coding.ADE20K
     if "objectInfo150.txt" in files:
         names = [line.split("\t")[-1].split(",")[0].strip() for line in _text(files, "objectInfo150.txt")[1:]]
-        if len(names) == len(meaning.classes):
+        if len(set(names)) == len(names) == len(meaning.classes):
             meaning = coding.by_numbers(names, meaning.colours, first=1, ignored=(0,))
     return pairs, meaning
 

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from selectra.data.images import IMAGENET, MOST_HELD
-from selectra.data.mask_coding import distinct_colours
+from selectra.data.mask_coding import distinct_colours, require_once
 from selectra.data.masks import FaultyError, decoded, split_rows
 from selectra.data.object_files import Layout, ObjectListing, list_objects, shapes
 from selectra.data.object_truth import Policy, Problems, Truth, check_masks, truth_of
@@ -90,6 +90,7 @@ class Objects:
         self.problems = Problems({"degenerate": degenerate, "unknown": unknown, "faulty": faulty})
         drawn = path == "shapes"
         self.listing = shapes() if drawn else list_objects(path, layout, classes, difficult, self.problems)
+        require_once("classes", self.listing.classes)
         if drawn and classes:
             raise ConfigError(f"classes={classes}: the drawn set has its own, {self.listing.classes}; leave it out.")
         self.masks, self.faulty = masks, faulty
@@ -103,6 +104,7 @@ class Objects:
         if join:
             self.rows["train"] = np.sort(np.concatenate([self.rows["train"], self.rows["val"]]))
             self.rows["val"] = self.rows["val"][:0]
+        self._require_objects()
         self._readable: dict[str, Rows] = {}
         size = (crop, crop) if isinstance(crop, int) else crop
         self.augment = ObjectAugment(size, zoom, flip, flip_vertical, jitter)
@@ -116,6 +118,17 @@ class Objects:
         self.in_memory = keep == "memory" or (
             keep == "auto" and each * first.numel() * len(self.listing.entries) <= MOST_HELD
         )
+
+    def _require_objects(self) -> None:
+        """Refuse a training part without an object that counts."""
+        entries = [self.listing.entries[int(row)] for row in self.rows["train"]]
+        if not any(not (mark.crowd or mark.ignored) for entry in entries for mark in entry.marks):
+            annotated = sum(len(entry.marks) for entry in self.listing.entries)
+            raise DataError(
+                f"none of the {len(entries):,} training images of '{self.listing.where}' has an object that counts, so "
+                f"there is nothing to learn; all {len(self.listing.entries):,} images together have {annotated:,} "
+                f"objects of {list(self.listing.classes)}."
+            )
 
     def _taken(self, only: tuple[str, ...]) -> Rows:
         """The numbers of the images that are wanted."""

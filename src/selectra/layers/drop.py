@@ -24,7 +24,7 @@ class DropPath(nn.Module):
     def forward(self, x: Float[Tensor, " b *rest"]) -> Float[Tensor, " b *rest"]:
         if not self.training or self.rate == 0:
             return x
-        kept = torch.empty(len(x), *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
+        kept = torch.empty(x.shape[0], *[1] * (x.dim() - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
         return x * (kept / (1 - self.rate))
 
     def extra_repr(self) -> str:

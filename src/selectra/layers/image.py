@@ -174,7 +174,7 @@ def resize_grid(x: Float[Tensor, "h w d"], size: tuple[int, int]) -> Float[Tenso
 
 def insert_token(x: Float[Tensor, "b l d"], token: Float[Tensor, "1 1 d"], at: int) -> Float[Tensor, "b l+1 d"]:
     """The same extra token in every sequence, at position `at`."""
-    return torch.cat([x[:, :at], token.to(x.dtype).expand(len(x), -1, -1), x[:, at:]], dim=1)
+    return torch.cat([x[:, :at], token.to(x.dtype).expand(x.shape[0], -1, -1), x[:, at:]], dim=1)
 
 
 def remove_tokens(x: Float[Tensor, "b l d"], slots: Sequence[int]) -> Float[Tensor, "b l2 d"]:

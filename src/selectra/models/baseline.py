@@ -60,13 +60,13 @@ class Baseline(nn.Module):
 
     def features(self, x: Float[Tensor, "b c H W"]) -> list[Float[Tensor, "b h w d"]]:
         """The grid behind every stage, or behind each quarter of the blocks, finest first."""
-        count, x = len(x), self.prepared(x)
+        count, x = x.shape[0], self.prepared(x)
         grids = self.body.forward_intermediates(x, indices=self.seen, intermediates_only=True, output_fmt="NCHW")
         return [grid[:count].permute(0, 2, 3, 1) for grid in grids]
 
     def embed(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b d"]:
         """What the head reads."""
-        count, x = len(x), self.prepared(x)
+        count, x = x.shape[0], self.prepared(x)
         return self.body.forward_head(self.body.forward_features(x), pre_logits=True)[:count]
 
     def forward(self, x: Float[Tensor, "b c H W"]) -> Float[Tensor, "b n_classes"]:
@@ -97,21 +97,30 @@ class Baseline(nn.Module):
             renamed[f"body.{key}" if prefix is None else f"head.{key.removeprefix(prefix)}"] = value
         return renamed
 
-    def fit_weight(self, key: str, value: Tensor, own: Tensor) -> Tensor | None:
-        """A weight of another grid or of other channels at ours; None where it has no place."""
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of learned positions."""
+        size = getattr(getattr(self.body, "patch_embed", None), "grid_size", None)
+        return None if size is None or getattr(self.body, "pos_embed", None) is None else (size[0], size[1])
+
+    def fit_weight(self, key: str, value: Tensor, own: Tensor, grid: tuple[int, int] | None = None) -> Tensor | None:
+        """A weight of another grid, square unless its sides are given, at ours; None where it has no place."""
         if key == "body.pos_embed" and value.dim() == 3 and value.shape[2] == own.shape[2]:
             resize = timm_class("layers", "resample_abs_pos_embed")
             prefix = self.body.num_prefix_tokens
             n_tokens = value.shape[1] - prefix
-            if n_tokens < 1 or math.isqrt(n_tokens) ** 2 != n_tokens:
+            side = math.isqrt(max(n_tokens, 0))
+            rows, columns = grid or (side, side)
+            if n_tokens < 1 or rows * columns != n_tokens:
                 return None
-            return resize(value.float(), list(self.body.patch_embed.grid_size), num_prefix_tokens=prefix)
+            new = list(self.body.patch_embed.grid_size)
+            return resize(value.float(), new, [rows, columns], num_prefix_tokens=prefix)
         return None
 
     def prepared(self, x: Tensor) -> Tensor:
         """The images, if they fit; of an empty batch, which timm's classes do not take, one that is cut off later."""
         require_image(x, self.in_channels, self.least)
-        return x if len(x) else x.new_zeros(1, *x.shape[1:])
+        return x if x.shape[0] else x.new_zeros(1, *x.shape[1:])
 
 
 class PlainBaseline(Baseline):

@@ -174,7 +174,7 @@ class VideoMamba(Plain):
         positions = resize_positions(self.pos_embed, self.grid, (grid[-2], grid[-1]), (0,), (0,))
         # (b, t, h w, d); an image is a clip of one frame without a time.
         frames = grid[0] if len(grid) == 3 else 1
-        x = x.flatten(-3, -2).view(len(x), frames, positions.shape[1] - 1, x.shape[-1]) + positions[:, None, 1:]
+        x = x.flatten(-3, -2).view(x.shape[0], frames, positions.shape[1] - 1, x.shape[-1]) + positions[:, None, 1:]
         if self.time_embed is not None:
             x = x + _resize_time(self.time_embed, x.shape[1])[:, :, None]
         x = insert_token(x.flatten(1, 2), self.cls_token + positions[:, :1], 0)

@@ -160,7 +160,7 @@ class Context(nn.Module):
     def _with_class(self, x: Tensor) -> Tensor:
         if self.cls_token is None:
             return x
-        return torch.cat([x, self.cls_token.to(x.dtype).expand(len(x), -1, -1)], 1)
+        return torch.cat([x, self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1)], 1)
 
 
 def side_by_side(grids: Float[Tensor, "n h w d"], rows: int, columns: int) -> Float[Tensor, "b rh cw d"]:

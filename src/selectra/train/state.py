@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from selectra.errors import ConfigError
+from selectra.pretrained import GRID, grid_in
 from selectra.spec import Run
 from selectra.train import checkpoint
 from selectra.train.average import RunningMean
@@ -175,6 +176,9 @@ class State:
         weights = {name: found for name, value in self.best.items() if (found := whole(value)) is not None}
         if self.world.first:
             metadata = {"format": "pt", "model": json.dumps(self.run.model.to_json())}
+            grid = grid_in(self.measured)
+            if grid is not None:
+                metadata[GRID] = f"{grid[0]},{grid[1]}"
             checkpoint.save_weights(self.out / checkpoint.WEIGHTS, weights, metadata)
 
     def take_best(self) -> None:
