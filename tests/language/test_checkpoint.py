@@ -16,7 +16,7 @@ import selectra.models  # noqa: F401
 from selectra.cli import app
 from selectra.compat.language import MambaConfig, MambaLMHeadModel
 from selectra.errors import ConfigError, DataError
-from selectra.language.checkpoint import INDEX, from_pretrained, save_pretrained
+from selectra.language.checkpoint import INDEX, end_tokens, from_pretrained, save_pretrained
 from selectra.language.model import LanguageModel
 from selectra.language.tokens import Bytes
 from selectra.registry import models
@@ -42,6 +42,47 @@ def test_a_model_comes_back_as_it_was(name, options, tmp_path):
     assert type(again) is type(model) and not again.training
     assert torch.equal(again(tokens), model(tokens))
     assert from_pretrained(tmp_path, dtype="bfloat16").embedding.weight.dtype == torch.bfloat16
+
+
+def test_what_was_in_a_folder_before_does_not_stay(tmp_path):
+    """Neither here nor for `transformers`, which looks for a single file first."""
+    tokens = torch.randint(256, (1, 7))
+    for name, size in (("gpt_smoke", "8KB"), ("mamba_lm_smoke", "5GB"), ("rwkv_smoke", "8KB"), ("gpt_smoke", "9KB")):
+        model = build(name)
+        save_pretrained(model, tmp_path, max_shard_size=size)
+        assert torch.equal(from_pretrained(tmp_path)(tokens), model(tokens))
+        kept = {path.name for path in tmp_path.glob("model*")}
+        named = {INDEX, *json.loads((tmp_path / INDEX).read_text())["weight_map"].values()} if size != "5GB" else set()
+        assert kept == (named or {"model.safetensors"})
+
+
+def test_of_a_single_file_and_shards_the_single_file_is_read(tmp_path):
+    shards, single = build("rwkv_smoke"), build("rwkv_smoke", tied=False)
+    torch.nn.init.ones_(single.embedding.weight)
+    save_pretrained(single, tmp_path / "single")
+    save_pretrained(shards, tmp_path, max_shard_size="8KB")
+    (tmp_path / "single" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    assert torch.equal(from_pretrained(tmp_path).embedding.weight, single.embedding.weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_that_end_a_text_are_kept(name, tmp_path):
+    save_pretrained(build(name), tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    # Said: `transformers` has tokens of its own choice for what is not.
+    assert [config[f"{what}_token_id"] for what in ("pad", "bos", "eos")] == [None] * 3
+    change(tmp_path / "own", eos_token_id=7, bos_token_id=3)
+    save_pretrained(from_pretrained(tmp_path / "own"), tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert [config[f"{what}_token_id"] for what in ("pad", "bos", "eos")] == [None, 3, 7]
+    assert end_tokens(tmp_path / "again") == {7}
+    # What generation is told wins.
+    (tmp_path / "own" / "generation_config.json").write_text('{"eos_token_id": [9, 8]}')
+    save_pretrained(from_pretrained(tmp_path / "own"), tmp_path / "again")
+    assert end_tokens(tmp_path / "again") == {8, 9}
+    (tmp_path / "own" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(DataError, match="eos_token_id is '</s>'; it must be the id"):
+        from_pretrained(tmp_path / "own")
 
 
 def test_the_type_of_the_weights_is_kept(tmp_path):

@@ -121,6 +121,24 @@ def test_draws_that_cannot_be_are_refused(options, message):
         Sampling(**options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-310, 5e-324])
+def test_the_lowest_temperatures_take_the_likeliest(temperature, dtype):
+    logits = torch.randn(3, 9, dtype=dtype) * 50
+    found = Sampling(temperature=temperature, top_k=4, top_p=0.9)
+    assert torch.equal(found.draw(logits), logits.argmax(-1))
+    assert torch.equal(Sampling(temperature=temperature).draw(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_refused(temperature):
+    model = build("mamba_lm_smoke")
+    with torch.no_grad():
+        model.norm_f.weight[3] = float("nan")
+    with pytest.raises(DataError, match="not finite after prompt 1 of 2: its weights are broken"):
+        generate(model, prompts_of(2, 3), max_new_tokens=3, sampling=Sampling(temperature=temperature))
+
+
 def test_bad_prompts_are_refused():
     model = build("gpt_smoke")
     for prompts, message in (([], "no prompt"), ([[1], []], "prompt 2 of 2 is empty"), ([[1, VOCAB]], "vocabulary")):

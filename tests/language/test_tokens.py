@@ -89,6 +89,19 @@ def test_pieces_keep_their_spaces(pieces):
     assert "".join(news) == writer.text == TEXT + " and more words"
 
 
+def test_a_special_token_takes_no_space_with_it(tmp_path):
+    """Llama's vocabularies decode without the first space; that of a token behind a special one is not the first."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install 'selectra[language]'")
+    parts = tokenizers.decoders
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"\u2581the": 0, "\u2581end": 1, "<s>": 2}, "<s>"))
+    made.add_special_tokens(["<s>"])
+    made.decoder = parts.Sequence([parts.Replace("\u2581", " "), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, ids = find_tokenizer(tmp_path), [0, 2, 1, 2, 2, 1, 2]
+    news, writer = shown(tokenizer, ids)
+    assert "".join(news) == writer.text == tokenizer.decode(ids) == "the end end"
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "wanted"),
     [

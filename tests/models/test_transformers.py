@@ -182,3 +182,5 @@ def test_files_go_both_ways(case, tmp_path):
     back.config._attn_implementation = back.config._experts_implementation = "eager"
     assert close(logits_of(back, tokens), wanted)
     assert close(from_pretrained(tmp_path / "ours")(tokens).detach(), wanted)
+    same = ("pad_token_id", "bos_token_id", "eos_token_id")
+    assert [getattr(back.config, name) for name in same] == [getattr(theirs.config, name) for name in same]

@@ -82,3 +82,17 @@ def test_a_recipe_trains_and_its_model_writes(data_folder, tmp_path):
         with pytest.raises((ConfigError, DataError), match=message):
             generate_command(replace(job, **changes), console)
         assert console.export_text() == ""
+
+
+def test_a_model_that_has_no_layout_is_trained_all_the_same(data_folder, tmp_path):
+    """And it is said before the training, not in place of its result."""
+    run = override(recipes.build(Spec("shakespeare_small")), [
+        "model=mamba_lm_smoke", "model.norm=layer", "data.seq_len=16", "train.steps=2", "train.batch_size=2",
+        "train.eval_every=2", "train.threads=1", "train.device=cpu",
+    ])  # fmt: skip
+    (tmp_path / "a.txt").write_text("to be or not to be, that is the question\n" * 20)
+    run = run.model_copy(update={"data": Spec("text_file", path=str(tmp_path / "a.txt"), seq_len=16)})
+    console = Console(record=True, file=StringIO(), width=200)
+    assert train_job(run, tmp_path / "out", console).steps == 2
+    assert "no folder 'pretrained' for `selectra generate`: Hugging Face's Mamba has RMS" in console.export_text()
+    assert not (tmp_path / "out" / "pretrained").exists()

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from selectra.errors import ConfigError, DataError
-from selectra.language.hugging_face import SOURCES
+from selectra.language.hugging_face import SOURCES, TOKENS
 from selectra.language.model import LanguageModel
 from selectra.official import from_official, read_dtype
 from selectra.pretrained import read_state
 from selectra.spec import nearest
 
 CONFIG, WEIGHTS, INDEX, PICKLE = "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+GENERATION = "generation_config.json"
 # The largest file, as Hugging Face has it.
 LARGEST = "5GB"
 MAMBA_SSM = "state-spaces/mamba:MambaLMHeadModel"
@@ -42,13 +43,18 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    text = json.dumps(_plain({**config, "dtype": dtype}), indent=2, sort_keys=True)
+    # Where they are not said, `transformers` has tokens of its own choice.
+    tokens = {**dict.fromkeys(TOKENS), **model.special_tokens}
+    text = json.dumps(_plain({**tokens, **config, "dtype": dtype}), indent=2, sort_keys=True)
     # Parts of one tensor would be taken for the same weight twice.
     whole = {key: value.detach().contiguous() for key, value in state.items()}
     whole = {k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for k, v in whole.items()}
     whole = {key: value.cpu() for key, value in whole.items()}
     if max_shard_size == LARGEST and sum(value.nbytes for value in whole.values()) <= 5e9:
         save_file(whole, folder / WEIGHTS, {"format": "pt"})
+        # Of a model that was here before; shards take the place of a single file by themselves.
+        for path in [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
+            path.unlink(missing_ok=True)
     else:
         _hub().save_torch_state_dict(whole, folder, max_shard_size=max_shard_size)
     (folder / CONFIG).write_text(text + "\n")
@@ -79,7 +85,26 @@ def from_pretrained(
     _require_vocabulary(config, state)
     found = from_official(source, {**config, "dtype": wanted}, state, device="cpu" if device is None else device).model
     assert isinstance(found, LanguageModel)
+    ends = sorted(end_tokens(folder))
+    found.special_tokens["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
     return found
+
+
+def end_tokens(folder: Path) -> set[int]:
+    """The tokens that end a text, as the model's files say.
+
+    Raises:
+        DataError: A file says something else.
+    """
+    found = read_config(folder).get("eos_token_id")
+    if (folder / GENERATION).is_file():
+        found = read_config(folder, GENERATION).get("eos_token_id", found)
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(token) is int for token in ends):
+        raise DataError(
+            f"'{folder}': eos_token_id is {found!r}; it must be the id of a token, a list of them, or null."
+        )
+    return set(ends)
 
 
 def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
@@ -141,10 +166,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         DataError: There are none, a shard is missing, a file is damaged or would run code.
     """
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
+    # In the order in which `transformers` looks.
     if (folder / WEIGHTS).is_file():
         return _read_file(folder / WEIGHTS)
+    if (folder / INDEX).is_file():
+        return _read_shards(folder)
     if (folder / PICKLE).is_file():
         return read_state(folder / PICKLE)
     raise DataError(f"'{folder}' has no weights: none of {WEIGHTS}, {INDEX} and {PICKLE}.")

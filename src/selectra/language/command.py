@@ -10,15 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from selectra.errors import DataError
-from selectra.language.checkpoint import CONFIG, from_pretrained, read_config
+from selectra.language.checkpoint import CONFIG, end_tokens, from_pretrained
 from selectra.language.generate import generate, require_possible
 from selectra.language.graphed import require_gpu
 from selectra.language.model import LanguageModel
 from selectra.language.sampling import Sampling
 from selectra.language.tokens import Tokenizer, Writer, find_tokenizer
 from selectra.official import read_device
-
-GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -92,17 +90,6 @@ def generate_command(job: GenerateJob, console: Console) -> list[str]:
         for number, (prompt, writer) in enumerate(zip(prompts, writers, strict=True)):
             console.print(f"[bold]{number + 1}[/bold] {escape(prompt + writer.text)}", highlight=False, soft_wrap=True)
     return [writer.text for writer in writers]
-
-
-def end_tokens(folder: Path) -> set[int]:
-    """The tokens that end a text, as the model's files say."""
-    config = read_config(folder)
-    found = config.get("eos_token_id")
-    if (folder / GENERATION).is_file():
-        found = read_config(folder, GENERATION).get("eos_token_id", found)
-    if found is None:
-        return set()
-    return {found} if isinstance(found, int) else set(found)
 
 
 def _require_fitting(tokenizer: Tokenizer, model: LanguageModel) -> None:

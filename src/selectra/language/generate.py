@@ -48,7 +48,7 @@ def generate(
         The new tokens of every prompt, the one that ended it among them.
 
     Raises:
-        DataError: An empty prompt, or a token id that is not in the vocabulary.
+        DataError: An empty prompt, a token id that is not in the vocabulary, or logits that are no numbers.
         ConfigError: Prompt and answer together need more memory than there is, or are longer than the model takes; or
             a graph is asked for and the model is not on a GPU.
     """
@@ -62,6 +62,9 @@ def generate(
     # A single token comes with the prompts' logits: nothing is recorded for it.
     replayed = GraphedStep(model, state) if graphed and max_new_tokens > 1 else None
     for n in range(max_new_tokens):
+        if logits.is_cpu or n == 0:
+            # On a GPU the host would have to wait in every step.
+            _require_numbers(logits[:, -1])
         drawn = sampling.draw(logits[:, -1], generator)
         for row, token in enumerate(drawn.tolist()):
             if row in open_rows:
@@ -158,6 +161,17 @@ def _memory(device: torch.device) -> int | None:
     if device.type != "cpu" or sysconf is None or "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
+
+
+def _require_numbers(logits: Tensor) -> None:
+    """Raise where nothing can be drawn; else the likeliest token would be the first that is no number."""
+    broken = ~logits.amax(-1).isfinite()
+    if bool(broken.any()):
+        raise DataError(
+            f"the model's logits are not finite after prompt {int(broken.nonzero()[0]) + 1} of {len(logits)}: its "
+            "weights are broken, of a training that diverged maybe, or too large for their type; float16 overflows "
+            "where bfloat16 and float32 do not (--dtype)."
+        )
 
 
 def _require_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, chunk: int) -> None:

@@ -50,7 +50,9 @@ class Names:
         return {_renamed(key, self._there): value for key, value in state.items()}
 
 
-__all__ = ["SOURCES", "HuggingFace", "Names", "OfficialLanguageModel", "common", "layout", "official", "own_layout"]
+__all__ = [
+    "SOURCES", "TOKENS", "HuggingFace", "Names", "OfficialLanguageModel", "common", "layout", "official", "own_layout",
+]  # fmt: skip
 
 Rule = tuple[re.Pattern[str], str]
 
@@ -82,6 +84,10 @@ def layout(model_type: str, source: str) -> Callable[[type], type]:
         return model
 
     return register
+
+
+# What configurations say of the tokens that fill up, begin and end texts.
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def read_common(
@@ -146,6 +152,7 @@ def official(
     def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return without_tied_copy(rename(state)) if model.tied else rename(state)
 
+    model.special_tokens = {name: options[name] for name in TOKENS if name in options}
     found = OfficialLanguageModel(model, renamed)
     dtype = read_dtype(options.get("dtype"))
     return found if dtype is None else found.to(dtype)

@@ -93,6 +93,8 @@ class LanguageModel(nn.Module):
         self.norm_f = norm_f
         self.lm_head = None if tied else nn.Linear(d_model, vocab_size, bias=False)
         self.drop = nn.Dropout(dropout)
+        # What Hugging Face's configuration says of them, for those who generate; nothing here depends on it.
+        self.special_tokens: dict[str, int | list[int] | None] = {}
 
     def forward(
         self,

@@ -243,8 +243,9 @@ class Writer:
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._start : self._read])
         both = self._tokenizer.decode(self._ids[self._start :])
-        # A piece of a character: the rest is still to come.
-        if not both.endswith(BROKEN):
+        # A piece of a character: the rest is still to come. Behind what is no text, such as a special token, the next
+        # one would be decoded as the first, without its space.
+        if len(both) > len(before) and not both.endswith(BROKEN):
             self.text += both[len(before) :]
             self._start, self._read = self._read, len(self._ids)
         return self._news(final=False)

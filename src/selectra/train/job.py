@@ -117,19 +117,31 @@ def train_job(run: Run, out: Path, console: Console, resume: bool = True, tensor
             trained = sum(p.numel() for p in built.model.parameters() if p.requires_grad)
             part = f" ({trained:,} trained)" if trained < count else ""
             console.print(f"{run.model.name}: {count:,} parameters{part}, on {world.device}", highlight=False)
+        kept = world.first and isinstance(built.model, LanguageModel) and _can_be_kept(built.model, console)
         train, val = built.data.windows("train"), built.data.windows("val")
         fitted = fit(
             built.model, built.task, train, val, run, out,
             resume=resume, world=world, console=console, resolved=built.resolved,
             data=describe_data(built.data), tensorboard=tensorboard,
         )  # fmt: skip
-        if world.first and isinstance(built.model, LanguageModel):
+        if kept and isinstance(built.model, LanguageModel):
             # What `selectra generate` reads, with the best weights.
             save_pretrained(_in_one_piece(built.model, run, built.data.facts, out, world), out / PRETRAINED)
             # Generated examples are no text.
             if hasattr(built.data, "tokenizer"):
                 built.data.tokenizer.save(out / PRETRAINED)
     return fitted
+
+
+def _can_be_kept(model: LanguageModel, console: Console) -> bool:
+    """Whether the trained model can be kept for `selectra generate`; if not, it is said before the training."""
+    try:
+        model.hugging_face()
+    except ConfigError as error:
+        line = f"There will be no folder '{PRETRAINED}' for `selectra generate`: {error}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        return False
+    return True
 
 
 def in_parts(run: Run) -> bool:
