@@ -249,3 +249,17 @@ def test_parts_that_studies_leave_out() -> None:
     assert count("s_mamba", d_model=16, directions="ahead") < count("s_mamba", d_model=16)
     with pytest.raises(ConfigError, match="directions"):
         models.build(Spec("s_mamba", directions="back"), facts)
+
+
+def test_without_trials_no_page_says_that_trials_chose(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    asked = Asked(str(tmp_path / "series.csv"), trials=0)
+    assert find_study("forecasting", asked).declared == {}
+    assert "optim.lr" in find_study("forecasting", Asked(asked.file)).declared
+    # What a variant changes itself stays declared.
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\nfrom tests.compare.studies import VARIANTS, Variant, Spec, make_study\n"
+        f"study = make_study(Path({asked.file!r}), variants=(*VARIANTS, Variant(name='x', model=Spec('nlinear'), "
+        "changes=('optim.lr=0.5',))))\n"
+    )
+    assert "optim.lr" in find_study("own.py", Asked(trials=0)).declared

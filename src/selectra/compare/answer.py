@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from selectra.compare.stats import FEWEST, contrast, judged, over_bases
+from selectra.compare.stats import FEWEST, contrast, grain, judged, over_bases
 from selectra.errors import DataError
 
 Row = dict[str, Any]
@@ -219,7 +219,8 @@ def _by_mamba(record: Row) -> dict[str, list[Row]]:
             seeds = sorted(set.intersection(*(set(each) for side in sides for each in side)))
             if len(seeds) >= FEWEST:
                 ours, theirs = ([over_bases([base[seed] for base in side]) for seed in seeds] for side in sides)
-                compared = contrast(ours, theirs)
+                rows = [row for row in record["rows"] if row["variant"] in (model, rival)]
+                compared = contrast(ours, theirs, grain=grain(rows, record["higher_is_better"]))
                 contrasts.append({**compared, "rival": rival, "rival_mean": compared["rival"]})
         found[model] = contrasts
     return found

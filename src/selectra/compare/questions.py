@@ -217,8 +217,12 @@ def _changed(study: Study, asked: Asked) -> Study:
         prune = study.tuning is None or study.tuning.prune
         changes["tuning"] = Tuning(ranges=_ranges(study), trials=asked.trials, prune=prune)
         changes["declared"] = {**DECLARED, **study.declared}
-    elif asked.trials == 0:
+    elif asked.trials == 0 and study.tuning is not None:
+        # Without trials these settings differ between no models, unless a variant changes them itself.
+        own = {word.partition("=")[0] for variant in study.variants for word in variant.changes}
+        gone = set(study.tuning.names) - own
         changes["tuning"] = None
+        changes["declared"] = {name: reason for name, reason in study.declared.items() if name not in gone}
     return Study.model_validate({**dict(study), **changes})
 
 

@@ -186,9 +186,19 @@ def reading(content: Row) -> list[str]:
         "Intervals (95 %) are Student's below eight pairs, of which a bootstrap would say little more than their "
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
         "many seeds of this spread can tell from chance, alone.",
+        f"Chance is that between seeds, on one test part ({_tested(content) or 'not read yet'}). Whether other data of "
+        "the kind would say the same is not tested; the fewer examples, the less does it say. Where all seeds differ "
+        "by the same, a score that counts examples is judged as if it were uncertain by one of them.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
         f"synchronised calls after a warm-up, with the interquartile range: {'; '.join(_settings(content))}.",
     ]
+
+
+def _tested(content: Row) -> str:
+    """How many examples of each base decide; empty where nothing is tested yet."""
+    sizes = {cell["base"]: cell["test_windows"] for cell in content["cells"] if "test_windows" in cell}
+    called = {"forecasting": "windows, which overlap,"}.get(content["study"]["bases"][0]["task"]["name"], "examples")
+    return "; ".join(f"{size:,} {called} of {base}" for base, size in sizes.items())
 
 
 def _settings(content: Row) -> list[str]:
@@ -267,7 +277,7 @@ def page(content: Row) -> str:
         summaries=[_placed(content, base) for base in bases_of(content)],
         contrasts=contrast_rows(content),
         crossings=crossings(content),
-        fairness=fairness(content), reading=reading(content), missing=missing(content),
+        tested=_tested(content), fairness=fairness(content), reading=reading(content), missing=missing(content),
         cells=cell_rows(content), environments=environments(content),
         # Made by matplotlib, with every name escaped.
         pictures={section: [(title, Markup(svg)) for where, title, svg in shown if where == section]
@@ -299,7 +309,9 @@ def markdown(content: Row) -> str:
     parts += ["## Every training", grid(head, rows), "## What was alike", _bullets(fairness(content))]
     commands = "\n".join(cell["command"] for cell in cell_rows(content))
     parts += ["## How to read this", _bullets(reading(content)), "## Hardware and versions",
-              _bullets(environments(content)), "## Commands", f"```sh\n{commands}\n```"]  # fmt: skip
+              _bullets(environments(content)), "## Commands",
+              "Given where the comparison was made; `selectra eval runs/KEY` then gives the score on the test part.",
+              f"```sh\n{commands}\n```"]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
