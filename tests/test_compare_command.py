@@ -57,8 +57,11 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["nothing"], "there are ['forecasting', 'vision', 'language', 'detection', 'segmentation'"),
         (["absent.py"], "there is no 'absent.py'; a study is a file of Python"),
         (["forecasting", "--models", "dlinear,linear"], "is a Mamba model; name one, such as tsm2"),
-        (["forecasting", "--models", "tsm3"], "there is no model 'tsm3'"),
+        (["forecasting", "--models", "tsm3,linear"], "there is no model 'tsm3'"),
         (["forecasting", "--seeds", "2"], "too few for a verdict"),
+        (["forecasting", "--models", "tsm2"], "--models takes two different models or more, separated by commas"),
+        (["forecasting", "--models", "tsm2,tsm2"], "got 'tsm2,tsm2'"),
+        (["forecasting", "--models", "tsm2,,linear"], "got 'tsm2,,linear'"),
         (["forecasting", "--budget-params", "5X"], "'5X' is no amount; write 5M, 300k or 1.2e6"),
         (["forecasting", "--budget-params", "5M", "--budget-flops", "1G"], "models are brought to one budget"),
         (["forecasting", "--tables", "a", "--quick"], "they take no file, study or --quick"),
@@ -263,3 +266,21 @@ def test_without_trials_no_page_says_that_trials_chose(tmp_path: Path) -> None:
         "changes=('optim.lr=0.5',))))\n"
     )
     assert "optim.lr" in find_study("own.py", Asked(trials=0)).declared
+
+
+def test_a_report_of_what_is_not_there_or_damaged_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What a refused comparison leaves: a file that holds nothing yet.
+    write_series(tmp_path)
+    code, _ = said(capsys, "compare", "forecasting", "series.csv", "--lookback", "5000", "--device", "cpu")
+    assert code == 2
+    code, text = said(capsys, "report", "forecasting_series.sqlite")
+    assert code == 2 and "'forecasting_series.sqlite' holds nothing yet" in text
+    Path("half.json").write_text('{"what": "selectra study", "format": 1, "name": "x"}')
+    code, text = said(capsys, "report", "half.json")
+    assert code == 2 and "'half.json' is damaged: it has no question" in text
+    code, text = said(capsys, "report", ".", "--out", "answer.md")
+    assert code == 2 and "'half.json' is damaged or of another version: it has no question" in text
+    code, text = said(capsys, "report", "half.json", "--out", "absent/page.html")
+    assert code == 2 and "the folder 'absent' does not exist" in text

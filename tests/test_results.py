@@ -84,3 +84,22 @@ def test_a_mamba_that_is_not_the_best_of_its_study_is_said_to_lose() -> None:
     recall = [each["text"] for each in collect(ROOT / "results")["claims"] if each["text"].startswith("recall")]
     assert len(recall) == 8
     assert all("Holm's correction for 8 comparisons" in text for text in recall)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "verdict"),
+    [
+        (("wins",), "Yes, so far."),
+        (("wins", "level"), "Better than some models and worse than none, so far."),
+        (("wins", "loses", "level"), "It depends."),
+        (("level",), "No gain that can be shown."),
+    ],
+)
+def test_a_win_over_some_is_no_yes(
+    outcomes: tuple[str, ...], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(found: dict[str, list[dict[str, str]]], records: object) -> None:
+        found["claims"] = [{"outcome": each} for each in outcomes]
+
+    monkeypatch.setattr("selectra.compare.answer._studies", said)
+    assert collect(tmp_path)["verdict"] == verdict

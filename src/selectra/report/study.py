@@ -30,6 +30,10 @@ from selectra.report.study_plots import pictures
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra study", 1
+NEEDED = (
+    "name", "question", "study", "subject", "subject_title", "metric", "higher_is_better", "seeds", "error_rate",
+    "counts", "kinds", "rows", "overall", "by_base", "costs", "curves", "environments", "cells", "trials", "verdict",
+)  # fmt: skip
 CURVES = ("forward_ms", "step_ms", "activations_mb")
 COLUMNS = (
     "part", "base", "variant", "seed", "trial", "metric", "test", "val", "pruned", "best_step", "steps", "seconds",
@@ -54,6 +58,9 @@ def read_study(path: Path) -> Row:
             f"'{path}' has version {content.get('format')} of the records' format, and this is {FORMAT}; "
             "export it again from its store with this Selectra."
         )
+    if absent := [name for name in NEEDED if name not in content]:
+        raise DataError(f"'{path}' is damaged: it has no {', '.join(absent)}; export it again from its store with "
+                        "`selectra report`.")  # fmt: skip
     return content
 
 
