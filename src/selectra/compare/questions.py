@@ -349,6 +349,8 @@ def _study(
         kinds: The sorts of the models, where these do not say it themselves.
     """
     kinds = kinds or {each: _kind(spec) for each, spec in chosen.items()}
+    if len(chosen) < 2:
+        raise ConfigError(f"{list(chosen)} is one model, and a comparison is of two or more; name another.")
     variants = tuple(Variant(name=each, model=spec, kind=kinds[each]) for each, spec in chosen.items())
     if not any(each.kind == "mamba" for each in variants):
         raise ConfigError(f"none of {list(chosen)} is a Mamba model; name one, such as {_example(base.task)}.")
