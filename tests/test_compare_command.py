@@ -59,6 +59,9 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["forecasting", "--models", "dlinear,linear"], "is a Mamba model; name one, such as tsm2"),
         (["forecasting", "--models", "tsm3"], "there is no model 'tsm3'"),
         (["forecasting", "--seeds", "2"], "too few for a verdict"),
+        (["forecasting", "--models", "tsm2"], "['tsm2'] is one model, and a comparison is of two or more"),
+        (["forecasting", "--models", "tsm2,tsm2"], "got 'tsm2,tsm2'"),
+        (["forecasting", "--models", "tsm2,,linear"], "got 'tsm2,,linear'"),
         (["forecasting", "--budget-params", "5X"], "'5X' is no amount; write 5M, 300k or 1.2e6"),
         (["forecasting", "--budget-params", "5M", "--budget-flops", "1G"], "models are brought to one budget"),
         (["forecasting", "--tables", "a", "--quick"], "they take no file, study or --quick"),
@@ -249,3 +252,35 @@ def test_parts_that_studies_leave_out() -> None:
     assert count("s_mamba", d_model=16, directions="ahead") < count("s_mamba", d_model=16)
     with pytest.raises(ConfigError, match="directions"):
         models.build(Spec("s_mamba", directions="back"), facts)
+
+
+def test_without_trials_no_page_says_that_trials_chose(tmp_path: Path) -> None:
+    write_series(tmp_path)
+    asked = Asked(str(tmp_path / "series.csv"), trials=0)
+    assert find_study("forecasting", asked).declared == {}
+    assert "optim.lr" in find_study("forecasting", Asked(asked.file)).declared
+    # What a variant changes itself stays declared.
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\nfrom tests.compare.studies import VARIANTS, Variant, Spec, make_study\n"
+        f"study = make_study(Path({asked.file!r}), variants=(*VARIANTS, Variant(name='x', model=Spec('nlinear'), "
+        "changes=('optim.lr=0.5',))))\n"
+    )
+    assert "optim.lr" in find_study("own.py", Asked(trials=0)).declared
+
+
+def test_a_report_of_what_is_not_there_or_damaged_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What a refused comparison leaves: a file that holds nothing yet.
+    write_series(tmp_path)
+    code, _ = said(capsys, "compare", "forecasting", "series.csv", "--lookback", "5000", "--device", "cpu")
+    assert code == 2
+    code, text = said(capsys, "report", "forecasting_series.sqlite")
+    assert code == 2 and "'forecasting_series.sqlite' holds nothing yet" in text
+    Path("half.json").write_text('{"what": "selectra study", "format": 1, "name": "x"}')
+    code, text = said(capsys, "report", "half.json")
+    assert code == 2 and "'half.json' is damaged: it has no question" in text
+    code, text = said(capsys, "report", ".", "--out", "answer.md")
+    assert code == 2 and "'half.json' is damaged or of another version: it has no question" in text
+    code, text = said(capsys, "report", "half.json", "--out", "absent/page.html")
+    assert code == 2 and "the folder 'absent' does not exist" in text

@@ -102,3 +102,22 @@ def test_data_that_differ_in_one_word_are_named_together() -> None:
     assert (
         together(["ETTh1"]) == "ETTh1" and together(["a b", "c d"]) == "a b, c d" and together(["a", "b c"]) == "a, b c"
     )
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "verdict"),
+    [
+        (("wins",), "Yes, so far."),
+        (("wins", "level"), "Better than some models and worse than none, so far."),
+        (("wins", "loses", "level"), "It depends."),
+        (("level",), "No gain that can be shown."),
+    ],
+)
+def test_a_win_over_some_is_no_yes(
+    outcomes: tuple[str, ...], verdict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(found: dict[str, list[dict[str, str]]], records: object) -> None:
+        found["claims"] = [{"outcome": each} for each in outcomes]
+
+    monkeypatch.setattr("selectra.compare.answer._studies", said)
+    assert collect(tmp_path)["verdict"] == verdict

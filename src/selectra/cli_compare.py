@@ -102,8 +102,7 @@ def compare(
         _tables(store, tables or "a,b", (device, time_limit, workers or 1, packed), (steps or 1000, batch_size or 32))
         return
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
-    names = () if models is None else tuple(name.strip() for name in models.split(","))
-    asked = Asked(file, names, quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size,
+    asked = Asked(file, _names(models), quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size,
                   None if match is None else match.value)  # fmt: skip
     study = find_study(what, asked)
     from selectra.compare.conduct import Wish, conduct, failures  # noqa: PLC0415
@@ -118,6 +117,14 @@ def compare(
         _report_study(path, None, console)
     elif reasons := failures(path):
         raise DataError(f"no training of '{study.name}' succeeded: {'; '.join(reasons[:3])}")
+
+
+def _names(models: str | None) -> tuple[str, ...]:
+    """The models that are asked for by name."""
+    names = () if models is None else tuple(name.strip() for name in models.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise ConfigError(f"--models takes different models, separated by commas; got '{models}'.")
+    return names
 
 
 def _costs(
@@ -204,6 +211,9 @@ def report(
 ) -> None:
     """Write the page of a comparison from its records."""
     console = _console()
+    for path in (out, export):
+        if path is not None and not path.parent.is_dir():
+            raise DataError(f"the folder '{path.parent}' does not exist; make it, or name another.")
     if records.is_dir():
         if out is not None and out.stem == "language":
             from selectra.report.language import write_page  # noqa: PLC0415
@@ -224,6 +234,10 @@ def report(
     if store.recall("study") is not None:
         store.close()
         _report_study(records, out, console, export)
+    elif store.recall("budget") is None and not any(store.counts().values()):
+        store.close()
+        raise DataError(f"'{records}' holds nothing yet: its comparison was refused or stopped before it began; "
+                        "`selectra compare` goes on with it.")  # fmt: skip
     else:
         _report_tables(store, records, out, export, console)
 

@@ -130,3 +130,19 @@ def test_intervals_of_several_rivals_leave_each_its_share_of_the_error() -> None
     # No difference exists: one of four is found in 19 of 100 studies by its own interval, in 5 by the corrected ones.
     assert alone / studies > 0.12
     assert together / studies < 0.08
+
+
+def test_equal_differences_on_few_images_are_no_certainty() -> None:
+    # Four test images: every seed gets one more right than the rival's, and three seeds are three throws of a coin.
+    found = contrast([0.75] * 3, [0.5] * 3, grain=0.25)
+    (few,) = judged([found], higher_is_better=True)
+    assert few["outcome"] == "level" and few["low"] < 0 < few["high"] and few["resolution"] > few["difference"]
+    # As a paired t-test of differences that are spread by one image.
+    t = np.log(0.75 / 0.5) / (0.25 / 0.625 / np.sqrt(3))
+    assert found["p"] == pytest.approx(2 * stats.t.sf(t, 2))
+    (many,) = judged([contrast([0.75] * 3, [0.5] * 3, grain=0.001)], higher_is_better=True)
+    assert many["outcome"] == "better"
+    (same,) = judged([contrast([1.0] * 3, [1.0] * 3, grain=0.25)], higher_is_better=True)
+    assert same["outcome"] == "level" and same["difference"] == 0
+    # Nothing of chance: both are solved.
+    assert contrast([0.75] * 3, [0.5] * 3)["p"] == 0

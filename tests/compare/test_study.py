@@ -339,3 +339,14 @@ def test_a_model_of_language_trains_on_the_data_that_the_command_names() -> None
     assert (run.data, run.task.name, run.model.name) == (Spec("recall", keys=32), "language", "gpt")
     with pytest.raises(ConfigError, match="data=NAME"):
         find_run("gpt", ["task=language"])
+
+
+def test_a_metric_that_the_task_does_not_measure_is_refused_before_the_first_training(
+    tmp_path: Path, series: Path
+) -> None:  # fmt: skip
+    path = tmp_path / "a.sqlite"
+    with pytest.raises(ConfigError, match=r"decided by 'msee', and the task 'forecasting' measures .*mean 'mse'"):
+        conduct(make_study(series, metric="msee"), Wish(path, device="cpu"), QUIET)
+    store = Store(path)
+    assert not any(store.counts().values())
+    store.close()

@@ -348,3 +348,27 @@ def test_the_page_fits_a_phone(browser: str, served: tuple[Path, str]) -> None:
     assert int(found.group(1)) <= PHONE
     # Pixels of the smallest words in a picture.
     assert float(found.group(2)) >= 7
+
+
+def test_the_page_says_on_how_much_the_verdict_rests(content: dict[str, Any]) -> None:
+    (size,) = {cell["test_windows"] for cell in content["cells"]}
+    assert f"{size} windows, which overlap, of waves decide" in page(content)
+    assert f"on one test part ({size} windows, which overlap, of waves)" in markdown(content)
+
+
+def test_every_command_writes_into_a_folder_of_its_own(content: dict[str, Any]) -> None:
+    for cell in content["cells"]:
+        assert cell["command"].endswith(f" --out runs/{cell['key']}")
+
+
+@pytest.mark.slow
+def test_paper_shows_what_a_screen_folds_away(browser: str, content: dict[str, Any], tmp_path: Path) -> None:
+    # Enough commands to fill pages.
+    text = page({**content, "cells": 12 * content["cells"]})
+    pages = {}
+    for name, each in (("all", text), ("without", re.sub("<details>.*?</details>", "", text, flags=re.DOTALL))):
+        (tmp_path / f"{name}.html").write_text(each, encoding="utf-8")
+        address, paper = (tmp_path / f"{name}.html").as_uri(), tmp_path / f"{name}.pdf"
+        shown(browser, tmp_path, address, f"--print-to-pdf={paper}")
+        pages[name] = len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
+    assert pages["all"] > pages["without"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from selectra.compare.stats import FEWEST, contrast, judged, over_bases
+from selectra.compare.stats import FEWEST, contrast, grain, judged, over_bases
 from selectra.errors import DataError
 
 Row = dict[str, Any]
@@ -33,6 +33,9 @@ QUESTIONS = {
 # What else answers a question: another study, and those of `selectra compare vision folder/` and the like, by the
 # first word of their names.
 SAME = {"cifar10": "images", "forecasting": "forecasting", "vision": "images", "language": "language"}
+# What is read of a study.
+NEEDED = ("name", "question", "kinds", "subject", "metric", "higher_is_better", "seeds", "rows", "cells", "overall",
+          "verdict")  # fmt: skip
 MAMBA_IMAGES = ("vim2", "vmamba", "vim", "simba")
 IMAGES = "CIFAR-10-JPEG, top-1, equal parameters and steps, three seeds, after Holm's correction"
 OUTCOMES = {"better": "wins", "worse": "loses", "level": "level"}
@@ -158,6 +161,9 @@ def _common(ours: dict[int, float], theirs: dict[int, float]) -> tuple[list[floa
 
 def _studies(found: Row, records: dict[str, Row]) -> None:
     for name, record in records.items():
+        if absent := [key for key in NEEDED if key not in record]:
+            raise DataError(f"'{name}' is damaged or of another version: it has no {', '.join(absent)}; export it "
+                            "again from its store with `selectra report`, or take it out of the folder.")  # fmt: skip
         done = sum("test" in cell for cell in record["cells"])
         found["answered"].add(_question(record["name"]))
         if "mamba" in record["kinds"].values():
@@ -237,7 +243,8 @@ def _by_mamba(record: Row) -> dict[str, list[Row]]:
             seeds = sorted(set.intersection(*(set(each) for side in sides for each in side)))
             if len(seeds) >= FEWEST:
                 ours, theirs = ([over_bases([base[seed] for base in side]) for seed in seeds] for side in sides)
-                compared = contrast(ours, theirs)
+                rows = [row for row in record["rows"] if row["variant"] in (model, rival)]
+                compared = contrast(ours, theirs, grain=grain(rows, record["higher_is_better"]))
                 contrasts.append({**compared, "rival": rival, "rival_mean": compared["rival"]})
         found[model] = contrasts
     return found
@@ -295,7 +302,9 @@ def _verdict(found: Row, said: Sequence[str]) -> str:
     """What all claims add up to, and what is no comparison of scores."""
     outcomes = {claim["outcome"] for claim in found["claims"]}
     first = "No record yet" if not outcomes else "It depends" if {"wins", "loses"} <= outcomes else (
-        "Yes, so far" if "wins" in outcomes else "No gain that can be shown")  # fmt: skip
+        "No gain that can be shown" if "wins" not in outcomes else
+        "Better than some models and worse than none, so far" if "level" in outcomes else "Yes, so far"
+    )  # fmt: skip
     wins, loses, level = (sum(len(line[key]) for line in found["table"]) for key in OUTCOMES.values())
     if wins + loses + level:
         first += (f": of {wins + loses + level} comparisons of a Mamba model with a rival Mamba wins {wins}, loses "

@@ -14,7 +14,8 @@ from selectra.compare.measure import build_model, measure
 from selectra.compare.study import Study, Variant
 from selectra.compare.worker import load
 from selectra.errors import ConfigError, DataError
-from selectra.spec import Run, Spec
+from selectra.registry import models, tasks
+from selectra.spec import Run, Spec, nearest
 from selectra.train.job import check, typed
 from selectra.train.same_data import describe_data
 
@@ -54,6 +55,8 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
         for variant in study.variants:
             in_time()
             each = _prepared(study, base, variant, facts, device, in_time)
+            if variant is study.variants[0]:
+                _require_metric(study, base, data, Spec.from_json(each["spec"]))
             found.append({"base": base.name, "variant": variant.name, **each})
             _print_cost(found[-1], f"{len(found)} of {count}", console)
     curves = _curves(study, found, device, console, in_time)
@@ -84,6 +87,24 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
         raise DataError(
             f"'{base.name}' has a single class{_named(data)}, which every model gets right; a comparison needs two or "
             "more, each a folder of its own."
+        )
+
+
+def _require_metric(study: Study, base: Run, data: Any, spec: Spec) -> None:
+    """Refuse a metric that the task does not measure: it would be missed behind the first training.
+
+    Raises:
+        ConfigError: It is none of the task's.
+    """
+    model = models.build(spec, data.facts).eval()
+    evaluator = tasks.build(typed(base).task, data.facts).for_data(data).evaluator()
+    with torch.no_grad():
+        evaluator.update(model, data.windows("val")[[0]].to(torch.device("cpu")))
+    known = list(evaluator.compute())
+    if study.metric not in known:
+        raise ConfigError(
+            f"the study '{study.name}' is decided by '{study.metric}', and the task '{base.task.name}' measures "
+            f"{known}.{nearest(study.metric, known)}"
         )
 
 

@@ -217,8 +217,12 @@ def _changed(study: Study, asked: Asked) -> Study:
         prune = study.tuning is None or study.tuning.prune
         changes["tuning"] = Tuning(ranges=_ranges(study), trials=asked.trials, prune=prune)
         changes["declared"] = {**DECLARED, **study.declared}
-    elif asked.trials == 0:
+    elif asked.trials == 0 and study.tuning is not None:
+        # Without trials these settings differ between no models, unless a variant changes them itself.
+        own = {word.partition("=")[0] for variant in study.variants for word in variant.changes}
+        gone = set(study.tuning.names) - own
         changes["tuning"] = None
+        changes["declared"] = {name: reason for name, reason in study.declared.items() if name not in gone}
     return Study.model_validate({**dict(study), **changes})
 
 
@@ -345,6 +349,8 @@ def _study(
         kinds: The sorts of the models, where these do not say it themselves.
     """
     kinds = kinds or {each: _kind(spec) for each, spec in chosen.items()}
+    if len(chosen) < 2:
+        raise ConfigError(f"{list(chosen)} is one model, and a comparison is of two or more; name another.")
     variants = tuple(Variant(name=each, model=spec, kind=kinds[each]) for each, spec in chosen.items())
     if not any(each.kind == "mamba" for each in variants):
         raise ConfigError(f"none of {list(chosen)} is a Mamba model; name one, such as {_example(base.task)}.")

@@ -13,7 +13,7 @@ from scipy import stats
 
 from selectra.compare.cells import Cell, differences
 from selectra.compare.conduct import PREPARED, STUDY, prepared_models
-from selectra.compare.stats import CONFIDENCE, ERROR_RATE, contrast, judged, over_bases, spread
+from selectra.compare.stats import CONFIDENCE, ERROR_RATE, contrast, grain, judged, over_bases, spread
 from selectra.compare.store import Store
 from selectra.compare.study import FEWEST_SEEDS, Study
 from selectra.errors import DataError
@@ -84,7 +84,8 @@ def _cells(store: Store, study: Study) -> tuple[list[Row], list[Row]]:
             environments.append(where)
         row = {
             **cell.label, **record, "environment": environments.index(where), "key": cell.key,
-            "command": command_of(cell.run), "differs": differs(study, cell),
+            # A folder for each: of two trainings in one the second is refused.
+            "command": f"{command_of(cell.run)} --out runs/{cell.key}", "differs": differs(study, cell),
         }  # fmt: skip
         cells.append({name: row[name] for name in KEPT if name in row})
     return cells, environments
@@ -135,6 +136,7 @@ def _row(study: Study, known: Any, base: str, variant: str, cells: Sequence[Row]
         "interval": _interval(list(done.values())), "val": fmean(vals) if vals else None,
         "seconds": fmean(cell["seconds"] for cell in mine if "test" in cell) if done else None,
         "missing": [seed for seed in wanted if seed not in done], "reasons": reasons, "differs": chosen,
+        "test_windows": next((cell["test_windows"] for cell in mine if "test_windows" in cell), None),
         "trials": len(trials), "pruned": sum(bool(cell.get("pruned")) for cell in trials),
     }  # fmt: skip
 
@@ -180,18 +182,20 @@ def _contrasts(study: Study, rows: Sequence[Row], subject: str | None) -> tuple[
         if not any(row["missing"] for pair in pairs for row in pair):
             ours, theirs = ([_values(study, row) for row in side] for side in zip(*pairs, strict=True))
             means = [[over_bases(seed) for seed in zip(*side, strict=True)] for side in (ours, theirs)]
-            overall.append(_against(rival, *means))
+            steps = grain([row for pair in pairs for row in pair], study.higher_is_better)
+            overall.append(_against(rival, means[0], means[1], steps))
     for base in study.bases:
         for rival in rivals:
             ours, theirs = of[base.name, subject], of[base.name, rival]
             if not ours["missing"] and not theirs["missing"]:
-                found = _against(rival, _values(study, ours), _values(study, theirs))
+                steps = grain((ours, theirs), study.higher_is_better)
+                found = _against(rival, _values(study, ours), _values(study, theirs), steps)
                 by_base.append({"base": base.name, **found})
     return judged(overall, study.higher_is_better), judged(by_base, study.higher_is_better)
 
 
-def _against(rival: str, ours: Sequence[float], theirs: Sequence[float]) -> Row:
-    found = contrast(ours, theirs)
+def _against(rival: str, ours: Sequence[float], theirs: Sequence[float], steps: float) -> Row:
+    found = contrast(ours, theirs, grain=steps)
     return {**found, "rival": rival, "rival_mean": found["rival"]}
 
 

@@ -1,6 +1,6 @@
 """Paired statistics over the cells of a comparison."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any, cast
 
@@ -65,13 +65,18 @@ def spread(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, Any]:
+def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0, grain: float = 0.0) -> dict[str, Any]:
     """How much lower or higher `ours` is, pair by pair: interval, wins, and the p-value of a paired t-test.
 
     The difference is that of logarithms in per cent, so that a pair of large values weighs no more than one of small
     ones; where a value is not above zero, it is the plain difference. `resolution` is the smallest difference that so
     many pairs of this spread could just have shown, alone. The interval is a bootstrap's (BCa) from eight pairs on. Of
     fewer it is Student's, as the test is: a bootstrap of three is hardly wider than their own range.
+
+    Args:
+        grain: The least step of a score that seeds change, such as one image of the test part. Differences that are
+            all equal are then no more certain than that: they are judged as if they were spread by so much. 0: such
+            differences have no chance in them.
 
     Raises:
         ConfigError: There are fewer than three pairs.
@@ -80,16 +85,28 @@ def contrast(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> d
     relative = min(*ours, *theirs) > 0
     each = 100 * _differences(np.log(ours).tolist(), np.log(theirs).tolist()) if relative else raw
     sure = float(np.ptp(each)) <= 1e-9 * max(1.0, float(np.abs(each).max()))
-    t = stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * float(np.std(each, ddof=1)) / np.sqrt(len(each))
-    mean = float(each.mean())
+    mean, deviation = float(each.mean()), float(np.std(each, ddof=1))
     low, high = _interval(each, seed)
     always = 0.0 if abs(mean) > 1e-9 else 1.0
     p_value = always if sure else float(cast(Any, stats.ttest_1samp(each, 0.0)).pvalue)
+    if sure and grain:
+        deviation = 100 * grain / float(np.mean([*ours, *theirs])) if relative else grain
+        error = deviation / np.sqrt(len(each))
+        low, high = (float(edge) for edge in stats.t.interval(CONFIDENCE, len(each) - 1, mean, error))
+        p_value = float(2 * stats.t.sf(abs(mean) / error, len(each) - 1))
+    t = stats.t.ppf((1 + CONFIDENCE) / 2, len(each) - 1) * deviation / np.sqrt(len(each))
     return {
         "mean": float(np.mean(ours)), "rival": float(np.mean(theirs)), "unit": "%" if relative else "",
         "difference": _percent(mean, relative), "low": _percent(low, relative), "high": _percent(high, relative),
         "wins": int((raw < 0).sum()), "pairs": len(raw), "p": p_value, "resolution": _percent(float(t), relative),
     }  # fmt: skip
+
+
+def grain(rows: Iterable[dict[str, Any]], higher_is_better: bool) -> float:
+    """The least step of scores that count examples and that seeds change, one example of a test part; 0 of others."""
+    # Records of before the size of the test part was kept do not know it.
+    sizes = [row["test_windows"] for row in rows if not row["sure"] and row.get("test_windows")]
+    return 1 / min(sizes) if higher_is_better and sizes else 0.0
 
 
 def _percent(value: float, relative: bool) -> float:

@@ -30,6 +30,10 @@ from selectra.report.study_plots import pictures
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra study", 1
+NEEDED = (
+    "name", "question", "study", "subject", "subject_title", "metric", "higher_is_better", "seeds", "error_rate",
+    "counts", "kinds", "rows", "overall", "by_base", "costs", "curves", "environments", "cells", "trials", "verdict",
+)  # fmt: skip
 CURVES = ("forward_ms", "step_ms", "activations_mb")
 COLUMNS = (
     "part", "base", "variant", "seed", "trial", "metric", "test", "val", "pruned", "best_step", "steps", "seconds",
@@ -54,6 +58,9 @@ def read_study(path: Path) -> Row:
             f"'{path}' has version {content.get('format')} of the records' format, and this is {FORMAT}; "
             "export it again from its store with this Selectra."
         )
+    if absent := [name for name in NEEDED if name not in content]:
+        raise DataError(f"'{path}' is damaged: it has no {', '.join(absent)}; export it again from its store with "
+                        "`selectra report`.")  # fmt: skip
     return content
 
 
@@ -191,10 +198,20 @@ def reading(content: Row) -> list[str]:
         "Intervals (95 %) are Student's below eight pairs, of which a bootstrap would say little more than their "
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
         "many seeds of this spread can tell from chance, alone.",
+        f"Chance is that between seeds, on one test part ({_tested(content) or 'not read yet'}). Whether other data of "
+        "the kind would say the same is not tested; the fewer examples, the less does it say. Where all seeds differ "
+        "by the same, a score that counts examples is judged as if it were uncertain by one of them.",
         "FLOPs are counted (products, and scans at 9 for each step, channel and state); times are medians of "
         "calls after a warm-up, with the interquartile range where there are several: "
         f"{'; '.join(_settings(content))}.",
     ]
+
+
+def _tested(content: Row) -> str:
+    """How many examples of each base decide; empty where nothing is tested yet."""
+    sizes = {cell["base"]: cell["test_windows"] for cell in content["cells"] if "test_windows" in cell}
+    called = {"forecasting": "windows, which overlap,"}.get(content["study"]["bases"][0]["task"]["name"], "examples")
+    return "; ".join(f"{size:,} {called} of {base}" for base, size in sizes.items())
 
 
 def _settings(content: Row) -> list[str]:
@@ -273,7 +290,7 @@ def page(content: Row) -> str:
         summaries=[_placed(content, base) for base in bases_of(content)],
         contrasts=contrast_rows(content),
         crossings=crossings(content),
-        fairness=fairness(content), reading=reading(content), missing=missing(content),
+        tested=_tested(content), fairness=fairness(content), reading=reading(content), missing=missing(content),
         cells=cell_rows(content), environments=environments(content),
         # Made by matplotlib, with every name escaped.
         pictures={section: [(title, Markup(svg)) for where, title, svg in shown if where == section]
@@ -305,7 +322,9 @@ def markdown(content: Row) -> str:
     parts += ["## Every training", grid(head, rows), "## What was alike", _bullets(fairness(content))]
     commands = "\n".join(cell["command"] for cell in cell_rows(content))
     parts += ["## How to read this", _bullets(reading(content)), "## Hardware and versions",
-              _bullets(environments(content)), "## Commands", f"```sh\n{commands}\n```"]  # fmt: skip
+              _bullets(environments(content)), "## Commands",
+              "Given where the comparison was made; `selectra eval runs/KEY` then gives the score on the test part.",
+              f"```sh\n{commands}\n```"]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
