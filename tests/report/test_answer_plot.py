@@ -95,7 +95,8 @@ def test_a_file_is_written_whole(tmp_path: Path) -> None:
 
 
 def test_long_titles_of_panels_stay_in_the_picture() -> None:
-    drawn = figure(rows({"copies of 16, 32 and 64 letters of an alphabet, 0.42 M parameters, accuracy": 8, "other": 8}))
+    given = rows({"copies of 16, 32 and 64 letters of an alphabet, 0.42 M parameters, accuracy": 8, "other": 8})
+    drawn = figure([{**row, "mamba": "mamba"} for row in given])
     drawn.draw_without_rendering()
     for sub in drawn.subfigs:
         for ax in sub.axes:
