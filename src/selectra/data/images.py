@@ -138,7 +138,7 @@ class Images:
         self.corrupt = corrupt
         self._readable: dict[str, Rows] = {}
         self.rows = split_images(self.listing, val, test, per_class, split_seed)
-        if len(self.listing.classes) < 2:
+        if len(self.listing.classes) == 1:
             raise DataError(
                 f"all images of '{path}' are of one class, '{self.listing.classes[0]}', so there is nothing to tell "
                 "apart: each class needs a folder, or a label, of its own."
