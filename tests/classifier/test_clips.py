@@ -37,6 +37,11 @@ def test_a_recipe_trains_is_evaluated_and_tells_clips(tmp_path):
     broken.write_bytes(b"no video")
     code, said = call("predict", broken, tmp_path / "clip.npy", tmp_path / "short.npy", "--run", run, "--skip-corrupt")
     assert code == 0 and "left out" in said and "broken.mp4" in said and "has 3 frames" in said
+    assert "data." not in said
+    for name in ("broken.mp4", "short.npy"):
+        code, said = call("predict", tmp_path / name, "--run", run)
+        # The settings of a training are no way out here.
+        assert code != 0 and "--skip-corrupt" in said and "data." not in said
     code, said = call("predict", tmp_path / "absent.mp4", "--run", run)
     assert code != 0
     code, said = call("predict", tmp_path / "clip.npy", "--run", run, "--window", 64)

@@ -138,6 +138,28 @@ def test_a_download_of_torchvisions_that_stalls_is_named_in_time(tmp_path, monke
     assert socket.getdefaulttimeout() is None
 
 
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    """As where all images lie in one folder, "images"."""
+    root = write_folder(tmp_path, {f"images/{i}.png": encoded(pixels(i)) for i in range(8)})
+    with pytest.raises(DataError, match="are of one class, 'images', so there is nothing to tell apart"):
+        Images(str(root))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[0], [1]], r"the labels of '.*a\.parquet' are such as \[0\]; each must be one number or name"),
+        (["a", None], r"a row of the table '.*a\.parquet' has no label"),
+        ([-1, 0], r"labels of '.*a\.parquet' are -1 to 0"),
+    ],
+)
+def test_labels_that_are_none_are_named(labels, message, tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [encoded(pixels(i)) for i in range(2)], "label": labels}), path)
+    with pytest.raises(DataError, match=message):
+        Images(str(path))
+
+
 def test_thirteen_bands(tmp_path):
     for i in range(12):
         path = tmp_path / CLASSES[i % 3] / f"{i}.npy"

@@ -10,7 +10,7 @@ from torch import nn
 from selectra.classifier.left_behind import kind_of, read_trained
 from selectra.classifier.predicting import Prediction
 from selectra.data.clip_batches import Sampling
-from selectra.data.clip_files import SUFFIXES, FaultyClipError, ShortClipError, Video
+from selectra.data.clip_files import REMEDY, SUFFIXES, FaultyClipError, ShortClipError, Video
 from selectra.data.clips import Crops, Short, require_length, test_views
 from selectra.errors import DataError
 
@@ -98,9 +98,11 @@ def predict_clips(
             require_length(video, trained.sampling, trained.short)
             views = test_views(video, trained.sampling, trained.size, trained.crops, mean_std)
         except (FaultyClipError, ShortClipError) as error:
+            reason = _reason(error)
             if skipped is None:
-                raise
-            skipped.append(str(error))
+                advice = "leave it out, or go on without such videos: --skip-corrupt"
+                raise type(error)(f"{reason}; {advice}.") from error
+            skipped.append(f"{reason}.")
             continue
         with torch.inference_mode():
             scores = model(views.to(device)).float()
@@ -109,6 +111,11 @@ def predict_clips(
         values, places = scores.softmax(1).mean(0).topk(top)
         found.append(Prediction(path, tuple(trained.classes[i] for i in places.tolist()), tuple(values.tolist())))
     return found
+
+
+def _reason(error: DataError) -> str:
+    """What is wrong with a video, without the settings of a training by which such ones are passed over."""
+    return str(error).removesuffix(REMEDY).partition(": ask for fewer frames")[0].rstrip(" .")
 
 
 def _require_file(path: Path) -> None:

@@ -216,7 +216,7 @@ def _parquet(path: Path) -> Listing:
         parts.append(next((PARTS[word] for word in stem if word in PARTS), None))
     labels = [label.to_pylist() for _, label, _ in tables]
     flat = [each for part in labels for each in part]
-    classes, numbers = _label_names(flat, tables[0][2])
+    classes, numbers = _label_names(flat, tables[0][2], str(path))
     known = all(part is not None for part in parts)
     names = [f"{file.name} row {row}" for file, part in zip(files, labels, strict=True) for row in range(len(part))]
     digest = hashlib.sha256("\n".join(f"{file.name} {file.stat().st_size}" for file in files).encode())
@@ -229,10 +229,12 @@ def _parquet(path: Path) -> Listing:
     )  # fmt: skip
 
 
-def _label_names(labels: list[Any], schema: pa.Schema) -> tuple[tuple[str, ...], dict[Any, int]]:
+def _label_names(labels: list[Any], schema: pa.Schema, where: str) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names of classes, those that Hugging Face keeps in the schema where there are such, and their numbers."""
     if any(label is None for label in labels) or not labels:
-        raise DataError("a row of the table has no label, or it has no rows")
+        raise DataError(f"a row of the table '{where}' has no label, or it has no rows")
+    if isinstance(labels[0], (list, dict)):
+        raise DataError(f"the labels of '{where}' are such as {labels[0]}; each must be one number or name of a class")
     values = sorted(set(labels))
     if isinstance(values[0], int):
         import json  # noqa: PLC0415
@@ -241,7 +243,9 @@ def _label_names(labels: list[Any], schema: pa.Schema) -> tuple[tuple[str, ...],
         names = next((f["names"] for f in kept.values() if isinstance(f, dict) and "names" in f), None)
         names = names or [str(i) for i in range(values[-1] + 1)]
         if not 0 <= values[0] <= values[-1] < len(names):
-            raise DataError(f"labels are {values[0]} to {values[-1]}, and there are {len(names)} names of classes")
+            raise DataError(
+                f"labels of '{where}' are {values[0]} to {values[-1]}, and there are {len(names)} names of classes"
+            )
         return tuple(names), {i: i for i in range(len(names))}
     return tuple(map(str, values)), {value: i for i, value in enumerate(values)}
 

@@ -138,6 +138,11 @@ class Images:
         self.corrupt = corrupt
         self._readable: dict[str, Rows] = {}
         self.rows = split_images(self.listing, val, test, per_class, split_seed)
+        if len(self.listing.classes) == 1:
+            raise DataError(
+                f"all images of '{path}' are of one class, '{self.listing.classes[0]}', so there is nothing to tell "
+                "apart: each class needs a folder, or a label, of its own."
+            )
         self.augment = Augment(crop, scale, flip, flip_vertical, randaugment, erase, mixup, cutmix)
         self.size, self.in_channels = self._first_image(img_size, in_channels)
         held = self.in_channels * self.size[0] * self.size[1] * len(self.listing.labels) <= MOST_HELD
