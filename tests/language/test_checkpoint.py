@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,20 @@ def test_what_was_in_a_folder_before_does_not_stay(tmp_path):
         kept = {path.name for path in tmp_path.glob("model*")}
         named = {INDEX, *json.loads((tmp_path / INDEX).read_text())["weight_map"].values()} if size != "5GB" else set()
         assert kept == (named or {"model.safetensors"})
+
+
+@pytest.mark.parametrize("size", ["5GB", "8KB"])
+def test_a_folder_without_room_is_said_in_words(size, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))
+    try:
+        with pytest.raises(DataError, match=r"could not be written into .*: File too large"):
+            save_pretrained(build("gpt_smoke"), tmp_path, max_shard_size=size)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"could not be written into .*File exists"):
+        save_pretrained(build("gpt_smoke"), tmp_path / "file", max_shard_size=size)
 
 
 def test_of_a_single_file_and_shards_the_single_file_is_read(tmp_path):

@@ -282,3 +282,26 @@ def test_autocast_rounds_nothing_inside_a_recurrence(function):
     with torch.autocast("cpu", torch.bfloat16):
         found = call()
     assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt_smoke", {"d_ff": 0}), ("gpt_smoke", {"d_ff": -1}),
+        ("jamba_smoke", {"d_ff": 0}), ("jamba_smoke", {"d_ff": -1}), ("rwkv_smoke", {"d_inner": 0}),
+        ("rwkv_smoke", {"d_ff": -1}), ("retnet_smoke", {"d_ff": -1}), ("retnet_smoke", {"d_value": 0}),
+        ("hyena_smoke", {"d_ff": 0}), ("mamba_lm_smoke", {"d_state": 0}), ("mamba_lm_smoke", {"dropout": 1.0}),
+        ("gpt_smoke", {"dropout": -0.1}),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_are_refused(name, options):
+    """In words, and not taken for a size that was left out."""
+    ((what, size),) = options.items()
+    with pytest.raises(ConfigError, match=f"{what}={size}: needs at least"):
+        models.build(Spec(name, **options), {"vocab_size": 9})
+
+
+def test_a_configuration_without_heads_is_refused():
+    config = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0}
+    with pytest.raises(ConfigError, match="num_attention_heads=0: needs at least 1"):
+        from_official("huggingface/transformers:LlamaForCausalLM", config, {})

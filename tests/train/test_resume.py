@@ -11,6 +11,7 @@ import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ from safetensors import safe_open
 from selectra.errors import ConfigError, DataError, RankError
 from selectra.train import checkpoint
 from selectra.train import state as state_module
-from selectra.train.parallel import _others_named
+from selectra.train.parallel import World, _others_named
 from selectra.train.record import Record
+from selectra.train.snapshots import Snapshot, Snapshots
 from selectra.train.state import State
 from selectra.train.stop import StalledError, StoppedError
 from tests.train.tiny import TinyModel, train
@@ -335,3 +337,26 @@ def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
     with safe_open(tmp_path / "weights.safetensors", "pt") as file:
         assert file.metadata() == metadata
         assert all(torch.equal(file.get_tensor(name), value) for name, value in weights.items())
+
+
+def test_parts_of_some_processes_are_no_checkpoint(tmp_path):
+    """Where an error ends the group of processes, PyTorch takes the parts of one for all."""
+    snapshots = Snapshots(tmp_path, World(), 2)
+    snapshots.save(1, {"x": torch.ones(4)}, {})
+    snapshots.finish()
+    snapshots.world = World(size=2)
+    snapshots.save(2, {"x": torch.ones(4)}, {})
+    with pytest.raises(DataError, match=r"1 of 2 processes wrote their parts; that of step 1 is whole"):
+        snapshots.finish()
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def test_a_tensor_that_lacks_a_part_is_not_read(tmp_path):
+    snapshots = Snapshots(tmp_path, World(), 2)
+    snapshots.save(1, {"x": torch.ones(4)}, {})
+    snapshots.finish()
+    snapshot = Snapshot(checkpoint.folder(tmp_path, 1), World())
+    described: Any = snapshot.described["x"]
+    described.chunks.clear()
+    with pytest.raises(DataError, match=r"damaged.*of 'x' it has 0 of 4 numbers"):
+        snapshot.read({"x": torch.empty(4)})

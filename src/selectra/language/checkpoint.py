@@ -38,10 +38,10 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
 
     Raises:
         ConfigError: The layout has no place for what this model has, or shards need `huggingface_hub`.
+        DataError: There is no room, or no right to write.
     """
     config, state = model.hugging_face()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     # Where they are not said, `transformers` has tokens of its own choice.
     tokens = {**dict.fromkeys(TOKENS), **model.special_tokens}
@@ -50,14 +50,26 @@ def save_pretrained(model: LanguageModel, folder: str | Path, *, max_shard_size:
     whole = {key: value.detach().contiguous() for key, value in state.items()}
     whole = {k: v.clone() if v.untyped_storage().nbytes() != v.nbytes else v for k, v in whole.items()}
     whole = {key: value.cpu() for key, value in whole.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(whole, folder, max_shard_size)
+        (folder / CONFIG).write_text(text + "\n")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise DataError(
+            f"the model could not be written into '{folder}': {reason}; what is there may not be whole."
+        ) from error
+
+
+def _write(whole: dict[str, Tensor], folder: Path, max_shard_size: int | str) -> None:
+    """Write weights, in one file or several, and remove those of a model that was here before."""
     if max_shard_size == LARGEST and sum(value.nbytes for value in whole.values()) <= 5e9:
         save_file(whole, folder / WEIGHTS, {"format": "pt"})
-        # Of a model that was here before; shards take the place of a single file by themselves.
+        # Shards take the place of a single file by themselves.
         for path in [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
             path.unlink(missing_ok=True)
     else:
         _hub().save_torch_state_dict(whole, folder, max_shard_size=max_shard_size)
-    (folder / CONFIG).write_text(text + "\n")
 
 
 def from_pretrained(

@@ -85,6 +85,8 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         require_sizes(vocab_size=vocab_size, d_model=d_model)
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout={dropout}: needs at least 0 and less than 1")
         self.vocab_size, self.d_model, self.tied = vocab_size, d_model, tied
         self.embedding = nn.Embedding(vocab_size, d_model)
         self.layers = nn.ModuleList(blocks)

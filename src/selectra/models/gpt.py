@@ -14,6 +14,7 @@ from selectra.language.model import Block, LanguageModel, start_weights
 from selectra.layers.feed_forward import SwiGLU
 from selectra.layers.norm import AddNorm
 from selectra.mixers import CausalAttention
+from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, reads
 from selectra.registry import models
 
@@ -75,7 +76,9 @@ class GPT(LanguageModel):
         tied: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        width = d_ff or -(-8 * d_model // 24) * 8
+        require_sizes(d_model=d_model)
+        width = -(-8 * d_model // 24) * 8 if d_ff is None else d_ff
+        require_sizes(d_ff=width)
 
         def norm() -> AddNorm:
             return AddNorm(d_model, eps, residual_in_fp32=False)
@@ -131,6 +134,7 @@ def read_llama(
     base = rope.pop("rope_theta", rope_theta)
     if rope.pop("rope_type", "default") != "default" or rope:
         raise ConfigError(f"option 'rope_parameters' is {rope_parameters!r}; it takes a 'rope_theta' alone.")
+    require_sizes(num_attention_heads=num_attention_heads)
     if head_dim not in (None, hidden_size // num_attention_heads):
         raise ConfigError(f"option 'head_dim' is {head_dim}; it takes hidden_size / num_attention_heads.")
     model = GPT(

@@ -319,11 +319,14 @@ class Hyena(LanguageModel):
             "frequency": frequency,
         }  # fmt: skip
 
+        width = 2 * d_model if d_ff is None else d_ff
+        require_sizes(d_model=d_model, d_ff=width)
+
         def norm() -> AddNorm:
             return AddNorm(d_model, eps, "layer")
 
         def block() -> Block:
-            return Block(norm(), HyenaMixer(d_model, **filters), norm(), GELUMLP(d_model, d_ff or 2 * d_model))
+            return Block(norm(), HyenaMixer(d_model, **filters), norm(), GELUMLP(d_model, width))
 
         blocks = (block() for _ in range(depth))
         super().__init__(vocab_size, d_model, blocks, norm(), tied=tied, dropout=dropout)

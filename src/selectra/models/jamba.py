@@ -22,6 +22,7 @@ from selectra.layers.moe import MoE
 from selectra.layers.norm import AddNorm
 from selectra.mixers import S6, CausalAttention, State
 from selectra.mixers.s6 import at_least_float32
+from selectra.mixers.sizes import require_sizes
 from selectra.official import Official, reads
 from selectra.ops import selective_scan
 from selectra.registry import models
@@ -157,6 +158,7 @@ class Jamba(LanguageModel):
         for what, offset, period in (("attn", attn_offset, attn_period), ("moe", moe_offset, moe_period)):
             if not 0 <= offset < period:
                 raise ConfigError(f"{what}_offset={offset}: needs at least 0 and less than {what}_period={period}")
+        require_sizes(d_ff=d_ff)
 
         def norm() -> AddNorm:
             return AddNorm(d_model, eps, residual_in_fp32=False)

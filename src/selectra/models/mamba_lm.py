@@ -106,14 +106,16 @@ class MambaLM(LanguageModel):
         residual_in_fp32: bool = True,
         dropout: float = 0.0,
     ) -> None:
+        states = (128 if mixer == "mamba2" else 16) if d_state is None else d_state
+
         def block() -> PreNorm:
             if mixer == "mamba2":
                 inner: Any = SSD(
-                    d_model, d_state or 128, d_conv, expand, d_head, n_groups,
+                    d_model, states, d_conv, expand, d_head, n_groups,
                     bias=bias, conv_bias=conv_bias, dt_limit=dt_limit, eps=eps,
                 )  # fmt: skip
             else:
-                inner = S6(d_model, d_state or 16, d_conv, expand, dt_rank, bias=bias, conv_bias=conv_bias)
+                inner = S6(d_model, states, d_conv, expand, dt_rank, bias=bias, conv_bias=conv_bias)
             return PreNorm(AddNorm(d_model, eps, norm, residual_in_fp32), inner)
 
         norm_f = AddNorm(d_model, eps, norm, residual_in_fp32)

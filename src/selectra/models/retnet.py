@@ -216,12 +216,15 @@ class RetNet(LanguageModel):
         tied: bool = False,
         dropout: float = 0.0,
     ) -> None:
+        value, width = (2 * d_model if size is None else size for size in (d_value, d_ff))
+        require_sizes(d_model=d_model, n_heads=n_heads, d_value=value, d_ff=width)
+
         def norm() -> AddNorm:
             return AddNorm(d_model, eps, residual_in_fp32=False)
 
         def block() -> Block:
-            mixer = Retention(d_model, n_heads, d_value or 2 * d_model, eps, form)
-            return Block(norm(), mixer, norm(), GELUMLP(d_model, d_ff or 2 * d_model))
+            mixer = Retention(d_model, n_heads, value, eps, form)
+            return Block(norm(), mixer, norm(), GELUMLP(d_model, width))
 
         blocks = (block() for _ in range(depth))
         super().__init__(vocab_size, d_model, blocks, norm(), tied=tied, dropout=dropout)

@@ -21,6 +21,7 @@ from selectra.language.model import LanguageModel, start_weights
 from selectra.layers.norm import AddNorm, PreNorm
 from selectra.mixers.packing import by_sequence
 from selectra.mixers.s6 import at_least_float32, require_input, zero_absent
+from selectra.mixers.sizes import require_sizes
 from selectra.mixers.wkv import NOTHING, wkv
 from selectra.official import Official, reads
 from selectra.registry import models
@@ -231,7 +232,8 @@ class RWKV(LanguageModel):
         tied: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        inner, width = d_inner or d_model, d_ff or 4 * d_model
+        inner, width = d_model if d_inner is None else d_inner, 4 * d_model if d_ff is None else d_ff
+        require_sizes(d_model=d_model, d_inner=inner, d_ff=width)
 
         def norm() -> AddNorm:
             return AddNorm(d_model, eps, "layer", residual_in_fp32=False)

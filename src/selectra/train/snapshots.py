@@ -64,7 +64,7 @@ class Snapshots:
             DataError: The one before could not be written.
         """
         self.finish()
-        writer = _Writer(folder(self.out, step), state, self.keep)
+        writer = _Writer(folder(self.out, step), state, self.keep, self.world.size)
         options = {"storage_writer": writer, "process_group": self.world.files, "no_dist": self.world.files is None}
         self._going_on = step, self._writer.submit(save, dict(tensors), **options)
 
@@ -139,9 +139,9 @@ def _sum(path: Path) -> int:
 class _Writer(FileSystemWriter):
     """Writes into a folder with a dot before its name, notes every file's checksum, and gives the folder its name."""
 
-    def __init__(self, path: Path, state: Mapping[str, Any], keep: int) -> None:
+    def __init__(self, path: Path, state: Mapping[str, Any], keep: int, processes: int) -> None:
         super().__init__(_partial(path))
-        self.final, self.state, self.keep = path, state, keep
+        self.final, self.state, self.keep, self.processes = path, state, keep, processes
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         written = super().write_data(plan, planner)
@@ -153,6 +153,9 @@ class _Writer(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: Any) -> None:
         """The last act, of the first process, when all files of all processes are there."""
+        if len(results) != self.processes:
+            # Where an error has ended the group of processes, PyTorch writes this one's parts as if they were all.
+            raise RuntimeError(f"{len(results)} of {self.processes} processes wrote their parts")
         super().finish(metadata, results)
         here = Path(self.path)
         with (here / STATE).open("wb") as file:
@@ -265,6 +268,11 @@ class Snapshot:
             DataError: They are not those of this checkpoint.
         """
         missing = sorted(tensors.keys() - self.described.keys())
+        for name in sorted(tensors.keys() & self.described.keys()):
+            # What no part covers would keep what is in memory by chance.
+            found = sum(chunk.sizes.numel() for chunk in self._tensor(name).chunks)
+            if found < self.shape(name).numel():
+                raise damaged(self.path, f"of '{name}' it has {found} of {self.shape(name).numel()} numbers")
         other = [name for name in tensors.keys() & self.described.keys() if tensors[name].shape != self.shape(name)]
         if missing or other:
             name = (missing or sorted(other))[0]
