@@ -133,3 +133,12 @@ def test_widths_of_language_models_are_multiples(name: str) -> None:
     found = match(spec, facts, params=100_000, align=8, tolerance=0.1)
     assert all(found.spec.args[each] % 8 == 0 for each in ("d_model", *inner))
     assert abs(found.cost.parameters / 100_000 - 1) <= 0.1 and found.cost.flops > 0
+
+
+@pytest.mark.parametrize("params", [30_000, 50_000, 200_000])
+def test_an_inner_width_that_follows_by_itself_makes_up_the_rest(params: int) -> None:
+    facts = {"seq_len": 96, "horizon": 24, "n_series": 3}
+    # Eight heads allow multiples of eight alone, which lie up to 28 % apart.
+    found = match(Spec("itransformer"), facts, params=params)
+    assert abs(found.got / params - 1) <= TOLERANCE and found.over == "d_ff"
+    assert count_parameters(found.spec, facts) == found.got

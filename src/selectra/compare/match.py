@@ -171,6 +171,8 @@ class _Turned:
     align: int = 1
     above: Spec | None = None
     """The model of which `spec` is the backbone, if it is one."""
+    unset: tuple[str, ...] = ()
+    """Inner widths that follow the first one by themselves, as long as nobody sets them."""
 
     def __call__(self, value: int) -> Spec:
         inner = self.inner(value)
@@ -195,11 +197,12 @@ class _Turned:
 
     def followers(self, values: Iterable[int]) -> "list[_Turned]":
         """With the width as it is at each of these values, each inner width to be turned alone."""
-        fixed = [self.inner(value) for value in values]
-        names = (*self.values,)[1:]
+        fixed = [(value, self.inner(value)) for value in values]
+        names = (*(*self.values,)[1:], *self.unset)
         return [
-            _Turned(spec, name, {name: spec.args[name]}, self.align, self.above) for name in names for spec in fixed
-        ]
+            _Turned(spec, name, {name: spec.args.get(name, value)}, self.align, self.above)
+            for name in names for value, spec in fixed
+        ]  # fmt: skip
 
 
 @dataclass
@@ -233,7 +236,9 @@ def _turned(spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"
         raise ConfigError(
             f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}."
         )
-    return _Turned(inner, next(iter(values)), values, align if over == "width" else 1, above)
+    known = models.resolve(inner, partial=True)
+    unset = tuple(name for name in WIDTHS if over == "width" and name in known and known[name].value is None)
+    return _Turned(inner, next(iter(values)), values, align if over == "width" else 1, above, unset)
 
 
 def _sizes(
