@@ -66,7 +66,7 @@ def test_a_validation_part_without_an_image_is_refused(tmp_path: Path) -> None:
 
 def test_a_single_class_is_refused(tmp_path: Path) -> None:
     text = refused(make_study(write_images(tmp_path / "one", 12, ("cat",))), tmp_path / "a.sqlite")
-    assert "a single class, 'cat'" in text
+    assert "are of one class, 'cat', so there is nothing to tell apart" in text
 
 
 @pytest.mark.parametrize("keep", ["memory", "disk"])

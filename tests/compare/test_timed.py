@@ -26,9 +26,7 @@ def test_what_only_the_first_calls_take_is_not_timed() -> None:
 
 def test_times_of_one_call_are_shown_as_such_and_compared_with_none() -> None:
     names = ("ours", "theirs")
-    study = cast(
-        Study, SimpleNamespace(bases=[SimpleNamespace(name="b")], variants=[SimpleNamespace(name=n) for n in names])
-    )
+    study = cast(Study, SimpleNamespace(bases=[SimpleNamespace(name="b")], rivals=lambda _: ["theirs"]))
 
     def found(iqr: float) -> set[tuple[str, str]]:
         cost = {"parameters": 5, "activations_mb": 1.0, "forward_iqr_ms": 0.1, "step_iqr_ms": iqr}

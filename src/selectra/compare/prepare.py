@@ -69,8 +69,7 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
     Images by which models are judged are read once: a damaged one would end every training at its last step.
 
     Raises:
-        DataError: The validation part or the test part is empty or has a file that cannot be read, or there is a single
-            class.
+        DataError: The validation part or the test part is empty, or has a file that cannot be read.
     """
     for part, called, why in (("val", "validation", "chooses learning rates and weights by it"),
                               ("test", "test", "decides by it")):  # fmt: skip
@@ -83,11 +82,6 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
             for row in data.readable(part):
                 in_time()
                 data.read(int(row))
-    if base.task.name == "classification" and data.facts.get("n_classes") == 1:
-        raise DataError(
-            f"'{base.name}' has a single class{_named(data)}, which every model gets right; a comparison needs two or "
-            "more, each a folder of its own."
-        )
 
 
 def _require_metric(study: Study, base: Run, data: Any, spec: Spec) -> None:
@@ -106,11 +100,6 @@ def _require_metric(study: Study, base: Run, data: Any, spec: Spec) -> None:
             f"the study '{study.name}' is decided by '{study.metric}', and the task '{base.task.name}' measures "
             f"{known}.{nearest(study.metric, known)}"
         )
-
-
-def _named(data: Any) -> str:
-    classes = getattr(data, "classes", ())
-    return f", '{classes[0]}'" if classes else ""
 
 
 def _prepared(
