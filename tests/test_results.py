@@ -9,6 +9,7 @@ import pytest
 
 from selectra.choices import Sort
 from selectra.compare.answer import QUESTIONS, _question, collect, together
+from selectra.compare.results import concluded
 from selectra.errors import DataError
 from selectra.report import answer
 from selectra.report.forecasting import page, read_records
@@ -94,6 +95,33 @@ def test_a_mamba_that_is_not_the_best_of_its_study_is_said_to_lose() -> None:
     recall = [text for text in claims if text.startswith("recall")]
     assert len(recall) == 16
     assert all("Holm's correction for 8 comparisons" in claims[text]["text"] for text in recall)
+
+
+STUDIES = [path.name for path in sorted((ROOT / "results").glob("*.json"))
+           if path.read_text("utf-8").find('"what": "selectra study"') >= 0]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_a_study_concludes_follows_from_its_rows(name: str) -> None:
+    record = json.loads((ROOT / "results" / name).read_text("utf-8"))
+    found = json.loads(json.dumps(concluded(record)))
+    for part in ("subject", "overall", "by_base", "costs", "verdict"):
+        assert alike(found[part], record[part]), part
+    # Another score of a single seed would be seen.
+    values = next(row for row in record["rows"] if row["variant"] == record["subject"])["values"]
+    values[next(iter(values))] *= 1.01
+    assert not alike(concluded(record)["overall"], found["overall"])
+
+
+def alike(found: Any, wanted: Any) -> bool:
+    """Whether all words are equal and all numbers are to rounding."""
+    if isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(alike(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(alike, found, wanted))
+    if isinstance(wanted, float):
+        return found == pytest.approx(wanted, rel=1e-6, abs=1e-12)
+    return found == wanted
 
 
 def test_data_that_differ_in_one_word_are_named_together() -> None:

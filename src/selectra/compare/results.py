@@ -45,19 +45,27 @@ def results(store: Store) -> Row:
     require_alike(scored, str(store.path))
     rows = [_row(study, known, base.name, variant.name, cells)
             for base in study.bases for variant in study.variants]  # fmt: skip
-    subject = _subject(study, rows)
-    overall, by_base = _contrasts(study, rows, subject)
-    counts = store.counts()
-    content = {
+    lengths = [row for row in store.recall(PREPARED)["curves"] if "reason" not in row]
+    return concluded({
         "what": WHAT, "format": FORMAT, "name": study.name, "question": study.question, "study": definition,
-        "subject": subject, "subject_title": study.subject_title or study.subject,
+        "subject": None, "subject_title": study.subject_title or study.subject,
         "metric": study.metric, "higher_is_better": study.higher_is_better, "seeds": study.seeds,
-        "error_rate": ERROR_RATE, "confidence": CONFIDENCE, "counts": counts,
+        "error_rate": ERROR_RATE, "confidence": CONFIDENCE, "counts": store.counts(),
         "kinds": {each.name: each.kind for each in study.variants},
-        "rows": rows, "overall": overall, "by_base": by_base,
-        "costs": _costs(study, rows, subject), "curves": _curves(store, study, subject),
+        "rows": rows, "overall": [], "by_base": [], "costs": [], "curves": {"rows": lengths},
         "environments": environments, "cells": [cell for cell in cells if "trial" not in cell],
         "trials": [cell for cell in cells if "trial" in cell],
+    })  # fmt: skip
+
+
+def concluded(record: Row) -> Row:
+    """A study's record with all that follows from its rows and curves: comparisons, costs, crossings, the verdict."""
+    study, rows, curves = Study.model_validate(record["study"]), record["rows"], record["curves"]["rows"]
+    subject = _subject(study, rows)
+    overall, by_base = _contrasts(study, rows, subject)
+    content = {
+        **record, "subject": subject, "overall": overall, "by_base": by_base, "costs": _costs(study, rows, subject),
+        "curves": {"rows": curves, "crossings": _crossings(study, curves, subject)},
     }  # fmt: skip
     return {**content, "verdict": verdict(content)}
 
@@ -259,9 +267,8 @@ def _list(content: Row, rivals: Sequence[str]) -> str:
     return f"{', '.join(shown[:-1])} and {shown[-1]}" if shown[1:] else shown[0]
 
 
-def _curves(store: Store, study: Study, subject: str | None) -> Row:
-    """Time and memory against the length, and where the subject becomes cheaper than each rival."""
-    rows = [row for row in store.recall(PREPARED)["curves"] if "reason" not in row]
+def _crossings(study: Study, rows: Sequence[Row], subject: str | None) -> list[Row]:
+    """Where along the length the subject becomes cheaper than each rival, in time and memory."""
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[row["variant"]].append(row)
@@ -271,7 +278,7 @@ def _curves(store: Store, study: Study, subject: str | None) -> Row:
             if subject in found and rival in found:
                 length = crossover(found[subject], found[rival], quantity)
                 crossings.append({"rival": rival, "quantity": quantity, "length": length})
-    return {"rows": rows, "crossings": crossings}
+    return crossings
 
 
 def crossover(ours: Sequence[Row], theirs: Sequence[Row], quantity: str) -> float | None:
