@@ -12,6 +12,7 @@ from selectra.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from selectra.compare.store import Store
     from selectra.compare.study import Budget as StudyBudget
+    from selectra.compare.study import Study
 
 BUDGETS = {"params": "budget_params", "flops": "budget_flops", "latency": "budget_latency"}
 
@@ -104,12 +105,20 @@ def compare(
     budget = _budget({"params": budget_params, "flops": budget_flops, "latency": budget_latency})
     asked = Asked(file, _names(models), quick, lookback, horizon, steps, batch_size, seeds, trials, budget, img_size,
                   None if match is None else match.value)  # fmt: skip
-    study = find_study(what, asked)
+    _study(find_study(what, asked), store, (device, time_limit, workers or _usual_workers(device), packed))
+
+
+def _study(study: "Study", store: Path | None, how: tuple[str, float | None, int, int]) -> None:
+    """Do a study, and write its page; `how` are the device, the time limit, the workers and the trainings side by side.
+
+    Raises:
+        DataError: No training succeeded.
+    """
     from selectra.compare.conduct import Wish, conduct, failures  # noqa: PLC0415
     from selectra.compare.crew import Crew  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
-    counts = conduct(study, Wish(path, device, time_limit, workers or _usual_workers(device), packed), console)
+    counts = conduct(study, Wish(path, *how), console)
     # Of processes that torchrun started the first one is the last to leave.
     if Crew.found().rank:
         return
