@@ -65,3 +65,14 @@ def test_contenders_take_turns_and_a_slow_one_runs_once() -> None:
     assert ran.count("slow") == 2 and timings["slow"].rounds == 1
     assert timings["fast"].rounds >= 3
     assert timings["slow"].median >= 0.05
+    assert interleaved({"slow": slow}, 0.01, CPU)["slow"].rounds == 1
+
+
+def test_a_slow_first_call_as_a_compilers_does_not_make_a_contender_slow() -> None:
+    pauses = [0.05]
+
+    def compiled() -> None:
+        time.sleep(pauses.pop() if pauses else 0.0)
+
+    found = interleaved({"compiled": compiled}, 0.01, CPU)["compiled"]
+    assert found.rounds >= 3 and found.median < 0.05

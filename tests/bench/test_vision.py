@@ -256,3 +256,5 @@ def test_the_table_of_trainings_gives_ratios() -> None:
     shown = vision_table.training_table({"training": {"rows": [row]}})
     assert "| m | p | 50 | eager | 5,000 | 2,000 | 2.50 | 2.50 | 2.0 |" in shown
     assert "1.0 (25%)" in shown
+    row["eager"] = {side: {**timed, "rounds": 1} for side, timed in way.items()}
+    assert "2.50 (one call) | 2.50 |" in vision_table.training_table({"training": {"rows": [row]}})

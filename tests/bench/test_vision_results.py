@@ -157,6 +157,13 @@ def test_targets_are_met_or_not_or_have_no_record() -> None:
     assert f"`vim_tiny`, 128 {others}, eager | 2 times | 2.50 | yes |" in text
     assert f"`vim_tiny`, 128 {others}, compiled | 2 times | no record yet | - |" in text
     assert f"`vmamba_tiny`, 128 {others}, eager | 2 times | 1.50 | **no** |" in text
+    once = {side: {**timing(ms), "rounds": 1} for side, ms in (("ours", 1.0), ("theirs", 3.0))}
+    many = {side: {**timing(ms), "rounds": 3} for side, ms in (("ours", 1.0), ("theirs", 2.2))}
+    single, found = kernels("vim_tiny", 1.0, 2.5), {"compiled": once, "compiled, one CUDA graph": many}
+    ways = vision_target_table({**single, "training": {"rows": [{**single["training"]["rows"][0], **found}]}})
+    assert f"`vim_tiny`, 128 {others}, compiled | 2 times | 3.00 (one call) | not shown |" in ways
+    assert f"`vim_tiny`, 128 {others}, compiled, one CUDA graph | 2 times | 2.20 | yes |" in ways
+    assert "eager, one CUDA graph" not in ways
     # Each number of images is a line of its own, and a model without a record keeps its own.
     more = vision_target_table(kernels("vim_tiny", 1.0, 1.9), kernels("vim_tiny", 1.0, 2.6, batch=256))
     assert f"`vim_tiny`, 128 {others}, eager | 2 times | 1.90 | **no** |" in more

@@ -15,8 +15,8 @@ def block_table(record: Record) -> str:
         found = {row["name"]: row for row in record["rows"] if row["L"] == length}
         cells = [f"{length:,}"]
         for kind in ("forward", "training"):
-            mamba, other = (1e3 * found[name][kind]["median"] for name in ("mamba", "transformer"))
-            cells += [f"{mamba:.2f}", f"{other:.2f}", f"{other / mamba:.2f}"]
+            mamba, other = (found[name][kind] for name in ("mamba", "transformer"))
+            cells += [_milliseconds(mamba), _milliseconds(other), f"{other['median'] / mamba['median']:.2f}"]
         cells += [_mebibytes(found[name]) for name in ("mamba", "transformer")]
         rows.append(cells)
     columns = ["L", "forward, ms: Mamba", "Transformer", "ratio", "training, ms: Mamba", "Transformer", "ratio"]
@@ -48,7 +48,10 @@ def ways_table(record: Record) -> str:
 
 
 def _milliseconds(timing: dict[str, float] | None) -> str:
-    return "-" if timing is None else f"{1e3 * timing['median']:.2f}"
+    """With a mark where it is the time of one call, which chance may have made."""
+    if timing is None:
+        return "-"
+    return f"{1e3 * timing['median']:.2f}{' (one call)' if timing.get('rounds') == 1 else ''}"
 
 
 def parts_table(record: Record) -> str:

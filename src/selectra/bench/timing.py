@@ -23,21 +23,22 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every contender once a round, in the same order, until `seconds` are over.
 
-    The first call of each is a warm-up. A contender that is much faster than the slowest runs several times in a
-    round, so that its time is not lost in the clock's grain; one whose single call outlasts `seconds` runs in the
-    first round alone.
+    The first call of each is a warm-up, whose time, maybe that of a compiler, tells nothing. A contender that is much
+    faster than the slowest runs several times in a round, so that its time is not lost in the clock's grain; one whose
+    second call outlasts `seconds` has no other.
     """
-    first = {name: _seconds(run, 1, device) for name, run in contenders.items()}
-    quick = {name: t if t > seconds else _seconds(contenders[name], 1, device) for name, t in first.items()}
-    slow = {name for name, t in quick.items() if t > seconds}
-    longest = max(min(t, seconds) for t in quick.values())
-    repeats = {name: max(1, min(200, int(longest / 10 / max(t, 1e-6)))) for name, t in quick.items()}
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        _seconds(run, 1, device)
+    second = {name: _seconds(run, 1, device) for name, run in contenders.items()}
+    slow = {name for name, t in second.items() if t > seconds}
+    longest = max(min(t, seconds) for t in second.values())
+    repeats = {name: max(1, min(200, int(longest / 10 / max(t, 1e-6)))) for name, t in second.items()}
+    times: dict[str, list[float]] = {name: [second[name]] if name in slow else [] for name in contenders}
     end = time.perf_counter() + seconds
     rounds = 0
-    while rounds < least_rounds or time.perf_counter() < end:
+    while slow != set(contenders) and (rounds < least_rounds or time.perf_counter() < end):
         for name, run in contenders.items():
-            if not rounds or name not in slow:
+            if name not in slow:
                 times[name].append(_seconds(run, repeats[name], device))
         rounds += 1
     return {name: Timing(statistics.median(t), min(t), len(t)) for name, t in times.items()}

@@ -10,10 +10,14 @@ from torch.nn import functional as F
 
 from selectra.bench.events import Stopwatch, time_in_turn
 from selectra.bench.timing import interleaved
-from selectra.errors import ConfigError
+from selectra.errors import BackendError, ConfigError
 from selectra.spec import nearest
 
 Step = Callable[[], object]
+# Steps before one is recorded as a graph, as PyTorch's documentation asks for.
+WARM = 3
+# The host's time wavers from step to step.
+LEAST_ROUNDS = 9
 
 
 def images(batch: int, size: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -35,7 +39,7 @@ def inference_of(model: nn.Module, x: Tensor) -> Step:
 
 def training_of(model: nn.Module, x: Tensor, target: Tensor) -> Step:
     """Forward, backward and AdamW, which runs as one kernel for all parameters."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True, capturable=x.is_cuda)
 
     def run() -> object:
         optimizer.zero_grad()
@@ -48,6 +52,27 @@ def training_of(model: nn.Module, x: Tensor, target: Tensor) -> Step:
     return run
 
 
+def as_one_graph(step: Step, device: torch.device) -> Step:
+    """The step recorded once as a CUDA graph: the host launches it whole, and its own speed does not count.
+
+    Raises:
+        BackendError: The device is no GPU.
+    """
+    if device.type != "cuda":
+        raise BackendError(f"a step on {device} cannot be recorded as a CUDA graph; measure on a GPU, device 'cuda'.")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # What kernels choose, compile or allocate at first is not for the graph.
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
 def compiled_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
     """Compile each block in place, blocks of one kind and shape together; what lies around them stays eager."""
     for block in blocks:
@@ -57,7 +82,7 @@ def compiled_blocks(model: nn.Module, blocks: list[nn.Module]) -> nn.Module:
 
 def times(steps: Mapping[str, Step], seconds: float, watch: Stopwatch) -> dict[str, dict[str, Any]]:
     """Of every step: wall clock with the host's time in it, and the device's own time by events, in turn."""
-    walls = interleaved(steps, seconds, watch.device)
+    walls = interleaved(steps, seconds, watch.device, LEAST_ROUNDS)
     own = time_in_turn({name: _numbered(step) for name, step in steps.items()}, seconds, watch)
     return {
         name: {

@@ -13,7 +13,16 @@ from selectra.bench.modules import Subject, agree, backends, check, plain, seede
 from selectra.bench.peers import MAMBA_SSM, VMAMBA
 from selectra.bench.vision_peers import CONV, COPIES, missing, with_theirs
 from selectra.bench.vision_shares import shares
-from selectra.bench.vision_steps import compiled_blocks, images, peak_bytes, rows_named, times, training_of
+from selectra.bench.vision_steps import (
+    Step,
+    as_one_graph,
+    compiled_blocks,
+    images,
+    peak_bytes,
+    rows_named,
+    times,
+    training_of,
+)
 from selectra.errors import BackendError
 from selectra.registry import models
 from selectra.spec import Spec
@@ -46,12 +55,15 @@ CASES = (
 # A step of these takes the GPU longer than the host, which prepares a step of fewer images as slowly.
 LARGE = tuple(case._replace(batch=256) for case in CASES)
 SIDES = ("ours", "theirs")
+# What a row's keys of times are; a step as one CUDA graph costs the host nothing, on both sides.
+EAGER, COMPILED, EAGER_GRAPH, COMPILED_GRAPH = "eager", "compiled", "eager, one CUDA graph", "compiled, one CUDA graph"
+WAYS = (EAGER, EAGER_GRAPH, COMPILED, COMPILED_GRAPH)
 
 
 def measure(
     into: dict[str, Any], seconds: float, watch: Stopwatch, save: Callable[[], None], only: str | None = None
 ) -> None:
-    """Check all cases, then time each eager, each with compiled blocks, and profile the eager steps."""
+    """Check all cases, then time each eager, each with compiled blocks, both as one graph too; profile eager steps."""
     cases = rows_named(only, {case.name: case for case in (*CASES, *LARGE)}, CASES)
     absent = missing(*dict.fromkeys(case.peer for case in cases))
     if absent:
@@ -94,7 +106,8 @@ def _eager(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch) ->
     steps = {side: training_of(model, x, target) for side, model in sides.items()}
     row["peak_bytes"] = {side: peak_bytes(step, watch.device) for side, step in steps.items()}
     row["backends"] = backends(Subject(sides["ours"], x[:1], plain))
-    row["eager"] = times(steps, seconds, watch)
+    row[EAGER] = times(steps, seconds, watch)
+    _as_graphs(row, EAGER_GRAPH, steps, seconds, watch)
 
 
 def _compiled(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch) -> None:
@@ -103,7 +116,14 @@ def _compiled(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch)
     sides = _sides(case, watch.device)
     for model in sides.values():
         compiled_blocks(model, model.blocks())  # pyright: ignore[reportCallIssue]
-    row["compiled"] = times({side: training_of(model, x, target) for side, model in sides.items()}, seconds, watch)
+    steps = {side: training_of(model, x, target) for side, model in sides.items()}
+    row[COMPILED] = times(steps, seconds, watch)
+    _as_graphs(row, COMPILED_GRAPH, steps, seconds, watch)
+
+
+def _as_graphs(row: dict[str, Any], way: str, steps: dict[str, Step], seconds: float, watch: Stopwatch) -> None:
+    if watch.cuda:
+        row[way] = times({side: as_one_graph(step, watch.device) for side, step in steps.items()}, seconds, watch)
 
 
 def _profiled(row: dict[str, Any], case: Case, seconds: float, watch: Stopwatch) -> None:

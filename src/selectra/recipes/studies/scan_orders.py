@@ -15,7 +15,7 @@ ROUTES = {
 def scan_orders() -> Study:
     """Do images need scans along four routes, both axes and both ways?
 
-    20 trainings of 1,000 steps; its cost is not measured yet.
+    20 trainings of 1,000 steps; of 600 steps on CIFAR-10-JPEG, five side by side on an H200: 2 min 26 s.
     Widths make up for the parameters of routes that are left out.
     """
     whole = Spec("vmamba_tiny_s1l8", stem="patches", patch_size=2, dims=(64, 128, 256), depths=(2, 2, 2))
