@@ -74,6 +74,91 @@ def test_an_answer_without_records_says_so(tmp_path: Path) -> None:
         collect(tmp_path)
 
 
+def interrupted(path: str, gone: set[tuple[str, str]], reason: str | None = None) -> dict[str, Any]:
+    """A committed record as its store would have given it before some models' (variant, seed) were trained.
+
+    Args:
+        reason: Why these failed, where they were tried.
+    """
+    record = json.loads((ROOT / "results" / path).read_text(encoding="utf-8"))
+    cells = record["cells"]
+    for row in record["rows"]:
+        mine = [seed for variant, seed in sorted(gone) if variant == row["variant"]]
+        row["values"] = {seed: value for seed, value in row["values"].items() if seed not in mine}
+        row["missing"] = [int(seed) for seed in mine]
+        row["reasons"] = [reason] if reason and mine else []
+    kept = [cell for cell in cells if (cell["variant"], str(cell["seed"])) not in gone]
+    failed = [{key: cell[key] for key in ("base", "variant", "seed")} | {"reason": reason}
+              for cell in cells if (cell["variant"], str(cell["seed"])) in gone]  # fmt: skip
+    return concluded({**record, "cells": [*kept, *(failed if reason else [])]})
+
+
+def answered(folder: Path, *records: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What a folder of these records says, and its page."""
+    for number, record in enumerate(records):
+        (folder / f"{number}.json").write_text(json.dumps(record), encoding="utf-8")
+    content = collect(folder)
+    return content, answer.page(content, "results")
+
+
+LANGUAGE = "language_shakespeare_nvidia_h200_2026-11-22.json"
+
+
+def test_a_study_that_is_not_finished_answers_nothing_yet(tmp_path: Path) -> None:
+    """It is said how far it is, and what is claimed rests on models that have all of their trainings."""
+    content, page_ = answered(tmp_path, interrupted(LANGUAGE, {("gpt", "1"), ("gpt", "2"), ("mamba", "2")}))
+    title, command = QUESTIONS["language"]
+    ran = json.loads((ROOT / "results" / LANGUAGE).read_text())["command"]
+    line = f"- {title}: 15 of 18 trainings ([record](results/0.json)); gone on with by `{ran}` with the same store"
+    assert f"## What is not finished yet\n\n{line}\n" in page_
+    assert f"- {title}: no record yet; made by `{command}`" not in page_
+    claims = by_pair(content)
+    what = "Tiny Shakespeare, 11 M parameters, unfinished, 15 of 18 trainings"
+    assert {text.removeprefix(f"{what}: ") for text in claims} == {
+        "hybrid against rwkv", "hybrid against retnet", "hybrid against hyena"}  # fmt: skip
+    # No Mamba has all of its trainings: nothing is claimed.
+    content, page_ = answered(tmp_path, interrupted(LANGUAGE, {("hybrid", "2"), ("mamba", "0")}))
+    assert (content["claims"], content["verdict"]) == ([], "No record yet.")
+    assert f"- {title}: 16 of 18 trainings" in page_
+
+
+def test_a_model_that_lacks_one_of_many_trainings_is_left_out(tmp_path: Path) -> None:
+    """Also where those that it has would be enough for an interval: what is lacking is not lacking by chance."""
+    record = json.loads((ROOT / "results" / LANGUAGE).read_text(encoding="utf-8"))
+    record["seeds"] = record["study"]["seeds"] = 4
+    for row in record["rows"]:
+        row["values"]["3"] = 1.001 * row["values"]["2"]
+    (mine,) = [row for row in record["rows"] if row["variant"] == "mamba"]
+    del mine["values"]["3"]
+    mine["missing"] = [3]
+    content, _ = answered(tmp_path, concluded(record))
+    assert content["claims"] and {each["mamba"] for each in content["table"]} == {"hybrid"}
+
+
+def test_a_finished_record_answers_beside_an_unfinished_one(tmp_path: Path) -> None:
+    whole = json.loads((ROOT / "results" / LANGUAGE).read_text(encoding="utf-8"))
+    content, page_ = answered(tmp_path, whole, interrupted(LANGUAGE, {("gpt", "1")}))
+    title = QUESTIONS["language"][0]
+    assert f"- {title}: 17 of 18 trainings" in page_ and f"- {title}: no record yet" not in page_
+    assert "Tiny Shakespeare, 11 M parameters: hybrid against gpt" in by_pair(content)
+
+
+def test_trainings_that_failed_have_ended(tmp_path: Path) -> None:
+    gone = {("gpt", "1"), ("mamba", "2")}
+    content, page_ = answered(tmp_path, interrupted(LANGUAGE, gone, reason="diverged"))
+    assert "not finished yet" not in page_ and QUESTIONS["language"][0] not in page_
+    assert {text.split(": ")[1] for text in by_pair(content)} == {
+        "hybrid against rwkv", "hybrid against retnet", "hybrid against hyena"}  # fmt: skip
+
+
+def test_an_unfinished_study_of_parts_says_how_far_it_is(tmp_path: Path) -> None:
+    path = "study_selection_nvidia_h200_2026-11-23.json"
+    _, page_ = answered(tmp_path, interrupted(path, {("both", "1"), ("without channels", "2")}))
+    title, command = QUESTIONS["selection"]
+    assert f"- {title}: 10 of 12 trainings ([record](results/0.json)); gone on with by `{command}`" in page_
+    assert "**No verdict yet: 2 of 4 results are missing.** 10 of 12 scored trainings ([record]" in page_
+
+
 def by_pair(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Claims by the data and the two models."""
     return {re.sub(r"(against \w+),.*", r"\1", claim["text"]): claim for claim in content["claims"]}

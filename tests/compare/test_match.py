@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from selectra.compare.match import TOLERANCE, match
+from selectra.compare import measure as measuring
+from selectra.compare import room
+from selectra.compare.match import TOLERANCE, match, meet
 from selectra.compare.measure import (
     SHAPES,
     build_model,
     count_flops,
     count_parameters,
+    flops_unbuilt,
     inputs_for,
     kept_for_backward,
     measure,
@@ -24,6 +27,8 @@ from selectra.spec import Spec
 FACTS: dict[str, dict[str, Any]] = {
     "series": {"seq_len": 24, "horizon": 8, "n_series": 3, "season": 24},
     "image": {"n_classes": 10, "in_channels": 3, "img_size": 32},
+    "language": {"vocab_size": 20, "seq_len": 32},
+    "detection": {"n_classes": 5, "img_size": 64},
 }
 
 
@@ -88,6 +93,86 @@ def test_the_nearest_ones_lie_on_both_sides() -> None:
         match(Spec("tsm2"), FACTS["series"], params=sum(counts) / 2)
     found = re.findall(r"d_model=(\d+) with ([\d,]+) parameters", str(caught.value))
     assert found == [(str(value), f"{count:,}") for value, count in zip((4, 5), counts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "amount", "words"),
+    [
+        # Models of which every inner width was once searched at some hundred widths.
+        ("s_mamba", {}, 5, "the least is d_model=1 with [0-9,]+ parameters; ask for that"),
+        ("timemachine", {}, 5, "the least is n1=1 with [0-9,]+ parameters"),
+        ("modern_tcn", {}, 1e12, "the most is d_model=16431 with [0-9,.e+]+ parameters; ask for that"),
+        ("vmamba_smoke", {}, 5, "the least is dims=1 with [0-9,]+ parameters"),
+        ("rwkv", {"d_model": 64, "depth": 2, "d_ff": 128}, 5, "the least is d_model=1 with [0-9,]+ parameters"),
+        ("rwkv", {"d_model": 64, "depth": 2, "d_ff": 128}, 1e12, "the most is d_model=16431 with"),
+    ],
+)
+def test_budgets_beyond_all_reach_are_refused_after_few_tries(
+    name: str, args: dict[str, Any], amount: float, words: str
+) -> None:
+    spec, tries = Spec(name, **args), list[None]()
+    with pytest.raises(ConfigError, match=words):
+        meet(spec, FACTS[models.entry(name).kind], "params", amount, before_each=lambda: tries.append(None))
+    assert len(tries) < 100
+
+
+def test_an_inner_width_is_turned_where_the_least_width_is_too_large() -> None:
+    facts = FACTS["series"]
+    spec = Spec("patchtst", patch_len=8, stride=4)
+    least = count_parameters(spec.replace(d_model=16, d_ff=32), facts)
+    found = meet(spec, facts, "params", 0.9 * least)
+    assert found.turned.label == "d_ff" and found.got is not None
+    assert abs(found.got / (0.9 * least) - 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("gru", {}), ("patchtst", {"patch_len": 8, "stride": 4}), ("tsm2", {}), ("vit_smoke", {}), ("vim_smoke", {}),
+        ("vmamba_smoke", {}), ("gpt", {"d_model": 32, "depth": 2}), ("mamba_lm", {"d_model": 32, "depth": 2}),
+        ("fcos_smoke", {"backbone": Spec("vmamba_smoke")}),
+    ],
+)  # fmt: skip
+def test_flops_of_a_model_that_is_not_built_are_those_of_a_real_pass(name: str, args: dict[str, Any]) -> None:
+    facts = FACTS[models.entry(name).kind]
+    spec = Spec(name, **args)
+    assert flops_unbuilt(spec, facts) == count_flops(build_model(spec, facts).eval(), inputs_for(spec, facts, 1))
+
+
+def test_budgets_of_flops_and_time_build_no_giants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of FLOPs nothing is built on the way; what is timed must fit into the memory."""
+    built: list[str] = []
+
+    def building(spec: Spec, facts: Any, device: Any = "cpu") -> nn.Module:
+        built.append(str(device))
+        return build_model(spec, facts, device)
+
+    monkeypatch.setattr(measuring, "build_model", building)
+    found = meet(Spec("gru", depth=1), FACTS["series"], "flops", 1e11)
+    assert found.got is not None and abs(found.got / 1e11 - 1) <= TOLERANCE and set(built) == {"meta"}
+    with pytest.raises(ConfigError, match=r"a latency of 1e\+09 ms is asked for; a budget is at most 10,000 ms"):
+        meet(Spec("gru"), FACTS["series"], "latency", 1e9)
+    few = count_parameters(Spec("gru", d_model=8), FACTS["series"])
+    monkeypatch.setattr(room, "memory_of", lambda device: few * room.BYTES["cpu"])
+    del built[:]
+    with pytest.raises(ConfigError, match=r"are d_model=8 with .* ms and d_model=9 too large for the memory"):
+        meet(Spec("gru"), FACTS["series"], "latency", 5000)
+    assert 0 < len([each for each in built if each != "meta"]) < 60
+
+
+def test_what_does_not_fit_into_the_memory_is_refused_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "memory_of", lambda device: 2**20)
+    words = (
+        r"gru with [0-9,]+ parameters is too large for this machine: a training needs 20 bytes .* 52,429 parameters fit"
+    )
+    with pytest.raises(ConfigError, match=words):
+        match(Spec("gru"), FACTS["series"], params=60_000)
+    with pytest.raises(ConfigError, match=r"for 3 trainings side by side 0\.0027.* fewer --workers"):
+        room.require_room("gru", 50_000, torch.device("cpu"), side_by_side=3)
+    room.require_room("gru", 50_000, torch.device("cpu"))
+    # Where the memory's size is not known nothing is refused.
+    monkeypatch.setattr(room, "memory_of", lambda device: None)
+    room.require_room("gru", 1e15, torch.device("cpu"))
 
 
 def test_flops_count_scans_by_the_rule_of_the_field() -> None:

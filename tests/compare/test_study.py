@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from selectra.compare import prepare, worker
+from selectra.compare import prepare, room, worker
 from selectra.compare.conduct import Wish, conduct, decide, open_study, stored_study
 from selectra.compare.measure import measure
 from selectra.compare.store import Store
@@ -204,9 +204,31 @@ def test_a_limit_of_time_holds_while_models_are_measured(
     assert measured == []
     monkeypatch.setattr(prepare, "time", SimpleNamespace(monotonic=itertools.count().__next__))
     with pytest.raises(prepare.TimeUpError, match="after 1 of 3"):
-        prepare.prepare(make_study(series), torch.device("cpu"), console, until=4)
+        prepare.prepare(make_study(series), torch.device("cpu"), console, until=5)
     assert len(measured) == 1
     assert "1 of 3: waves, tsm2: " in console.export_text()
+
+
+def test_what_cannot_be_met_or_held_is_refused_before_anything_is_built(
+    tmp_path: Path, series: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Also when it is the last of the models."""
+
+    def measuring(spec: Spec, *args: Any, **more: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(prepare, "measure", measuring)
+    variants = (*VARIANTS, Variant(name="mixer", model=Spec("tsmixer"), kind="mlp"))
+    study = make_study(series, budget=Budget(quantity="params", amount=1e8), variants=variants)
+    with pytest.raises(ConfigError, match=r"no tsmixer.d_ff brings tsmixer within 2 % .* the most is d_ff=16431"):
+        conduct(study, Wish(tmp_path / "a.sqlite", device="cpu"), QUIET)
+    study = make_study(series, budget=Budget(quantity="params", amount=1e12))
+    with pytest.raises(ConfigError, match=r"a model with 1,000,000,000,000 parameters is too large for this machine"):
+        conduct(study, Wish(tmp_path / "a.sqlite", device="cpu"), QUIET)
+    # Each process of several has a model of its own; in the sizes that a study states, too.
+    monkeypatch.setattr(room, "memory_of", lambda device: 1e6)
+    with pytest.raises(ConfigError, match=r"'tsm2' with [0-9,]+ parameters .* for 40 trainings side by side"):
+        conduct(make_study(series), Wish(tmp_path / "a.sqlite", device="cpu", workers=40), QUIET)
 
 
 def test_a_limit_of_time_begins_nothing_and_the_file_can_be_moved(tmp_path: Path, undisturbed: Path) -> None:

@@ -150,7 +150,7 @@ def test_bad_prompts_are_refused():
 
 def test_what_does_not_fit_into_memory_is_refused_before_anything_is_read(monkeypatch):
     model = build("gpt_smoke")
-    monkeypatch.setattr(module, "_memory", lambda _: 10_000)
+    monkeypatch.setattr(module, "memory_of", lambda _: 10_000)
 
     def must_not_run(*_: Any, **__: Any) -> Tensor:
         raise AssertionError

@@ -50,15 +50,17 @@ def collect(folder: Path) -> Row:
     if not folder.is_dir():
         raise DataError(f"there is no folder '{folder}'; name one with records, such as results.")
     records = {path.name: _read(path) for path in sorted(folder.glob("*.json"))}
-    found: Row = {"claims": [], "points": [], "speed": [], "parts": [], "table": [], "said": [], "answered": set()}
+    found: Row = {"claims": [], "points": [], "speed": [], "parts": [], "table": [], "said": [], "unfinished": [],
+                  "answered": set()}  # fmt: skip
     _forecasting(found, _of(records, "selectra compare forecasting"))
     _images(found, _of(records, "vision_cifar10"))
     _studies(found, _of(records, "selectra study"))
     _costs(found, _of(records, "selectra costs"))
     _lengths(found, {name: each for name, each in records.items() if each.get("benchmark") == "lengths"})
     answered = found.pop("answered")
+    begun = {each["answers"] for each in found["unfinished"]}
     missing = [{"question": question, "command": command} for name, (question, command) in QUESTIONS.items()
-               if name not in answered]  # fmt: skip
+               if name not in answered | begun]  # fmt: skip
     return {**found, "missing": missing, "verdict": _verdict(found, found.pop("said"))}
 
 
@@ -164,17 +166,41 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
         if absent := [key for key in NEEDED if key not in record]:
             raise DataError(f"'{name}' is damaged or of another version: it has no {', '.join(absent)}; export it "
                             "again from its store with `selectra report`, or take it out of the folder.")  # fmt: skip
-        done = sum("test" in cell for cell in record["cells"])
-        found["answered"].add(_question(record["name"]))
+        left = _left(found, name, record)
+        if not left:
+            found["answered"].add(_question(record["name"]))
         if "mamba" in record["kinds"].values():
-            _contest(found, name, record)
+            _contest(found, name, record, left)
             continue
         found["parts"].append({
-            "question": record["question"], "text": record["verdict"]["text"], "trainings": done, "records": [name],
+            "question": record["question"], "text": record["verdict"]["text"], "records": [name],
+            "trainings": left or str(sum("test" in cell for cell in record["cells"])),
             "rows": [{key: row[key] for key in ("base", "variant", "mean", "spread")} | {
                 "parameters": row["cost"]["parameters"], "seeds": len(row["values"])} for row in record["rows"]],
             "metric": record["metric"],
         })  # fmt: skip
+
+
+def _left(found: Row, name: str, record: Row) -> str:
+    """How far a study is, as in "15 of 20"; empty where every training has ended. Noted where it has not.
+
+    A training that failed has ended: its study's page says why.
+    """
+    ended = {(cell["base"], cell["variant"], cell["seed"]) for cell in record["cells"]}
+    done, failed, left = 0, 0, 0
+    for row in record["rows"]:
+        open_ = [seed for seed in row["missing"] if (row["base"], row["variant"], seed) not in ended]
+        # Where every trial failed nothing was scored, and nothing will be.
+        open_ = [] if row["reasons"] and len(open_) == len(row["missing"]) else open_
+        done, failed = done + len(row["values"]), failed + len(row["missing"]) - len(open_)
+        left += len(open_)
+    if not left:
+        return ""
+    answers, told = _question(record["name"]), f"{done} of {done + left + failed}"
+    question, command = QUESTIONS.get(answers, (record["question"], None))
+    found["unfinished"].append({"question": question, "answers": answers, "trainings": told, "failed": failed,
+                                "command": record.get("command", command), "records": [name]})  # fmt: skip
+    return told
 
 
 def _question(name: str) -> str:
@@ -182,9 +208,13 @@ def _question(name: str) -> str:
     return name if name in QUESTIONS else SAME.get(name.partition("_")[0], name)
 
 
-def _contest(found: Row, name: str, record: Row) -> None:
-    """A study of Mamba against other kinds: its comparisons are claims like others, of every Mamba model in it."""
-    bases, metric = _data(record), record["metric"]
+def _contest(found: Row, name: str, record: Row, left: str) -> None:
+    """A study of Mamba against other kinds: its comparisons are claims like others, of every Mamba model in it.
+
+    Args:
+        left: How far it is, where it is not finished; then what is claimed is of models whose trainings all ended well.
+    """
+    bases, metric = _data(record) + (f", unfinished, {left} trainings" if left else ""), record["metric"]
     compared = [(subject, each) for subject, contrasts in _by_mamba(record).items() for each in contrasts]
     results = judged([each for _, each in compared], record["higher_is_better"])
     for subject in dict.fromkeys(subject for subject, _ in compared):
@@ -225,9 +255,10 @@ def together(names: Sequence[str]) -> str:
 def _by_mamba(record: Row) -> dict[str, list[Row]]:
     """Every Mamba model of a study, its subject first, against every rival; another Mamba is none.
 
-    They are corrected together: two Mamba models have twice the chance of a lucky difference.
+    They are corrected together: two Mamba models have twice the chance of a lucky difference. A model that lacks a
+    training is left out: those that ended are not chosen by chance, where others failed.
     """
-    kinds = record["kinds"]
+    kinds, lacking = record["kinds"], {row["variant"] for row in record["rows"] if row["missing"]}
     rivals = [each for each in record["overall"] if kinds.get(each["rival"]) != "mamba"]
     found = {record["subject"]: rivals}
     values: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -236,7 +267,7 @@ def _by_mamba(record: Row) -> dict[str, list[Row]]:
         # What no seed changes was run once and stands for every seed.
         every = row["values"] if alone is None else {str(seed): alone for seed in range(record["seeds"])}
         values[row["variant"]].append(every)
-    for model in (name for name in values if kinds.get(name) == "mamba" and name != record["subject"]):
+    for model in (name for name in values if kinds.get(name) == "mamba" and name not in (record["subject"], *lacking)):
         contrasts = []
         for rival in (each["rival"] for each in rivals):
             sides = (values[model], values[rival])

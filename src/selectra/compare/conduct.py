@@ -82,7 +82,9 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
                 return store.counts()
             time.sleep(WAITING)
         try:
-            study = open_study(store, study, device, console, until)
+            # Trainings on a GPU share its memory as far as it goes.
+            side_by_side = 1 if device.type == "cuda" else wish.workers
+            study = open_study(store, study, device, console, until, side_by_side)
         except TimeUpError as error:
             console.print(str(error), highlight=False, markup=False, soft_wrap=True)
             return store.counts()
@@ -104,7 +106,9 @@ def conduct(study: Study, wish: Wish, console: Console) -> dict[str, int]:
         store.close()
 
 
-def open_study(store: Store, study: Study, device: torch.device, console: Console, until: float = inf) -> Study:
+def open_study(
+    store: Store, study: Study, device: torch.device, console: Console, until: float = inf, side_by_side: int = 1
+) -> Study:  # fmt: skip
     """Prepare a study in an empty file, or go on with the one that the file holds; the study as it was prepared.
 
     Raises:
@@ -117,7 +121,7 @@ def open_study(store: Store, study: Study, device: torch.device, console: Consol
         if store.recall("budget") is not None or any(store.counts().values()):
             raise ConfigError(f"'{store.path}' holds the tables of forecasters and no study; name another file.")
         # What is slow and can fail comes before anything is stored.
-        store.settle(PREPARED, prepare(study, device, console, until))
+        store.settle(PREPARED, prepare(study, device, console, until, side_by_side))
         before = store.settle(STUDY, text)
     before = _as_now(before)
     if before != text:

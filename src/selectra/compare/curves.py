@@ -20,6 +20,7 @@ from selectra.compare.energy import Counter, counter_of
 from selectra.compare.match import match_even
 from selectra.compare.measure import build_model, kept_for_backward
 from selectra.compare.results import crossover
+from selectra.compare.room import require_room
 from selectra.compare.sampling import idle_watts, sample
 from selectra.errors import ConfigError
 from selectra.language.graphed import GraphedStep
@@ -237,6 +238,7 @@ class _Bench:
         at = self.curves.matched_at or point
         if (name, at) not in self.sizes:
             wanted = wish.params or self.curves.params_on(self.device)
+            require_room(f"'{name}'", wanted, self.device)
             spec, got = match_even(self.curves.models[name], self.curves.facts(at), wanted)
             self.sizes[name, at] = spec
             self.kind["models"].append({"name": name, "point": at, "spec": json.loads(json.dumps(spec.to_json())),

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from selectra.compare.measure import Cost, build_model, count_flops, count_parameters, inputs_for, measure
+from selectra.compare.measure import Cost, count_parameters, flops_unbuilt, measure
+from selectra.compare.room import fits, require_room
 from selectra.errors import ConfigError
 from selectra.registry import models
 from selectra.spec import Spec
@@ -29,6 +30,8 @@ LARGEST = 2**14
 NEIGHBOURS = 48
 # Times waver: medians of so many seconds are compared.
 LATENCY_SECONDS = 0.2
+# Milliseconds of the longest forward pass that is searched for: some thirty such models are run on the way to one.
+LONGEST = 10_000
 # Powers of two above this one make no product faster.
 EVEN = 64
 Quantity = Literal["params", "flops", "latency"]
@@ -83,6 +86,7 @@ def match(
     quantity, wanted = asked[0]
     best = meet(spec, facts, quantity, wanted, over=over, tolerance=tolerance, device=device, align=align)
     assert best.got is not None
+    require_room(spec.name, count_parameters(best.spec, facts), torch.device(device))
     measured = measure(best.spec, facts, device=device, precision=precision)
     return Matched(best.spec, quantity, wanted, best.got, best.turned.label, best.value, measured)
 
@@ -97,6 +101,11 @@ def meet(
     Args:
         before_each: Called before each size that is tried; what it raises ends the search.
     """
+    if quantity == "latency" and wanted > LONGEST:
+        raise ConfigError(
+            f"a latency of {wanted:,.6g} ms is asked for; a budget is at most {LONGEST:,} ms of a forward pass of 32 "
+            "samples, since many models are timed on the way to it. Take a smaller one, or a budget of FLOPs."
+        )
     turned = _turned(spec, facts, over, align)
 
     def cost(tried: Spec) -> float:
@@ -148,7 +157,13 @@ def _best(
         own, value = cost(turned.whole), _first(turned.values[turned.name])
         if abs(own / wanted - 1) <= tolerance / 4 and value % turned.align == 0:
             return _Tried(turned, value, own, {value: own})
-    tried = [_try(turned, cost, wanted)]
+
+    def hopeless(value: int) -> bool:
+        """Whether the inner widths, too, leave the model too large at this value, the least that it can have."""
+        least = (_next_valid(_safe(each, cost), 1) for each in turned.followers([value]))
+        return all(each is None or each > wanted * (1 + tolerance) for each in least)
+
+    tried = [_try(turned, cost, wanted, hopeless)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
         tried.append(_try(follower, cost, wanted))
     best = min(tried, key=lambda each: each.off(wanted))
@@ -156,7 +171,7 @@ def _best(
         name, unit, model = turned.label, UNITS[quantity], turned.whole.name
         raise ConfigError(
             f"no {model}.{name} brings {model} within {100 * tolerance:g} % of {wanted:,.6g} {unit}: "
-            f"{_nearest(tried[0], wanted, unit)}; ask for one of these, or match another quantity."
+            f"{_nearest(tried[0], wanted, unit)}, or match another quantity."
         )
     return best
 
@@ -273,12 +288,15 @@ def _quantity(quantity: Quantity, spec: Spec, *, facts: Mapping[str, Any], devic
     if quantity == "params":
         return count_parameters(spec, facts)
     if quantity == "flops":
-        return count_flops(build_model(spec, facts).eval(), inputs_for(spec, facts, 1))
+        return flops_unbuilt(spec, facts)
+    # One that is too large to be timed is above every budget of time.
+    if not fits(count_parameters(spec, facts), torch.device(device)):
+        return math.inf
     return measure(spec, facts, device=device, seconds=LATENCY_SECONDS).forward_ms
 
 
-def _try(turned: _Turned, cost: Callable[[Spec], float], wanted: float) -> _Tried:
-    """The value nearest to the budget: doubled until above it, halved between, then its neighbours."""
+def _safe(turned: _Turned, cost: Callable[[Spec], float]) -> Callable[[int], float | None]:
+    """The cost at a value, None where the model cannot have it; counted once."""
 
     @cache
     def at(value: int) -> float | None:
@@ -287,18 +305,38 @@ def _try(turned: _Turned, cost: Callable[[Spec], float], wanted: float) -> _Trie
         except ConfigError:
             return None
 
+    return at
+
+
+def _try(
+    turned: _Turned, cost: Callable[[Spec], float], wanted: float, hopeless: Callable[[int], bool] = lambda value: True
+) -> _Tried:  # fmt: skip
+    """The value nearest to the budget: doubled until above it, halved between, then its neighbours.
+
+    Args:
+        hopeless: Asked where already the least value that the model can have is above the budget: whether its
+            neighbours are of no interest.
+    """
+    at = _safe(turned, cost)
     low, high = 1, 2
     while high < LARGEST and (_next_valid(at, high) or 0) < wanted:
         low, high = high, 2 * high
+    # Costs rise with the width: where the greatest value is below the budget it is the nearest, or the least above it.
+    if high >= LARGEST and (top := _last_valid(at, LARGEST + NEIGHBOURS)) and (at(top) or 0) < wanted:
+        return _Tried(turned, top, at(top), {top: at(top) or 0})
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if (_next_valid(at, middle) or math.inf) < wanted else (low, middle)
+    if low <= NEIGHBOURS:
+        least = next((value for value in range(1, low + NEIGHBOURS + 1) if at(value) is not None), None)
+        if least is not None and (at(least) or 0) > wanted and hopeless(least):
+            return _Tried(turned, least, at(least), {least: at(least) or 0})
     seen: dict[int, float] = {}
     for value in sorted(range(max(1, low - NEIGHBOURS), low + NEIGHBOURS + 1), key=lambda each: abs(each - low)):
         found = at(value)
         if found is not None:
             seen[value] = found
-            # Costs rise with the width: one on each side is enough.
+            # One on each side is enough.
             if min(seen.values()) <= wanted <= max(seen.values()):
                 break
     best = min(seen, key=lambda value: abs(seen[value] - wanted), default=low)
@@ -311,11 +349,23 @@ def _next_valid(at: Callable[[int], float | None], value: int) -> float | None:
     return next((cost for cost in costs if cost is not None), None)
 
 
+def _last_valid(at: Callable[[int], float | None], value: int) -> int | None:
+    """The last value, up to here, that the model can have."""
+    return next((each for each in range(value - 1, value - 2 * NEIGHBOURS, -1) if at(each) is not None), None)
+
+
 def _nearest(tried: _Tried, wanted: float, unit: str) -> str:
     below = [value for value, cost in tried.seen.items() if cost <= wanted]
     above = [value for value, cost in tried.seen.items() if cost > wanted]
     sides = [*([max(below)] if below else []), *([min(above)] if above else [])]
     if not sides:
-        return "none that was tried can be built"
-    shown = (f"{tried.turned.label}={value} with {tried.seen[value]:,.6g} {unit}" for value in sides)
-    return "the nearest are " + " and ".join(shown)
+        return "none that was tried can be built; take another size of it"
+    shown = [f"{tried.turned.label}={value} {_costing(tried.seen[value], unit)}" for value in sides]
+    if len(sides) == 1:
+        bound = "least" if below == [] else "most"
+        return f"the {bound} is {shown[0]}; ask for that"
+    return f"the nearest are {' and '.join(shown)}; ask for one of these"
+
+
+def _costing(cost: float, unit: str) -> str:
+    return f"with {cost:,.6g} {unit}" if cost < math.inf else "too large for the memory here"

@@ -14,17 +14,25 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from selectra import models as _models
 from selectra.compare.energy import Counter
+from selectra.compare.room import require_room
 from selectra.compare.sampling import sample
 from selectra.errors import ConfigError
 from selectra.registry import models
 from selectra.spec import Spec
 from selectra.train.precision import Precision, autocast
 
-__all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", "inputs_for", "measure"]
+__all__ = ["Cost", "_models", "build_model", "count_flops", "count_parameters", "flops_unbuilt", "inputs_for",
+           "measure"]  # fmt: skip
 
 BATCH = 32
 # Seconds of calls behind each median, at the least; a GPU makes many in less.
@@ -32,6 +40,11 @@ TIMED, TIMED_GPU = 0.3, 0.1
 NO_COUNTER = Counter("energy is not asked for", None)
 SEED = 0
 MIB = 2**20
+# What a model raises that looks into its tensors, or has some that are no parameters, where tensors have no values.
+NEEDS_VALUES = (
+    DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, AssertionError,
+    NotImplementedError,
+)  # fmt: skip
 # The shape of one input, beside the batch, from what the data says.
 SHAPES: dict[str, Callable[[Mapping[str, Any]], tuple[int, ...]]] = {
     "series": lambda facts: (facts["seq_len"], facts["n_series"]),
@@ -147,6 +160,24 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
     with torch.no_grad(), counter:
         model(inputs)
     return counter.get_total_flops()
+
+
+def flops_unbuilt(spec: Spec, facts: Mapping[str, Any]) -> int:
+    """FLOPs of a forward pass of one sample on a CPU; nothing is allocated or calculated where the model allows that.
+
+    Raises:
+        ConfigError: It has to be built, as what it does depends on what it finds, and the memory here is too small.
+    """
+    inputs = inputs_for(spec, facts, 1)
+    model = build_model(spec, facts, "meta").eval()
+    try:
+        with FakeTensorMode():
+            # Of shape and type alone, on a CPU as far as operators see, so that these choose a real pass's kernels.
+            model._apply(lambda each: torch.empty(each.shape, dtype=each.dtype, device="cpu"))
+            return count_flops(model, torch.empty(inputs.shape, dtype=inputs.dtype))
+    except NEEDS_VALUES:
+        require_room(spec.name, count_parameters(spec, facts), torch.device("cpu"))
+        return count_flops(build_model(spec, facts).eval(), inputs)
 
 
 def kept_for_backward(model: nn.Module, inputs: Tensor) -> float:

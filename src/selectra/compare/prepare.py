@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -11,12 +12,14 @@ from rich.console import Console
 
 from selectra.compare.match import has_size, meet
 from selectra.compare.measure import build_model, measure
+from selectra.compare.room import require_room
 from selectra.compare.study import Study, Variant
 from selectra.compare.worker import load
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models, tasks
 from selectra.spec import Run, Spec, nearest
 from selectra.train.job import check, typed
+from selectra.train.precision import Precision
 from selectra.train.same_data import describe_data
 
 LENGTH_BATCH = 8
@@ -26,16 +29,22 @@ class TimeUpError(RuntimeError):
     """The limit of time came while models were matched and measured; nothing of it is stored."""
 
 
-def prepare(study: Study, device: torch.device, console: Console, until: float = inf) -> dict[str, Any]:
+def prepare(
+    study: Study, device: torch.device, console: Console, until: float = inf, side_by_side: int = 1
+) -> dict[str, Any]:  # fmt: skip
     """Match every model to the budget, and measure what it costs; prints parameters, FLOPs and time of each.
+
+    All are matched before the first one is built, so that what cannot be met, or not be held, is refused at once.
 
     Args:
         until: Nothing is begun after this time of `time.monotonic`.
+        side_by_side: Trainings that share the memory at a time, at the least.
 
     Raises:
+        ConfigError: A model cannot be brought to the budget, or is too large for the memory here.
         TimeUpError: That time came; a model that is being measured is measured to the end.
     """
-    found, count = [], len(study.bases) * len(study.variants)
+    found, sized, count = [], [], len(study.bases) * len(study.variants)
     described: dict[str, Any] = {}
 
     def in_time() -> None:
@@ -45,6 +54,8 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
                 "the first training; nothing is stored. Give it more time with --time-limit."
             )
 
+    if study.budget is not None and study.budget.quantity == "params":
+        require_room("a model", study.budget.amount, device, side_by_side)
     _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
     for base in study.bases:
         in_time()
@@ -54,11 +65,16 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
         described[base.name] = describe_data(data)
         for variant in study.variants:
             in_time()
-            each = _prepared(study, base, variant, facts, device, in_time)
-            if variant is study.variants[0]:
-                _require_metric(study, base, data, Spec.from_json(each["spec"]))
-            found.append({"base": base.name, "variant": variant.name, **each})
-            _print_cost(found[-1], f"{len(found)} of {count}", console)
+            sized.append(_sized(study, base, variant, facts, device, in_time))
+            if sized[-1].by_gradient:
+                require_room(f"'{variant.name}'", sized[-1].parameters, device, side_by_side)
+        _require_metric(study, base, data, sized[-len(study.variants)].spec)
+    if study.budget is not None:
+        _say(f"Matched: {'; '.join(each.told for each in sized)}.", console)
+    for each in sized:
+        in_time()
+        found.append({"base": each.base, "variant": each.variant, **_measured(each, device)})
+        _print_cost(found[-1], f"{len(found)} of {count}", console)
     curves = _curves(study, found, device, console, in_time)
     return {"models": found, "curves": curves, "data": _plain(described)}
 
@@ -102,9 +118,28 @@ def _require_metric(study: Study, base: Run, data: Any, spec: Spec) -> None:
         )
 
 
-def _prepared(
+@dataclass(frozen=True)
+class _Sized:
+    """A model at its size, not yet built."""
+
+    base: str
+    variant: str
+    spec: Spec
+    note: str
+    facts: Mapping[str, Any]
+    precision: Precision
+    parameters: int
+    by_gradient: bool
+
+    @property
+    def told(self) -> str:
+        """In words."""
+        return f"{self.base}, {self.variant}: {self.note}"
+
+
+def _sized(
     study: Study, base: Run, variant: Variant, facts: dict[str, Any], device: torch.device, in_time: Callable[[], None]
-) -> dict[str, Any]:  # fmt: skip
+) -> _Sized:  # fmt: skip
     run = typed(study.run(base, variant, 0))
     check(run)
     spec, note = run.model, ""
@@ -116,14 +151,19 @@ def _prepared(
             spec, note = found.spec, f"{found.turned.label} = {found.value} for {found.got:,.6g} {quantity}"
         else:
             note = f"has no {study.budget.over}, so it is as large as it is"
-    model = build_model(spec, facts)
-    learns = any(each.requires_grad for each in model.parameters()) and not hasattr(model, "solve")
-    in_time()
-    cost = measure(spec, facts, device=device, precision=run.train.precision).to_json()
-    return {"spec": spec.to_json(), "by_gradient": learns, "matched": note, "cost": cost, "facts": _plain(facts)}
+    model = build_model(spec, facts, "meta")
+    parameters = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    by_gradient = parameters > 0 and not hasattr(model, "solve")
+    return _Sized(base.name, variant.name, spec, note, facts, run.train.precision, parameters, by_gradient)
 
 
-def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+def _measured(sized: _Sized, device: torch.device) -> dict[str, Any]:
+    cost = measure(sized.spec, sized.facts, device=device, precision=sized.precision).to_json()
+    return {"spec": sized.spec.to_json(), "by_gradient": sized.by_gradient, "matched": sized.note, "cost": cost,
+            "facts": _plain(sized.facts)}  # fmt: skip
+
+
+def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(facts, default=str))
 
 

@@ -144,7 +144,7 @@ def require_memory(model: LanguageModel, batch: int, capacity: int) -> None:
         raise ConfigError(
             f"prompt and answer have {capacity} tokens; this model takes at most {limit}. Shorten one of them."
         )
-    room = _memory(model.embedding.weight.device)
+    room = memory_of(model.embedding.weight.device)
     needed = state_bytes(model, batch, capacity)
     if room is not None and needed > room:
         raise ConfigError(
@@ -153,7 +153,7 @@ def require_memory(model: LanguageModel, batch: int, capacity: int) -> None:
         )
 
 
-def _memory(device: torch.device) -> int | None:
+def memory_of(device: torch.device) -> int | None:
     """Bytes that are free on a GPU, or that a machine has; where it can be known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -279,8 +279,9 @@ class LanguageModel(nn.Module):
         if tokens.dim() != 2 or tokens.is_floating_point() or tokens.is_complex():
             raise DataError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}; they must be whole numbers, (b, l).")
         checks.count_states(tokens, mask, cu_seqlens)
-        # On a GPU the host would have to wait; there the embedding's own check stops the program.
-        if tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
+        # On a GPU the host would have to wait; there the embedding's own check stops the program. A subclass, such as a
+        # FakeTensor, may have no values.
+        if type(tokens) is Tensor and tokens.is_cpu and tokens.numel() and not torch.compiler.is_compiling():
             require_in_vocabulary(int(tokens.min()), int(tokens.max()), self.vocab_size)
 
 

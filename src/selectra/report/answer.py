@@ -45,6 +45,8 @@ def page(content: Row, records: str) -> str:
         ]
     parts += ["## The speed question", *_speed(content, records)]
     parts += ["## What its parts are worth", *_parts(content, records)]
+    if content["unfinished"]:
+        parts += ["## What is not finished yet", _bullets(_unfinished(each, records) for each in content["unfinished"])]
     parts += ["## What has no record yet",
               _bullets(f"{each['question']}: no record yet; made by `{each['command']}`" for each in content["missing"])
               or "Nothing."]  # fmt: skip
@@ -104,6 +106,13 @@ def _parts(content: Row, records: str) -> list[str]:
                 for row in each["rows"]]  # fmt: skip
         parts.append(grid(["data", "variant", each["metric"], "± seeds", "seeds", "parameters"], rows))
     return parts or ["No record yet."]
+
+
+def _unfinished(each: Row, records: str) -> str:
+    failed = f", {each['failed']} failed" if each["failed"] else ""
+    command = f"`{each['command']}`" if each["command"] else "the command that began it"
+    return (f"{each['question']}: {each['trainings']} trainings{failed} {links(each, records)}; gone on with by "
+            f"{command} with the same store")  # fmt: skip
 
 
 def _bullets(lines: Any) -> str:
