@@ -6,6 +6,7 @@ import pytest
 
 from selectra.cli import main
 from selectra.compare import questions
+from selectra.compare.match import meet
 from selectra.compare.questions import Asked, amount_of, find_study, forecasting_study, vision_study
 from selectra.compare.study import Tuning
 from selectra.errors import ConfigError, DataError
@@ -218,6 +219,16 @@ def test_built_in_studies_are_fair_and_resolve(name: str) -> None:
     for variant in study.variants:
         run = job.typed(study.run(study.bases[0], variant, 0))
         assert set(job.check(run)) == {"model", "data", "task"}
+
+
+@pytest.mark.parametrize("name", ["image_kinds", "scan_orders", "channel_mixers_images"])
+@pytest.mark.parametrize("n_classes", [4, 10, 21])
+def test_built_in_studies_of_images_meet_their_budget_whatever_the_classes(name: str, n_classes: int) -> None:
+    study, facts = find_study(name, Asked()), {"n_classes": n_classes, "in_channels": 3, "img_size": 32}
+    assert study.budget is not None
+    for variant in study.variants:
+        found = meet(variant.model, facts, study.budget.quantity, study.budget.amount)
+        assert found.off(study.budget.amount) <= 0.02, variant.name
 
 
 def test_a_text_of_ones_own_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,18 @@ def test_stages_keep_their_proportion() -> None:
     assert abs(second - 3 * first) <= 1
 
 
+def test_the_last_stage_makes_up_the_rest_where_stages_grow_in_large_steps() -> None:
+    spec = Spec("resnet_18", stem="small", dims=(24, 48, 96, 192))
+    found = match(spec, FACTS["image"], params=2_200_000)
+    assert found.over == "dims[-1]" and abs(found.got / 2_200_000 - 1) < 0.005
+    *first, last = found.spec.args["dims"]
+    assert first == [28, 56, 112] and last == found.value and abs(last / 224 - 1) < 0.05
+    # Where whole steps meet a budget they are taken.
+    assert match(spec, FACTS["image"], params=2_150_000).spec.args["dims"] == (28, 56, 112, 224)
+    with pytest.raises(ConfigError, match=r"no resnet_18.dims brings resnet_18 within 2 % of 100 parameters"):
+        match(spec, FACTS["image"], params=100)
+
+
 def test_flops_and_depth_are_met() -> None:
     facts = FACTS["series"]
     found = match(Spec("gru", depth=1), facts, flops=2_000_000)

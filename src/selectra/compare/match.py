@@ -2,7 +2,8 @@
 
 A width is one whole number. Everything that belongs to it grows with it in the proportion of the registered size: the
 widths of all stages, and the inner width of feed-forward networks. Where heads or blocks allow few widths, that inner
-width alone then makes up the rest. Of a detector or a segmenter it is its backbone that is turned.
+width alone then makes up the rest; where stages grow in steps too large for a budget, the last stage's width does. Of a
+detector or a segmenter it is its backbone that is turned.
 """
 
 import math
@@ -166,6 +167,12 @@ def _best(
     tried = [_try(turned, cost, wanted, hopeless)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
         tried.append(_try(follower, cost, wanted))
+    # Stages out of proportion are the last resort, those nearest to it first.
+    nearest = sorted(tried[0].seen, key=lambda value: abs(tried[0].seen[value] - wanted))
+    for stage in turned.last_stages(nearest):
+        if min(each.off(wanted) for each in tried) <= tolerance:
+            break
+        tried.append(_try(stage, cost, wanted))
     best = min(tried, key=lambda each: each.off(wanted))
     if best.got is None or best.off(wanted) > tolerance:
         name, unit, model = turned.label, UNITS[quantity], turned.whole.name
@@ -188,6 +195,8 @@ class _Turned:
     """The model of which `spec` is the backbone, if it is one."""
     unset: tuple[str, ...] = ()
     """Inner widths that follow the first one by themselves, as long as nobody sets them."""
+    last: bool = False
+    """Whether the last stage's width alone is turned."""
 
     def __call__(self, value: int) -> Spec:
         inner = self.inner(value)
@@ -201,12 +210,15 @@ class _Turned:
     @property
     def label(self) -> str:
         """What is turned, as the command line says it."""
-        return self.name if self.above is None else f"backbone.{self.name}"
+        name = f"{self.name}[-1]" if self.last else self.name
+        return name if self.above is None else f"backbone.{name}"
 
     def inner(self, value: int) -> Spec:
         """The model itself, without what it is the backbone of."""
         if value % self.align:
             raise ConfigError(f"{self.name}={value} is no multiple of {self.align}.")
+        if self.last:
+            return self.spec.replace(**{self.name: (*self.values[self.name][:-1], value)})
         ratio = value / _first(self.values[self.name])
         return self.spec.replace(**{name: _scaled(each, ratio, self.align) for name, each in self.values.items()})
 
@@ -218,6 +230,17 @@ class _Turned:
             _Turned(spec, name, {name: spec.args.get(name, value)}, self.align, self.above)
             for name in names for value, spec in fixed
         ]  # fmt: skip
+
+    def last_stages(self, values: Iterable[int]) -> "list[_Turned]":
+        """With the widths as they are at each of these values, the last stage's to be turned alone."""
+        stages = self.values[self.name]
+        if self.name in DEPTHS or not isinstance(stages, tuple) or len(stages) < 2:
+            return []
+        specs = [self.inner(value) for value in values]
+        return [
+            _Turned(spec, self.name, {self.name: spec.args[self.name]}, self.align, self.above, last=True)
+            for spec in specs
+        ]
 
 
 @dataclass
