@@ -67,6 +67,19 @@ def test_terminal_shows_a_bar_and_the_time_left():
         assert part in text
 
 
+@pytest.mark.parametrize(("given", "shown"), [(12, True), (300, True), (11, False), (0, False)])
+def test_a_training_that_is_all_warm_up_says_so(given, shown):
+    console = Console(file=io.StringIO(), width=200)
+    run = make_run(steps=12)
+    run = run.model_copy(update={"optim": run.optim.model_copy(update={"warmup_steps": given})})
+    fit(TinyModel(), Forecasting(), windows(64), None, run, console=console)
+    assert isinstance(console.file, io.StringIO)
+    said = f"All 12 steps are warm-up (optim.warmup_steps={given})"
+    assert (said in console.file.getvalue()) is shown
+    share = run.optim.model_copy(update={"warmup_steps": 0, "warmup_share": 0.9})
+    assert optim.all_warmup(share, 12) is None
+
+
 def test_every_file_is_written_and_read_back(tmp_path):
     _, fitted = train(tmp_path, epochs=2.0, steps=None)
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -19,6 +19,7 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import models, tasks
 from selectra.spec import Run, Spec, nearest
 from selectra.train.job import check, typed
+from selectra.train.optim import all_warmup
 from selectra.train.precision import Precision
 from selectra.train.same_data import describe_data
 
@@ -59,6 +60,8 @@ def prepare(
     _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
     for base in study.bases:
         in_time()
+        if base.train.steps is not None and (warning := all_warmup(base.optim, base.train.steps)):
+            _say(warning, console)
         data = load(typed(base).data)
         facts = data.facts
         _require_judges(base, data, in_time)

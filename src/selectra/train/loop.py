@@ -17,6 +17,7 @@ from selectra.tasks.task import Task
 from selectra.train import checkpoint
 from selectra.train.batches import Order, Windows, of_each, training_order
 from selectra.train.memory import naming_full_memory
+from selectra.train.optim import all_warmup
 from selectra.train.parallel import World, pick_device, recomputed, split_along_length
 from selectra.train.progress import Clock, Display
 from selectra.train.record import Record, open_record
@@ -115,6 +116,9 @@ def _take_steps(
     saves = None if state.out is None else run.train.save_every or state.eval_every
     clock = Clock(state.steps, state.eval_every, (run.train.accumulate, n_eval), saves, state.at.step)
     early = run.train.patience is not None
+    warning = all_warmup(run.optim, state.steps)
+    if shown is not None and warning is not None:
+        shown.print(warning, highlight=False, markup=False, soft_wrap=True)
     with (
         Display(shown, clock, run.name, early) as display,
         split_along_length(state.world, run.parallel.timeout),

@@ -73,6 +73,19 @@ def make_schedule(optimizer: AdamW, optim: Optim, steps: int) -> LRScheduler:
     return SequentialLR(optimizer, [before, after], milestones=[warmup])
 
 
+def all_warmup(optim: Optim, steps: int) -> str | None:
+    """In words, that every step is warm-up, after which none is left; None where that is not so.
+
+    A recipe's steps are often cut for a first try, and its warm-up is forgotten.
+    """
+    if optim.warmup_share is not None or optim.warmup_steps < max(steps, 2):
+        return None
+    return (
+        f"All {steps} steps are warm-up (optim.warmup_steps={optim.warmup_steps}): the learning rate only rises. Set "
+        f"optim.warmup_steps={steps // 10}, say, or more train.steps."
+    )
+
+
 def scale_gradients(model: nn.Module, factor: float) -> None:
     """Multiply every gradient, all in one call: a launch for each takes the host of a GPU milliseconds."""
     grads = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
