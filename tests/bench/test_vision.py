@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 import types
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -19,12 +20,13 @@ from selectra.bench import (
     vision_growth,
     vision_peers,
     vision_shares,
+    vision_steps,
     vision_table,
     vision_training,
 )
 from selectra.bench.events import Stopwatch
 from selectra.bench.modules import Subject, agree, plain, seeded
-from selectra.errors import ConfigError
+from selectra.errors import BackendError, ConfigError
 from selectra.ops import selective_scan
 from selectra.ops.spectral import complex_block_product
 from selectra.registry import models
@@ -240,6 +242,23 @@ def test_kernels_have_their_kind_of_work() -> None:
         ("elementwise", event("aten::silu"), "rest"),
     ):
         assert vision_shares._kind(kernel, launched) == kind
+
+
+def test_a_step_on_a_cpu_is_no_graph() -> None:
+    with pytest.raises(BackendError, match="a step on cpu cannot be recorded as a CUDA graph; measure on a GPU"):
+        vision_steps.as_one_graph(lambda: None, CPU)
+
+
+def test_a_step_is_timed_often_though_it_was_compiled_first() -> None:
+    model, pauses = torch.nn.Linear(2, 2), [0.3]
+    step = vision_steps.training_of(model, torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))
+
+    def compiled_first() -> object:
+        time.sleep(pauses.pop() if pauses else 0.0)
+        return step()
+
+    found = vision_steps.times({"step": compiled_first}, 0.2, Stopwatch(CPU))["step"]
+    assert found["rounds"] >= vision_steps.LEAST_ROUNDS and found["wall_ms"]["median"] < 200
 
 
 def test_the_table_of_trainings_gives_ratios() -> None:
