@@ -44,8 +44,7 @@ def prepare(
         ConfigError: A model cannot be brought to the budget, or is too large for the memory here.
         TimeUpError: That time came; a model that is being measured is measured to the end.
     """
-    found, sized, count = [], [], len(study.bases) * len(study.variants)
-    described: dict[str, Any] = {}
+    found, count = [], len(study.bases) * len(study.variants)
 
     def in_time() -> None:
         if time.monotonic() >= until:
@@ -54,29 +53,42 @@ def prepare(
                 "the first training; nothing is stored. Give it more time with --time-limit."
             )
 
+    _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
+    read = _matched(study, device, in_time, side_by_side)
+    sized = [each for _, _, models_ in read for each in models_]
+    if study.budget is not None:
+        _say(f"Matched: {'; '.join(each.told for each in sized)}.", console)
+    for base, data, models_ in read:
+        _require_metric(study, base, data, models_[0].spec)
+    for each in sized:
+        in_time()
+        found.append({"base": each.base, "variant": each.variant, **_measured(each, device)})
+        _print_cost(found[-1], f"{len(found)} of {count}", console)
+    described = {base.name: describe_data(data) for base, data, _ in read}
+    curves = _curves(study, found, device, console, in_time)
+    return {"models": found, "curves": curves, "data": _plain(described)}
+
+
+def _matched(
+    study: Study, device: torch.device, in_time: Callable[[], None], side_by_side: int
+) -> "list[tuple[Run, Any, list[_Sized]]]":  # fmt: skip
+    """Every base with its data and the models that will be trained on it, at their sizes; none is built."""
     if study.budget is not None and study.budget.quantity == "params":
         require_room("a model", study.budget.amount, device, side_by_side)
-    _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
+    found = []
     for base in study.bases:
         in_time()
         data = load(typed(base).data)
         facts = data.facts
         _require_judges(base, data, in_time)
-        described[base.name] = describe_data(data)
+        sized = []
         for variant in study.variants:
             in_time()
             sized.append(_sized(study, base, variant, facts, device, in_time))
             if sized[-1].by_gradient:
                 require_room(f"'{variant.name}'", sized[-1].parameters, device, side_by_side)
-        _require_metric(study, base, data, sized[-len(study.variants)].spec)
-    if study.budget is not None:
-        _say(f"Matched: {'; '.join(each.told for each in sized)}.", console)
-    for each in sized:
-        in_time()
-        found.append({"base": each.base, "variant": each.variant, **_measured(each, device)})
-        _print_cost(found[-1], f"{len(found)} of {count}", console)
-    curves = _curves(study, found, device, console, in_time)
-    return {"models": found, "curves": curves, "data": _plain(described)}
+        found.append((base, data, sized))
+    return found
 
 
 def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
