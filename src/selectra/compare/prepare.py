@@ -97,7 +97,8 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
     Images by which models are judged are read once: a damaged one would end every training at its last step.
 
     Raises:
-        DataError: The validation part or the test part is empty, or has a file that cannot be read.
+        DataError: The validation part or the test part is empty, or has a file that cannot be read; or it shows already
+            that the training part has one.
     """
     for part, called, why in (("val", "validation", "chooses learning rates and weights by it"),
                               ("test", "test", "decides by it")):  # fmt: skip
@@ -110,6 +111,9 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
             for row in data.readable(part):
                 in_time()
                 data.read(int(row))
+    # Of training images on disk this looks at what their headers show; those in memory every training reads at first.
+    if not getattr(data, "in_memory", True):
+        data.windows("train")
 
 
 def _require_metric(study: Study, base: Run, data: Any, spec: Spec) -> None:

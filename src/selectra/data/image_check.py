@@ -16,7 +16,6 @@ from PIL import ExifTags, Image
 
 from selectra.data.image_decode import DEEP, UNREADABLE
 from selectra.data.image_files import Files, Mixed, Table, Zipped
-from selectra.data.image_listing import Listing
 from selectra.errors import DataError
 
 # A set of more images is not looked through: minutes of reading before a training.
@@ -29,29 +28,33 @@ SHOWN = 5
 
 
 def require_whole(
-    listing: Listing, rows: Sequence[int] | np.ndarray[Any, Any], read: Callable[[int], Any],
-    size: tuple[int, int] | None,
+    rows: Sequence[int] | np.ndarray[Any, Any], looks_odd: Callable[[int], bool], read: Callable[[int], Any],
+    names: Sequence[str],
 ) -> None:  # fmt: skip
     """Name the files of a part that cannot be used, as far as that can be seen without decoding them all.
 
     Args:
         rows: The part's images; of more than `MOST_CHECKED` none is looked at.
-        read: Reads one as training does, for those that look wrong.
-        size: Height and width that all must have; None for any.
+        looks_odd: Whether an image must be decoded to know.
+        read: Reads one as training does, for those that do.
+        names: Of all images.
 
     Raises:
         DataError: There are such files; what the first one has, and the names of more.
     """
-    # Other sets hold arrays, or decode whatever is read of them.
-    if len(rows) > MOST_CHECKED or not isinstance(listing.source, (Files, Zipped, Mixed, Table)):
+    if len(rows) > MOST_CHECKED:
         return
     problems: list[tuple[str, DataError]] = []
     for row in map(int, rows):
-        if _looks_wrong(listing, row, size):
+        try:
+            odd = looks_odd(row)
+        except UNREADABLE:
+            odd = True
+        if odd:
             try:
                 read(row)
             except DataError as error:
-                problems.append((listing.names[row], error))
+                problems.append((names[row], error))
     if not problems:
         return
     first, others = problems[0][1], [f"'{name}'" for name, _ in problems[1:]]
@@ -60,17 +63,24 @@ def require_whole(
     raise type(first)(f"{first}{besides}") from first
 
 
-def _looks_wrong(listing: Listing, row: int, size: tuple[int, int] | None) -> bool:
-    """Whether an image must be decoded to know; arrays must, which costs little: they are not compressed."""
-    try:
-        content = listing.source.read(row)
-        assert isinstance(content, bytes)
-        with Image.open(io.BytesIO(content)) as image:
-            shape, is_deep, is_jpeg = (image.height, image.width), image.mode in DEEP, image.format == "JPEG"
-            if is_jpeg and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
-                shape = shape[::-1]
-            image.verify()
-    except UNREADABLE:
-        return True
+def looks_wrong(source: Any, row: int, size: tuple[int, int] | None = None) -> bool:
+    """Whether an image must be decoded to know that it is whole: by its header, checksums and end.
+
+    Args:
+        source: Where it is read from; what is no source of files holds arrays, or decodes whatever is read of it.
+        row: Its number there.
+        size: Height and width that it must have; None for any.
+
+    Raises:
+        Exception: One of `UNREADABLE`: so it seems.
+    """
+    if not isinstance(source, (Files, Zipped, Mixed, Table)):
+        return False
+    content = source.read(row)
+    with Image.open(io.BytesIO(content)) as image:
+        shape, is_deep, is_jpeg = (image.height, image.width), image.mode in DEEP, image.format == "JPEG"
+        if is_jpeg and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+            shape = shape[::-1]
+        image.verify()
     is_cut = is_jpeg and not content.rstrip(b"\0\r\n ").endswith(JPEG_END)
     return is_deep or is_cut or (size is not None and shape != size)

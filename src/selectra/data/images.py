@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from selectra.data.image_check import require_whole
+from selectra.data.image_check import looks_wrong, require_whole
 from selectra.data.image_decode import CorruptError, decode, fitted
 from selectra.data.image_files import list_images
 from selectra.data.image_one import OneByOne
@@ -263,8 +263,9 @@ class Images:
         if self.corrupt == "refuse" and part not in self._checked:
             # Crops of random size take images of any size.
             any_size = self.given_size or (shown.steps is not None and shown.steps.crops)
-            read = self.raw if any_size else self.read
-            require_whole(self.listing, self.rows[part], read, None if any_size else self.size)
+            read, size = (self.raw, None) if any_size else (self.read, self.size)
+            odd = partial(looks_wrong, self.listing.source, size=size)
+            require_whole(self.rows[part], odd, read, self.listing.names)
             self._checked.add(part)
         return shown
 
