@@ -85,6 +85,8 @@ def test_values_are_read_by_the_annotations(models):
         (Spec("net", d_model="wide"), {"horizon": 8}, "net: 'd_model' is 'wide', which is no int"),
         (Spec("net", dims="1,x"), {"horizon": 8}, r"no tuple\[int, ...\]"),
         (Spec("net", dt_rank="aut"), {"horizon": 8}, r"no int \| 'auto'"),
+        (Spec("net", rate="nan"), {"horizon": 8}, "net: 'rate' is nan; it must be a finite number"),
+        (Spec("net", rate=float("-inf")), {"horizon": 8}, "net: 'rate' is -inf; it must be a finite number"),
         (Spec("net", flag="maybe"), {"horizon": 8}, "no bool"),
         (Spec("head_tiny", backbone=Spec("net", dmodel=3)), {"horizon": 8}, "head_tiny.backbone: 'net' takes no"),
         (Spec("head_large", backbone=Spec("", k=3)), {}, "'backbone' has no arguments of its own"),

@@ -34,7 +34,10 @@ def predict(
     img_size: ImageSize = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes are shown.")] = 5,
     device: Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", or "auto".')] = "auto",
-    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Name damaged files and go on.")] = False,
+    skip_corrupt: Annotated[
+        bool,
+        typer.Option("--skip-corrupt", help="Name files that are damaged or that the model cannot take, and go on."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Segmentation, detection: folder for pictures; default: predictions.")
     ] = None,

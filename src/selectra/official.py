@@ -21,7 +21,7 @@ from selectra.layers.conv_stages import row_block_key
 from selectra.mixers.einfft import EinFFT
 from selectra.mixers.row_block import RowBlock
 from selectra.mixers.s6 import S6, State
-from selectra.spec import nearest, read_value
+from selectra.spec import nearest, read_value, require_finite
 
 
 class Official(nn.Module):
@@ -138,7 +138,10 @@ def checked_options(source: str, config: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in config]
     if missing:
         raise ConfigError(f"{source} needs {', '.join(map(repr, missing))}; the configuration does not say.")
-    return {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
+    read = {name: read_value(value, hints[name], f"{source}: option '{name}'") for name, value in config.items()}
+    for name, value in read.items():
+        require_finite(value, f"{source}: option '{name}'")
+    return read
 
 
 def _load(source: str, official: Official, state_dict: Mapping[str, Tensor], device: str | torch.device | None) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 from selectra.errors import ConfigError
-from selectra.spec import Spec, nearest, read_value, type_name
+from selectra.spec import Spec, nearest, read_value, require_finite, type_name
 
 T = TypeVar("T")
 Origin = Literal["default", "size", "data", "run", "missing"]
@@ -202,7 +202,9 @@ class Registry:
             return found.value.replace(**value.args)
         if isinstance(value, str) and _is_built(hint):
             return Spec(value)
-        return read_value(value, hint, what)
+        read = read_value(value, hint, what)
+        require_finite(read, what)
+        return read
 
     def _check_inner(self, where: str, spec: Spec, facts: Mapping[str, Any] | None, partial: bool) -> None:
         try:

@@ -6,6 +6,7 @@ A `Run` is everything that a training needs. `override` changes a run from the c
 
 import difflib
 import json
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -314,6 +315,18 @@ def read_value(value: Any, hint: Any, what: str) -> Any:
         except ValidationError as error:
             problem = error
     raise ConfigError(f"{what} is {value!r}, which is no {type_name(hint)}: {_first_problem(problem)}") from problem
+
+
+def require_finite(value: Any, what: str) -> None:
+    """Refuse a number that is infinite or none, as JSON files of other programs may hold; ranges may be open.
+
+    Raises:
+        ConfigError: It is; the message names `what`.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{what} is {value}; it must be a finite number.")
+    if isinstance(value, tuple) and any(isinstance(each, float) and math.isnan(each) for each in value):
+        raise ConfigError(f"{what} is {value}; each must be a number.")
 
 
 def _first_problem(error: ValidationError | None) -> str:

@@ -15,6 +15,7 @@ from selectra.compare.conduct import Wish, conduct, open_study
 from selectra.compare.store import Store
 from selectra.compare.study import Study, Variant
 from selectra.compare.worker import load
+from selectra.data import image_check
 from selectra.data.images import Images
 from selectra.errors import DataError
 from selectra.spec import Optim, Run, Spec, Train
@@ -69,6 +70,15 @@ def test_a_single_class_is_refused(tmp_path: Path) -> None:
     assert "are of one class, 'cat', so there is nothing to tell apart" in text
 
 
+def test_a_damaged_training_image_on_disk_is_found_before_the_first_training(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "pets", 12)
+    data = Images(str(folder))
+    name = data.listing.names[int(data.rows["train"][-1])]
+    (folder / name).write_bytes(b"no image")
+    text = refused(make_study(folder, keep="disk", standard="half"), tmp_path / "a.sqlite")
+    assert f"'{name}' in" in text and "leave such files out with data.corrupt=skip" in text
+
+
 @pytest.mark.parametrize("keep", ["memory", "disk"])
 def test_a_damaged_image_of_the_test_part_is_found_before_the_first_training(tmp_path: Path, keep: str) -> None:
     folder = write_images(tmp_path / "pets", 12)
@@ -89,6 +99,8 @@ def test_what_failed_by_a_damaged_file_is_done_once_it_is_whole(
     whole = [file.read_bytes() for file in damaged]
     for file, content in zip(damaged, whole, strict=True):
         file.write_bytes(bytes(len(content)))
+    # As damage that no header shows.
+    monkeypatch.setattr(image_check, "MOST_CHECKED", 0)
     study = make_study(folder, keep="disk")
     assert conduct(study, Wish(path, device="cpu"), QUIET) == {"open": 0, "taken": 0, "done": 0, "failed": 6}
     # The command says so, too, and does not end as if all were well.

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from selectra.data import image_check
+from selectra.data import images as images_module
+from selectra.data.image_decode import decode
 from selectra.data.image_files import list_images
+from selectra.data.image_listing import Listing
 from selectra.data.images import Images
 from selectra.errors import ConfigError, DataError
 from tests.data.pictures import CLASSES, deep, encoded, names, pixels, write_folder, write_zip
@@ -192,6 +197,56 @@ def test_damaged_files_are_named_or_left_out_and_counted(keep, tmp_path):
     windows = images.windows("train")
     assert len(windows) == 13
     assert windows[list(range(13))].to("cpu").y.tolist() == [0] * 5 + [1] * 4 + [2] * 4
+
+
+def test_damaged_files_on_disk_are_named_before_the_first_batch(tmp_path, monkeypatch):
+    """All of them, and only what looks wrong is decoded for it."""
+    root = Path(damaged(tmp_path))
+    (root / "train" / "cat" / "003.jpg").write_bytes(encoded(pixels(8, (32, 32)), "JPEG")[:-40])
+    # Behind the end of a JPEG there may be other things.
+    (root / "train" / "cat" / "004.jpg").write_bytes(encoded(pixels(9, (32, 32)), "JPEG") + b"\0\0more")
+    decoded: set[str] = set()
+
+    def decoding(listing: Listing, row: int, channels: int | None) -> torch.Tensor:
+        decoded.add(listing.names[row])
+        return decode(listing, row, channels)
+
+    images = Images(str(root), val=0, img_size=8, keep="disk", standard="half")
+    monkeypatch.setattr(images_module, "decode", decoding)
+    message = (r"'train/cat/003.jpg' in .* cannot be read as an image: .*data.corrupt=skip. "
+               r"2 more cannot be used: 'train/dog/002.png', 'train/eel/001.png'.$")  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        images.windows("train")
+    assert decoded == {f"train/{name}" for name in ("cat/003.jpg", "cat/004.jpg", "dog/002.png", "eel/001.png")}
+    # Without sizes that are asked for, one of another size is found by its header.
+    for name in ("cat/003.jpg", "cat/004.jpg", "dog/002.png"):
+        (root / "train" / name).unlink()
+    (root / "train" / "eel" / "001.png").write_bytes(encoded(pixels(1, (12, 16))))
+    images = Images(str(root), val=0, keep="disk", standard="half")
+    with pytest.raises(DataError, match=r"'train/eel/001.png' is 12 x 16 pixels, and others are 8 x 8"):
+        images.windows("train")
+    # Crops of random size take any.
+    assert len(Images(str(root), val=0, keep="disk", standard="half", scale=0.5).windows("train")) == 14
+    assert len(images.windows("test")) == 6
+
+
+def test_of_too_many_images_none_is_looked_at_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_check, "MOST_CHECKED", 14)
+    windows = Images(damaged(tmp_path), val=0, keep="disk", standard="half").windows("train")
+    with pytest.raises(DataError, match=r"'train/dog/002.png' in .* cannot be read as an image: .*data.corrupt=skip"):
+        windows[[7]]
+
+
+@pytest.mark.parametrize("keep", ["memory", "disk"])
+def test_a_damaged_member_of_a_zip_file_is_named_or_left_out(keep, tmp_path):
+    path = write_zip(tmp_path / "one.zip", names("train", 4) | names("test", 2, first=50))
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        place = archive.getinfo("train/dog/002.png").header_offset + 60
+    path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+    with pytest.raises(DataError, match=r"'train/dog/002.png' in .* cannot be read as an image: .*data.corrupt=skip"):
+        Images(str(path), val=0, keep=keep, standard="half").windows("train")
+    assert len(Images(str(path), val=0, keep=keep, standard="half", corrupt="skip").windows("train")) == 11
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,11 @@ def test_truncated_files_are_named_or_left_out(tmp_path):
     for row, name in ((2, r"images/2\.jpg"), (5, r"masks/5\.png")):
         with pytest.raises(DataError, match=rf"'{name}' cannot be read as an image.*data\.faulty=skip"):
             data.read(row)
+    # All of them, before the first batch.
+    data = Masks(root, val=0, keep="disk")
+    data.rows = {"train": np.arange(8), "val": np.arange(0), "test": np.arange(0)}
+    with pytest.raises(DataError, match=r"'images/2\.jpg' cannot .* 1 more cannot be used: 'images/5\.jpg'\.$"):
+        data.windows("train")
     kept = Masks(root, val=0, faulty="skip")
     assert sum(len(kept.windows(part)) for part in ("train", "test")) == 6
     assert "faulty pairs" in kept.summary()[-1]

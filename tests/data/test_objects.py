@@ -259,6 +259,10 @@ def test_bad_images_are_named_or_left_out(tmp_path):
         data.read(2)
     with pytest.raises(DataError, match=r"image id 13 .* is 20 x 20 pixels, and its annotations are of one of 32 x 24"):
         data.read(3)
+    # All of them, before the first batch; what is annotated says which size an image must have.
+    data.rows = {"train": np.arange(8), "val": np.arange(0), "test": np.arange(0)}
+    with pytest.raises(DataError, match=r"000012\.png' cannot .* 1 more cannot be used: 'images/train/000013\.png'\.$"):
+        data.windows("train")
     kept = Objects(path, val=0, test=0.2, faulty="skip")
     assert sum(len(kept.windows(part)) for part in ("train", "test")) == 6
 

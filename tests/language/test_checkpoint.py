@@ -1,6 +1,7 @@
 """Folders in the Hugging Face layout: there and back, in shards, and what is refused; the command that reads them."""
 
 import json
+import math
 import pickle
 import re
 import resource
@@ -198,6 +199,39 @@ def test_folders_that_do_not_fit_are_refused_in_words(tmp_path):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(DataError, match="no JSON object"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("mamba_lm_smoke", "expand"), ("mamba_lm_smoke", "layer_norm_epsilon"), ("jamba_smoke", "mamba_expand")],
+)
+def test_a_number_that_is_none_is_named(name: str, option: str, number: float, tmp_path: Path) -> None:
+    """JSON of Python holds NaN and Infinity, as words and as Hugging Face writes them."""
+    save_pretrained(build(name), tmp_path)
+    for written in (number, {"__float__": str(number).replace("inf", "Infinity")}):
+        change(tmp_path, **{option: written})
+        with pytest.raises(ConfigError, match=f"option '{option}' is {number}; it must be a finite number"):
+            from_pretrained(tmp_path)
+
+
+def test_a_range_may_be_open_and_holds_numbers(tmp_path: Path) -> None:
+    save_pretrained(build("mamba_lm_smoke", mixer="mamba2", d_head=8, d_state=8), tmp_path)
+    assert from_pretrained(tmp_path) is not None
+    change(tmp_path, time_step_limit=[0.0, math.nan])
+    with pytest.raises(ConfigError, match=r"option 'time_step_limit' is \(0.0, nan\); each must be a number"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_a_number_that_is_none_in_mamba_ssms_layout_is_named(layer: str, number: float, tmp_path: Path) -> None:
+    ssm = {"layer": layer, "d_state": 8, "expand": number}
+    config = {"d_model": 16, "n_layer": 1, "vocab_size": 256, "ssm_cfg": ssm}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"backbone.embedding.weight": torch.zeros(256, 16)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"expand.*{number}"):
         from_pretrained(tmp_path)
 
 

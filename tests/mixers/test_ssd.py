@@ -92,5 +92,8 @@ def test_what_stands_at_absent_positions_has_no_effect():
 def test_sizes_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="d_head=5 must divide the inner width 16"):
         SSD(8, d_head=5)
+    for expand in (float("nan"), float("inf"), 0, -1.0):
+        with pytest.raises(ConfigError, match=f"expand={expand}: needs a finite number above 0"):
+            SSD(8, d_head=4, expand=expand)
     with pytest.raises(ConfigError, match="n_groups=3"):
         SSD(8, d_head=4, n_groups=3)

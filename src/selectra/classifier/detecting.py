@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from selectra.classifier.left_behind import colours_of, read_trained
-from selectra.classifier.reading import UnreadableError, read_image, standardised
+from selectra.classifier.reading import UnreadableError, leave_out, read_image, standardised
 from selectra.classifier.segmenting import named_once
 from selectra.errors import ConfigError, DataError
 from selectra.report.detected import Detected
@@ -104,7 +104,7 @@ def detect_all(
     """The objects on every image.
 
     Args:
-        skipped: Where given, files that are damaged are left out and named here.
+        skipped: Where given, files that are damaged or that the model cannot take are left out and named here.
 
     Raises:
         ConfigError: Pictures of two images would have one name.
@@ -116,9 +116,7 @@ def detect_all(
         try:
             found.append(detect(trained, path, device, threshold))
         except UnreadableError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
+            leave_out(error, skipped)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from selectra.classifier.reading import UnreadableError, read_image, standardised
+from selectra.classifier.reading import UnreadableError, leave_out, read_image, standardised
 from selectra.classifier.trained import Trained
 from selectra.data.image_decode import fitted
 from selectra.errors import DataError
@@ -39,7 +39,7 @@ def predict(
         paths: Image files.
         top: How many classes, if there are so many.
         device: Where the model runs.
-        skipped: Where given, files that are damaged are left out and named here.
+        skipped: Where given, files that are damaged or that the model cannot take are left out and named here.
 
     Raises:
         DataError: A file cannot be read, or does not fit the model.
@@ -53,9 +53,7 @@ def predict(
                 images.append(prepared(trained, path))
                 chosen.append(path)
             except UnreadableError as error:
-                if skipped is None:
-                    raise
-                skipped.append(str(error))
+                leave_out(error, skipped)
         if not images:
             continue
         with torch.inference_mode():
@@ -72,11 +70,12 @@ def prepared(trained: Trained, path: Path) -> Float[Tensor, "1 c h w"]:
     """An image as the model takes it.
 
     Raises:
-        DataError: It cannot be read, or is smaller than a patch.
+        UnreadableError: It cannot be read, or is smaller than a patch.
+        DataError: There is no such file.
     """
     image, least = read_image(path, trained.in_channels), trained.least_side
     if min(image.shape[1:]) < least:
-        raise DataError(
+        raise UnreadableError(
             f"'{path}' is {image.shape[2]} x {image.shape[1]} pixels (width x height), smaller than the {least} x "
             f"{least} pixels of one patch of '{trained.name}'; give a larger image."
         )

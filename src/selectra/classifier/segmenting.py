@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from selectra.classifier.left_behind import colours_of, read_trained
-from selectra.classifier.reading import UnreadableError, read_image, standardised
+from selectra.classifier.reading import UnreadableError, leave_out, read_image, standardised
 from selectra.errors import ConfigError, DataError
 from selectra.report.overlay import Overlay
 from selectra.tasks.sliding import sliding_scores
@@ -99,7 +99,7 @@ def segment_all(
     """The classes of every image's pixels.
 
     Args:
-        skipped: Where given, files that are damaged are left out and named here.
+        skipped: Where given, files that are damaged or that the model cannot take are left out and named here.
 
     Raises:
         ConfigError: The window has no pixel; pictures of two images would have one name.
@@ -113,9 +113,7 @@ def segment_all(
         try:
             found.append(segment(trained, path, device, window))
         except UnreadableError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
+            leave_out(error, skipped)
     return found
 
 

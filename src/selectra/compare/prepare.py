@@ -45,8 +45,7 @@ def prepare(
         ConfigError: A model cannot be brought to the budget, or is too large for the memory here.
         TimeUpError: That time came; a model that is being measured is measured to the end.
     """
-    found, sized, count = [], [], len(study.bases) * len(study.variants)
-    described: dict[str, Any] = {}
+    found, count = [], len(study.bases) * len(study.variants)
 
     def in_time() -> None:
         if time.monotonic() >= until:
@@ -55,9 +54,29 @@ def prepare(
                 "the first training; nothing is stored. Give it more time with --time-limit."
             )
 
+    _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
+    read = _matched(study, device, in_time, side_by_side)
+    sized = [each for _, _, models_ in read for each in models_]
+    if study.budget is not None:
+        _say(f"Matched: {'; '.join(each.told for each in sized)}.", console)
+    for base, data, models_ in read:
+        _require_metric(study, base, data, models_[0].spec)
+    for each in sized:
+        in_time()
+        found.append({"base": each.base, "variant": each.variant, **_measured(each, device)})
+        _print_cost(found[-1], f"{len(found)} of {count}", console)
+    described = {base.name: describe_data(data) for base, data, _ in read}
+    curves = _curves(study, found, device, console, in_time)
+    return {"models": found, "curves": curves, "data": _plain(described)}
+
+
+def _matched(
+    study: Study, device: torch.device, in_time: Callable[[], None], side_by_side: int
+) -> "list[tuple[Run, Any, list[_Sized]]]":  # fmt: skip
+    """Every base with its data and the models that will be trained on it, at their sizes; none is built."""
     if study.budget is not None and study.budget.quantity == "params":
         require_room("a model", study.budget.amount, device, side_by_side)
-    _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
+    found = []
     for base in study.bases:
         in_time()
         if base.train.steps is not None and (warning := all_warmup(base.optim, base.train.steps)):
@@ -65,21 +84,14 @@ def prepare(
         data = load(typed(base).data)
         facts = data.facts
         _require_judges(base, data, in_time)
-        described[base.name] = describe_data(data)
+        sized = []
         for variant in study.variants:
             in_time()
             sized.append(_sized(study, base, variant, facts, device, in_time))
             if sized[-1].by_gradient:
                 require_room(f"'{variant.name}'", sized[-1].parameters, device, side_by_side)
-        _require_metric(study, base, data, sized[-len(study.variants)].spec)
-    if study.budget is not None:
-        _say(f"Matched: {'; '.join(each.told for each in sized)}.", console)
-    for each in sized:
-        in_time()
-        found.append({"base": each.base, "variant": each.variant, **_measured(each, device)})
-        _print_cost(found[-1], f"{len(found)} of {count}", console)
-    curves = _curves(study, found, device, console, in_time)
-    return {"models": found, "curves": curves, "data": _plain(described)}
+        found.append((base, data, sized))
+    return found
 
 
 def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
@@ -88,7 +100,8 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
     Images by which models are judged are read once: a damaged one would end every training at its last step.
 
     Raises:
-        DataError: The validation part or the test part is empty, or has a file that cannot be read.
+        DataError: The validation part or the test part is empty, or has a file that cannot be read; or it shows already
+            that the training part has one.
     """
     for part, called, why in (("val", "validation", "chooses learning rates and weights by it"),
                               ("test", "test", "decides by it")):  # fmt: skip
@@ -101,6 +114,9 @@ def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
             for row in data.readable(part):
                 in_time()
                 data.read(int(row))
+    # Of training images on disk this looks at what their headers show; those in memory every training reads at first.
+    if not getattr(data, "in_memory", True):
+        data.windows("train")
 
 
 def _require_metric(study: Study, base: Run, data: Any, spec: Spec) -> None:

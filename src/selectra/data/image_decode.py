@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,11 @@ from selectra.errors import DataError
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 GREY = ("1", "L", "LA")
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-# How Pillow and NumPy say that bytes are damaged or no image.
-UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# How Pillow, NumPy and zip files say that bytes are damaged or no image.
+UNREADABLE = (
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class CorruptError(DataError):

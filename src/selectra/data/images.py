@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from selectra.data.image_check import looks_wrong, require_whole
 from selectra.data.image_decode import CorruptError, decode, fitted
 from selectra.data.image_files import list_images
 from selectra.data.image_one import OneByOne
@@ -93,7 +94,9 @@ class Images:
         per_class: Training images of each class; None takes all.
         split_seed: Of these draws.
         keep: Hold images in memory, and on the device that trains; or read them from disk every time.
-        corrupt: What to do with files that cannot be read: name the first and stop, or leave them out and count them.
+        corrupt: What to do with files that cannot be read: name them and stop, or leave them out and count them. "skip"
+            decodes every file once before the training; "refuse" does so with images in memory, and of images on disk
+            looks at headers, checksums and ends (`image_check`), so that damage inside a file may show only later.
         standard: Mean and deviation by which channels are standardised: those of the training images, ImageNet's, or
             1/2 and 1/2; "auto" is the first for images in memory and the second for others.
         download: Whether torchvision may load its set.
@@ -137,6 +140,7 @@ class Images:
         self.listing = list_images(path, download)
         self.corrupt = corrupt
         self._readable: dict[str, Rows] = {}
+        self._checked: set[str] = set()
         self.rows = split_images(self.listing, val, test, per_class, split_seed)
         if len(self.listing.classes) == 1:
             raise DataError(
@@ -255,7 +259,15 @@ class Images:
         if self.in_memory:
             pixels, labels = self.train if part == "train" else self.hold(part)
             return HeldImages(Held(pixels, labels, *self.mean_std, len(self.classes)), augment)
-        return OneByOne(self, self.readable(part), augment, ImageBatch)
+        shown = OneByOne(self, self.readable(part), augment, ImageBatch)
+        if self.corrupt == "refuse" and part not in self._checked:
+            # Crops of random size take images of any size.
+            any_size = self.given_size or (shown.steps is not None and shown.steps.crops)
+            read, size = (self.raw, None) if any_size else (self.read, self.size)
+            odd = partial(looks_wrong, self.listing.source, size=size)
+            require_whole(self.rows[part], odd, read, self.listing.names)
+            self._checked.add(part)
+        return shown
 
     def summary(self) -> list[str]:
         """The set in a few lines."""

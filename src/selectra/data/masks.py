@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from selectra.data.image_check import looks_wrong, require_whole
 from selectra.data.image_decode import DEEP, UNREADABLE, reason_of, require_bytes
 from selectra.data.image_examples import shape_masks
 from selectra.data.image_files import Arrays
@@ -99,6 +100,7 @@ class Masks:
         self.unknown, self.faulty, self.short_side = unknown, faulty, short_side
         self.rows = split_rows(self.listing, val, test, split_seed)
         self._readable: dict[str, Rows] = {}
+        self._checked: set[str] = set()
         self.coding = self.listing.coding or self._numbered(first_label, ignore)
         self._require_classes()
         first = self._first()
@@ -260,7 +262,13 @@ class Masks:
         augment = self.augment if part == "train" else None
         if self.in_memory:
             return HeldMasks(self.hold(part), augment)
+        if self.faulty == "refuse" and part not in self._checked:
+            require_whole(self.rows[part], self._looks_odd, self.read, self.listing.names)
+            self._checked.add(part)
         return ReadMasks(self, self.readable(part), augment)
+
+    def _looks_odd(self, row: int) -> bool:
+        return looks_wrong(self.listing.images, row) or looks_wrong(self.listing.masks, row)
 
     def summary(self) -> list[str]:
         """The set in a few lines."""

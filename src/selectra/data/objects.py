@@ -10,6 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from selectra.data.image_check import looks_wrong, require_whole
 from selectra.data.images import IMAGENET, MOST_HELD
 from selectra.data.mask_coding import distinct_colours, require_once
 from selectra.data.masks import FaultyError, decoded, split_rows
@@ -106,6 +107,7 @@ class Objects:
             self.rows["val"] = self.rows["val"][:0]
         self._require_objects()
         self._readable: dict[str, Rows] = {}
+        self._checked: set[str] = set()
         size = (crop, crop) if isinstance(crop, int) else crop
         self.augment = ObjectAugment(size, zoom, flip, flip_vertical, jitter)
         self.mean_std = tuple(
@@ -210,7 +212,13 @@ class Objects:
         """A part, in batches by lists of numbers; the training part with augmentation."""
         if part not in self.rows:
             raise ConfigError(f"there is no part '{part}'; there are {sorted(self.rows)}.")
+        if self.faulty == "refuse" and part not in self._checked:
+            require_whole(self.rows[part], self._looks_odd, self.read, [entry.file for entry in self.listing.entries])
+            self._checked.add(part)
         return ObjectViews(self, self.readable(part), self.augment if part == "train" else None)
+
+    def _looks_odd(self, row: int) -> bool:
+        return looks_wrong(self.listing.images, row, self.listing.entries[row].size)
 
     def summary(self) -> list[str]:
         """The set in a few lines."""

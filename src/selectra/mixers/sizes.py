@@ -24,17 +24,27 @@ def mixer_sizes(d_model: int, d_state: int, d_conv: int, expand: int | float, dt
         ConfigError: One that cannot be; the message names it.
     """
     require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
-    if not isinstance(expand, Real) or isinstance(expand, bool) or not 0 < expand < math.inf:
-        raise ConfigError(f"expand={expand!r}: needs a finite number above 0")
-    d_inner = int(expand * d_model)
-    if d_inner < 1:
-        raise ConfigError(f"expand={expand} gives d_inner={d_inner} for d_model={d_model}: needs at least 1")
+    d_inner = inner_width(expand, d_model)
     if isinstance(dt_rank, str) and dt_rank != "auto":
         hint = " Did you mean 'auto'?" if difflib.get_close_matches(dt_rank, ["auto"]) else ""
         raise ConfigError(f"dt_rank={dt_rank!r}: takes 'auto' or a whole number of at least 1.{hint}")
     rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
     require_sizes(dt_rank=rank)
     return Sizes(d_inner, rank)
+
+
+def inner_width(expand: int | float, d_model: int) -> int:
+    """The width between the projections.
+
+    Raises:
+        ConfigError: There is no such width.
+    """
+    if not isinstance(expand, Real) or isinstance(expand, bool) or not 0 < expand < math.inf:
+        raise ConfigError(f"expand={expand!r}: needs a finite number above 0")
+    d_inner = int(expand * d_model)
+    if d_inner < 1:
+        raise ConfigError(f"expand={expand} gives d_inner={d_inner} for d_model={d_model}: needs at least 1")
+    return d_inner
 
 
 def require_sizes(**sizes: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from selectra.errors import ConfigError
 from selectra.mixers.packing import sequence_of
 from selectra.mixers.s6 import State, at_least_float32, require_input, zero_absent
-from selectra.mixers.sizes import require_sizes
+from selectra.mixers.sizes import inner_width, require_sizes
 from selectra.ops import causal_conv1d
 from selectra.ops.gated_norm import gated_norm
 from selectra.ops.ssd import ssd
@@ -92,8 +92,8 @@ class SSD(nn.Module):
     ) -> None:
         super().__init__()
         require_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, d_head=d_head, n_groups=n_groups)
-        d_inner = int(expand * d_model)
-        if d_inner < 1 or d_inner % d_head or d_inner // d_head % n_groups:
+        d_inner = inner_width(expand, d_model)
+        if d_inner % d_head or d_inner // d_head % n_groups:
             raise ConfigError(
                 f"d_head={d_head} must divide the inner width {d_inner}, and n_groups={n_groups} the number of heads"
             )

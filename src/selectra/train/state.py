@@ -39,6 +39,9 @@ FREE = {
     "name", "train.keep", "train.save_every", "train.workers", "train.load_timeout", "train.threads", "train.device",
     "data.args.timeout", "data.args.attempts",
 }  # fmt: skip
+# What may become "skip", as an error about a damaged file advises; the rest of the pass in hand is then taken from the
+# order of the files that are left.
+SKIPPING = {"data.args.corrupt", "data.args.faulty"}
 # How steps are computed, which the kind of parallelism and the device say; not what.
 HOW = {"fused", "foreach", "capturable", "differentiable"}
 
@@ -346,7 +349,11 @@ def _refuse_another_run(out: Path, saved: str, run: Run) -> None:
     different = [
         f"{key} is {before.get(key)!r} there and {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
-        if key not in FREE and not key.startswith("parallel.") and before.get(key) != now.get(key)
+        if key not in FREE
+        and not key.startswith("parallel.")
+        and before.get(key) != now.get(key)
+        # A training that met a damaged file goes on without it.
+        and not (key in SKIPPING and now.get(key) == "skip")
     ]
     if different:
         raise ConfigError(
