@@ -6,14 +6,15 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from selectra.compare import measure as measuring
 from selectra.compare import room
+from selectra.compare.flops import count_flops
 from selectra.compare.match import TOLERANCE, match, meet
 from selectra.compare.measure import (
     SHAPES,
     build_model,
-    count_flops,
     count_parameters,
     flops_unbuilt,
     inputs_for,
@@ -185,6 +186,36 @@ def test_what_does_not_fit_into_the_memory_is_refused_before_it_is_built(monkeyp
     # Where the memory's size is not known nothing is refused.
     monkeypatch.setattr(room, "memory_of", lambda device: None)
     room.require_room("gru", 1e15, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["patchtst", "vit_smoke", "gpt"])
+def test_flops_count_attention_as_its_products(name: str) -> None:
+    """A CPU's own attention counts as what is done one product after the other; without a formula it counted none."""
+    spec, facts = Spec(name, **({"d_model": 32, "depth": 2} if name == "gpt" else {})), FACTS[models.entry(name).kind]
+    model, inputs = build_model(spec, facts).eval(), inputs_for(spec, facts, 1)
+    with sdpa_kernel(SDPBackend.MATH):
+        products = count_flops(model, inputs)
+    assert count_flops(model, inputs) == products
+
+
+def test_flops_count_fourier_transforms() -> None:
+    transforms = {
+        "c2c": lambda x: torch.fft.fft(x.to(torch.complex64), dim=1),
+        "r2c": lambda x: torch.fft.rfft(x, dim=1),
+        "c2r": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=8, dim=1),
+    }
+    x = torch.randn(3, 8, 5)
+
+    class Transform(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return transforms[self.name](x)
+
+    # Of 15 transforms of length 8, 5 n log2(n) each where they are complex.
+    assert {name: count_flops(Transform(name), x) for name in transforms} == {"c2c": 1800, "r2c": 900, "c2r": 1800}
 
 
 def test_flops_count_scans_by_the_rule_of_the_field() -> None:

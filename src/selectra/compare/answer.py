@@ -174,7 +174,9 @@ def _studies(found: Row, records: dict[str, Row]) -> None:
             continue
         found["parts"].append({
             "question": record["question"], "text": record["verdict"]["text"], "records": [name],
-            "trainings": left or str(sum("test" in cell for cell in record["cells"])),
+            # A training that was done again, with other code, say, is one.
+            "trainings": left or str(len({(cell["base"], cell["variant"], cell["seed"]) for cell in record["cells"]
+                                          if "test" in cell})),
             "rows": [{key: row[key] for key in ("base", "variant", "mean", "spread")} | {
                 "parameters": row["cost"]["parameters"], "seeds": len(row["values"])} for row in record["rows"]],
             "metric": record["metric"],

@@ -19,7 +19,6 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import models, tasks
 from selectra.spec import Run, Spec, nearest
 from selectra.train.job import check, typed
-from selectra.train.optim import all_warmup
 from selectra.train.precision import Precision
 from selectra.train.same_data import describe_data
 
@@ -79,8 +78,6 @@ def _matched(
     found = []
     for base in study.bases:
         in_time()
-        if base.train.steps is not None and (warning := all_warmup(base.optim, base.train.steps)):
-            _say(warning, console)
         data = load(typed(base).data)
         facts = data.facts
         _require_judges(base, data, in_time)

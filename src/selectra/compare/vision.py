@@ -17,7 +17,7 @@ from torch import nn
 # Importing the rooms fills the registries.
 from selectra import models as _models  # noqa: F401
 from selectra import recipes as _recipes  # noqa: F401
-from selectra.compare.measure import count_flops
+from selectra.compare.flops import count_flops
 from selectra.compare.on_device_images import ImagesOnDevice
 from selectra.compare.packed_images import Job, Library, Parts, Slot, Training, build, work_packed
 from selectra.registry import datasets, models, recipes, tasks
