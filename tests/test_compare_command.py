@@ -50,6 +50,33 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "holds another study" in text
 
 
+def test_a_table_that_lies_where_the_report_would_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_series(tmp_path)
+    mine, before = tmp_path / "series.csv", (tmp_path / "series.csv").read_bytes()
+    words = ["--models", "tsm2_smoke,dlinear", "--lookback", "16", "--horizon", "4", "--steps", "2", "--trials", "0"]
+    words += ["--device", "cpu", "--workers", "1"]
+    code, text = said(capsys, "compare", "forecasting", "series.csv", *words, "--store", "series.sqlite")
+    assert code == 2 and "'series.csv' is there, is no report of this kind" in text and "--store" in text
+    # Nothing was trained for it.
+    assert "measured" not in text and mine.read_bytes() == before
+    code, text = said(capsys, "compare", "forecasting", "series.csv", *words)
+    assert code == 0, text
+    for out in ("series.html", "notes.html"):
+        (tmp_path / "notes.md").write_text("# What I thought\n")
+        code, text = said(capsys, "report", "forecasting_series.sqlite", "--out", out)
+        assert code == 2 and "is no report of this kind" in text
+    (tmp_path / "own.json").write_text("[1, 2]")
+    code, text = said(capsys, "report", "forecasting_series.sqlite", "--export", "own.json")
+    assert code == 2 and "'own.json' is there" in text
+    assert mine.read_bytes() == before and (tmp_path / "own.json").read_text() == "[1, 2]"
+    assert (tmp_path / "notes.md").read_text() == "# What I thought\n"
+    # What an earlier report left is written anew.
+    code, text = said(capsys, "report", "forecasting_series.sqlite")
+    assert code == 0, text
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

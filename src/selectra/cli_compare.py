@@ -116,8 +116,13 @@ def _study(study: "Study", store: Path | None, how: tuple[str, float | None, int
     """
     from selectra.compare.conduct import Wish, conduct, failures  # noqa: PLC0415
     from selectra.compare.crew import Crew  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
+    from selectra.report.study import BEGINS, refuse_others  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
+    # Before the first training: what is written at the end lies beside the store, as the user's own table may.
+    refuse_others(path.with_suffix(""), study.question)
+    refuse_other(path.with_suffix(".json"), BEGINS)
     counts = conduct(study, Wish(path, *how), console)
     # Of processes that torchrun started the first one is the last to leave.
     if Crew.found().rank:
@@ -301,9 +306,12 @@ def _what_of(records: Path) -> object:
 
 
 def _report_tables(store: "Store", records: Path, out: Path | None, export: Path | None, console: Console) -> None:
-    from selectra.compare.export import write  # noqa: PLC0415
+    from selectra.compare.export import BEGINS, COLUMNS, write  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
 
     target = export or records.with_suffix(".json")
+    for path, begins in ((target, BEGINS), (target.with_suffix(".csv"), ",".join(COLUMNS[:4]))):
+        refuse_other(path, begins)
     write(store, target)
     store.close()
     _report_json(target, out, console)
@@ -312,9 +320,11 @@ def _report_tables(store: "Store", records: Path, out: Path | None, export: Path
 def _report_study(path: Path, out: Path | None, console: Console, export: Path | None = None) -> None:
     """Export a study's records and write its page, Markdown and CSV."""
     from selectra.compare.results import write_results  # noqa: PLC0415
-    from selectra.report.study import read_study, write_reports  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
+    from selectra.report.study import BEGINS, read_study, write_reports  # noqa: PLC0415
 
     records = export or path.with_suffix(".json")
+    refuse_other(records, BEGINS)
     write_results(path, records)
     content = read_study(records)
     paths = write_reports(content, (out or path).with_suffix(""))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from selectra.errors import DataError
 from selectra.report.cost_plots import figure, pictures
 from selectra.report.forecasting import grid
-from selectra.report.read import whole
+from selectra.report.read import refuse_other, whole
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra costs", 1
@@ -47,7 +47,12 @@ def read_costs(path: Path) -> Row:
 
 
 def write_reports(content: Row, stem: Path) -> list[Path]:
-    """Write STEM.html, STEM.md, STEM.csv and STEM.png, each whole or not at all; their paths."""
+    """Write STEM.html, STEM.md, STEM.csv and STEM.png, each whole or not at all; their paths.
+
+    Raises:
+        DataError: STEM.csv is there and no report.
+    """
+    refuse_other(stem.with_name(f"{stem.name}.csv"), ",".join(COLUMNS[:4]))
     picture = io.BytesIO()
     figure(content).savefig(picture, format="png", dpi=120)
     texts = {

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from selectra.errors import DataError
 from selectra.report.forecasting import grid
-from selectra.report.read import whole
+from selectra.report.read import refuse_other, whole
 from selectra.report.study_claims import (
     COSTS,
     bases_of,
@@ -30,6 +30,8 @@ from selectra.report.study_plots import pictures
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra study", 1
+# How its records begin as a file.
+BEGINS = f'{{\n "what": "{WHAT}"'
 NEEDED = (
     "name", "question", "study", "subject", "subject_title", "metric", "higher_is_better", "seeds", "error_rate",
     "counts", "kinds", "rows", "overall", "by_base", "costs", "curves", "environments", "cells", "trials", "verdict",
@@ -64,8 +66,23 @@ def read_study(path: Path) -> Row:
     return content
 
 
+def refuse_others(stem: Path, question: str) -> None:
+    """Refuse to write a study's reports over files that are none, such as the table that the study is about.
+
+    Raises:
+        DataError: STEM.md or STEM.csv is there and no study's.
+    """
+    for suffix, begins in ((".md", f"# {question}\n"), (".csv", ",".join(COLUMNS[:4]))):
+        refuse_other(stem.with_name(stem.name + suffix), begins)
+
+
 def write_reports(content: Row, stem: Path) -> list[Path]:
-    """Write STEM.html, STEM.md and STEM.csv, each whole or not at all; their paths."""
+    """Write STEM.html, STEM.md and STEM.csv, each whole or not at all; their paths.
+
+    Raises:
+        DataError: One of the last two is there and no report.
+    """
+    refuse_others(stem, content["question"])
     texts = {".html": page(content), ".md": markdown(content), ".csv": table(content)}
     found = []
     for suffix, text in texts.items():
