@@ -1,8 +1,9 @@
 """What is found out before a study's first training: sizes that meet the budget, and what models cost."""
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import inf
 from typing import Any
 
@@ -61,6 +62,21 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
             _print_cost(found[-1], f"{len(found)} of {count}", console)
     curves = _curves(study, found, device, console, in_time)
     return {"models": found, "curves": curves, "data": _plain(described)}
+
+
+def seconds_by_steps(base: Run, found: Mapping[str, Any], workers: int) -> float | None:
+    """What a training takes by the time of its steps alone; None on a GPU, where several are trained at once.
+
+    Args:
+        found: What `prepare` found out about the model on this base.
+        workers: Processes side by side, each with its share of the cores.
+    """
+    cost, train = found["cost"], base.train
+    if not found["by_gradient"] or cost["device"] != "cpu" or train.steps is None:
+        return None
+    threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+    slower = max(1.0, cost["threads"] / threads)
+    return train.steps * train.batch_size / cost["batch"] * cost["step_ms"] / 1e3 * slower
 
 
 def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:
