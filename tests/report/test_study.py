@@ -187,6 +187,18 @@ def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
     assert verdict({**content, "overall": []})["text"].startswith("No verdict yet")
 
 
+@pytest.mark.parametrize(("high", "p", "said"), [(-2.4, 0.03, True), (0.5, 0.2, False), (-0.1, 0.06, False)])
+def test_a_draw_whose_interval_leaves_zero_out_says_why(
+    content: dict[str, Any], high: float, p: float, said: bool
+) -> None:
+    row = {**content["by_base"][0], "outcome": "level", "low": -18.9, "high": high, "difference": -10.3, "p": p,
+           "p_adjusted": 0.089, "resolution": 7.75, "unit": "%"}  # fmt: skip
+    text = claims({**content, "by_base": [row]}, "level")[0].text
+    assert "p 0.089 after correction); these seeds could have shown 7.75 %" in text
+    why = " alone: the interval, which leaves zero out, and its p 0.030 are not corrected"
+    assert text.endswith(f"7.75 %{why if said else ''}")
+
+
 def test_how_costs_were_measured_is_said_as_recorded(content: dict[str, Any]) -> None:
     plain = "float32, without TF32, eager, batches of 32, layout: images NCHW, all else channels last, on cpu"
     assert reading(content)[-1].endswith(f"where there are several: {plain}.")

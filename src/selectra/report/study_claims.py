@@ -64,11 +64,19 @@ def claims(content: Row, outcome: str) -> list[Claim]:
                 f"{row['rival_mean']:.4f}, {signed(row, 'difference')} (95 % interval {signed(row, 'low')} to "
                 f"{signed(row, 'high')}; better with {wins} of {row['pairs']} seeds; "
                 f"p {chance(row['p_adjusted'])} after correction)"
-                + (f"; these seeds could have shown {resolution(row)}" if outcome == "level" else "")
+                + (_undecided(row, content["error_rate"]) if outcome == "level" else "")
             )
             found.append(Claim(text, tuple((name, trainings(content, name, row.get("base")))
                                            for name in (subject, row["rival"]))))  # fmt: skip
     return found + ([] if outcome == "level" else cost_claims(content, outcome))
+
+
+def _undecided(row: Row, error_rate: float) -> str:
+    """What the seeds could have shown, and why a difference is none although its own interval leaves zero out."""
+    found = f"; these seeds could have shown {resolution(row)}"
+    if row["p"] < error_rate and not row["low"] <= 0 <= row["high"]:
+        found += f" alone: the interval, which leaves zero out, and its p {chance(row['p'])} are not corrected"
+    return found
 
 
 def comparisons(content: Row) -> list[Row]:
