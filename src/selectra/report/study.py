@@ -23,6 +23,7 @@ from selectra.report.study_claims import (
     claims,
     comparisons,
     cost_place,
+    interval,
     resolution,
     signed,
 )
@@ -105,7 +106,7 @@ def summary(content: Row, base: str) -> tuple[list[str], list[list[str]]]:
                                else row["mean"] or 0))  # fmt: skip
     head = ["model", "kind", content["metric"], "± seeds", "95 % of the mean", "parameters", "FLOPs a sample",
             "forward, ms", "step, ms", "activations, MiB", "samples a second", "training, s"]  # fmt: skip
-    return head, [_summary_row(row) for row in rows]
+    return head, [_summary_row(content, row) for row in rows]
 
 
 def _placed(content: Row, base: str) -> tuple[str, list[str], list[list[str]], list[str]]:
@@ -114,11 +115,11 @@ def _placed(content: Row, base: str) -> tuple[str, list[str], list[list[str]], l
     return base, head, rows, [cost_place(content, base, row[0]) for row in rows]
 
 
-def _summary_row(row: Row) -> list[str]:
-    cost, interval = row["cost"], row["interval"]
+def _summary_row(content: Row, row: Row) -> list[str]:
+    cost, found = row["cost"], interval(content, row)
     return [
         row["variant"], row["kind"] or "-", number(row["mean"]), "no chance" if row["sure"] else number(row["spread"]),
-        "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}", f"{cost['parameters']:,}",
+        "-" if found is None else f"{found[0]:.4f} to {found[1]:.4f}", f"{cost['parameters']:,}",
         f"{cost['flops']:,}", _wavering(cost["forward_ms"], cost["forward_iqr_ms"]),
         _wavering(cost["step_ms"], cost["step_iqr_ms"]) if cost["step_ms"] else "-",
         brief(cost["activations_mb"]), f"{cost['throughput']:,.0f}", number(row["seconds"], 1),
@@ -214,7 +215,7 @@ def reading(content: Row) -> list[str]:
         f"leaves out zero: in at most {rate} of studies any difference of a group is called real that is none.",
         "Intervals (95 %) are Student's below eight pairs, of which a bootstrap would say little more than their "
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
-        "many seeds of this spread can tell from chance, alone.",
+        "many seeds of this spread can tell from chance, alone. The interval of the mean of a share ends at 0 and 1.",
         f"Chance is that between seeds, on one test part ({_tested(content) or 'not read yet'}). Whether other data of "
         "the kind would say the same is not tested; the fewer examples, the less does it say. Where all seeds differ "
         "by the same, a score that counts examples is judged as if it were uncertain by one of them.",

@@ -44,6 +44,16 @@ def trainings(content: Row, variant: str, base: str | None) -> tuple[tuple[int, 
                  if cell["variant"] == variant and base in (None, cell["base"]))  # fmt: skip
 
 
+def interval(content: Row, row: Row) -> tuple[float, float] | None:
+    """The interval of a model's mean over seeds; that of a share ends at 0 and 1, which Student's does not know."""
+    if row["interval"] is None:
+        return None
+    low, high = row["interval"]
+    values = [value for each in content["rows"] for value in each["values"].values()]
+    share = content["higher_is_better"] and 0 <= min(values) <= max(values) <= 1
+    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+
+
 def cost_place(content: Row, base: str, variant: str) -> str:
     """The name, in the page, of the row that tells what a model costs on a base."""
     names = list(dict.fromkeys(row["variant"] for row in content["rows"]))
