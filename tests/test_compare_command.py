@@ -311,3 +311,15 @@ def test_a_report_of_what_is_not_there_or_damaged_is_refused(
     assert code == 2 and "'half.json' is damaged or of another version: it has no question" in text
     code, text = said(capsys, "report", "half.json", "--out", "absent/page.html")
     assert code == 2 and "the folder 'absent' does not exist" in text
+    Path("pictures").mkdir()
+    code, text = said(capsys, "report", "pictures")
+    assert code == 2 and "there are no records, NAME.json, in 'pictures'" in text and not Path("answer.md").exists()
+    # An answer of somebody's own is no page of ours.
+    Path("records").mkdir()
+    Path("records/other.json").write_text("{}")
+    Path("answer.md").write_text("# My answer\n")
+    code, text = said(capsys, "report", "records")
+    assert code == 2 and "'answer.md' is there, is no report of this kind" in text
+    assert Path("answer.md").read_text() == "# My answer\n"
+    code, text = said(capsys, "report", "records", "--out", "other.md")
+    assert code == 0 and Path("other.md").is_file()

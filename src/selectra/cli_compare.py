@@ -261,10 +261,15 @@ def _report_answer(folder: Path, out: Path | None, console: Console) -> None:
     import os  # noqa: PLC0415
 
     from selectra.compare.answer import collect  # noqa: PLC0415
-    from selectra.report.answer import write_answer  # noqa: PLC0415
+    from selectra.report.answer import TITLE, write_answer  # noqa: PLC0415
     from selectra.report.answer_plot import write_picture  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
 
+    if not any(folder.glob("*.json")):
+        raise DataError(f"there are no records, NAME.json, in '{folder}': `selectra compare` leaves them beside its "
+                        "stores.")  # fmt: skip
     content, out = collect(folder), out or Path("answer.md")
+    refuse_other(out, f"# {TITLE}\n")
     if content["points"]:
         write_picture(content["points"], out.with_suffix(".png"))
     write_answer(content, out, Path(os.path.relpath(folder, out.parent)).as_posix())
