@@ -122,7 +122,7 @@ def evaluate(
         ),
     ] = False,
 ) -> None:
-    """Evaluate trained weights; the only command that opens the test split."""
+    """Evaluate trained weights, by default on the test part, which `train` never opens."""
     from selectra.train.job import evaluate_job  # noqa: PLC0415
 
     if page:

@@ -1,4 +1,4 @@
-"""What a study says while it runs: figures as people read them, and how long it will take."""
+"""What a study says while it runs, and what `--quick` and `--steps` make of one."""
 
 import io
 import re
@@ -79,3 +79,18 @@ def test_a_quick_look_at_images_has_small_models_alike_in_size() -> None:
     facts = {"n_classes": 10, "in_channels": 3, "img_size": (32, 32)}
     counts = [count_parameters(each.model, facts) for each in study.variants]
     assert max(counts) < 300_000 and max(counts) < 1.1 * min(counts)
+
+
+def test_fewer_steps_are_not_all_of_them_warm_up() -> None:
+    def paced(kind: str, **asked: Any) -> tuple[int, int, int | None]:
+        base = find_study(kind, Asked(**asked)).bases[0]
+        assert base.train.steps is not None
+        return base.train.steps, base.optim.warmup_steps, base.train.eval_every
+
+    assert paced("vision") == (2000, 100, 250)
+    # A hundred steps were a hundred steps of warm-up.
+    assert paced("vision", steps=100) == (100, 5, 12)
+    assert paced("forecasting", quick=True, steps=20) == (20, 2, 2)
+    # More steps, or other batches, leave it as it is.
+    assert paced("vision", steps=4000) == (4000, 100, 250)
+    assert paced("vision", batch_size=8) == (2000, 100, 250)

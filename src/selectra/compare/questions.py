@@ -214,7 +214,7 @@ def _changed(study: Study, asked: Asked) -> Study:
     words = [f"train.{name}={value}" for name, value in (("steps", asked.steps), ("batch_size", asked.batch_size))
              if value is not None]  # fmt: skip
     if words:
-        changes["bases"] = tuple(_paced(override(base, words)) for base in study.bases)
+        changes["bases"] = tuple(_paced(base, override(base, words)) for base in study.bases)
     if asked.seeds is not None:
         changes["seeds"] = asked.seeds
     budget = asked.budget or study.budget
@@ -256,12 +256,16 @@ def _ranges(study: Study) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _paced(run: Run) -> Run:
-    """The same number of evaluations, whatever the number of steps."""
-    steps = run.train.steps
-    if steps is None or run.train.eval_every is None or run.train.eval_every <= steps // 4:
+def _paced(before: Run, run: Run) -> Run:
+    """At least four evaluations, and of fewer steps no larger a share that only warms up, whatever number is asked."""
+    steps, words = run.train.steps, []
+    if steps is None:
         return run
-    return override(run, [f"train.eval_every={max(1, steps // 8)}"])
+    if run.train.eval_every is not None and run.train.eval_every > steps // 4:
+        words.append(f"train.eval_every={max(1, steps // 8)}")
+    if before.train.steps is not None and steps < before.train.steps:
+        words.append(f"optim.warmup_steps={run.optim.warmup_steps * steps // before.train.steps}")
+    return override(run, words)
 
 
 def forecasting_study(asked: Asked) -> Study:
