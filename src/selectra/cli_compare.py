@@ -149,6 +149,7 @@ def _costs(
     from selectra.compare.curve_command import compare_costs  # noqa: PLC0415
     from selectra.compare.curves import Wish  # noqa: PLC0415
     from selectra.compare.questions import amount_of  # noqa: PLC0415
+    from selectra.report.costs import refuse_others  # noqa: PLC0415
 
     refused = [name for name, value in given.items() if value is not None and value is not False]
     if refused:
@@ -164,6 +165,7 @@ def _costs(
     path, console = store or Path("costs.json"), _console()
     if kinds:
         asked["kinds"] = kinds
+    refuse_others(path.with_suffix(""))
     compare_costs(Wish(**asked), path, device, time_limit, console)
     _report_json(path, None, console)
 
