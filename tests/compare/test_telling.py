@@ -94,3 +94,16 @@ def test_fewer_steps_are_not_all_of_them_warm_up() -> None:
     # More steps, or other batches, leave it as it is.
     assert paced("vision", steps=4000) == (4000, 100, 250)
     assert paced("vision", batch_size=8) == (2000, 100, 250)
+
+
+def test_what_the_data_are_is_told_before_the_first_model(tmp_path: Path) -> None:
+    path, text = write_series(tmp_path), io.StringIO()
+    lines = path.read_text().splitlines()
+    # Two hours that the table leaves out, and a value that it has not.
+    lines[40] = lines[40].rsplit(",", 1)[0] + ","
+    path.write_text("\n".join([*lines[:100], *lines[102:]]) + "\n")
+    store = Store(tmp_path / "s.sqlite")
+    open_study(store, make_study(path), torch.device("cpu"), Console(file=text, width=300))
+    store.close()
+    told = text.getvalue().partition("1 of 3")[0]
+    assert "2 rows inserted as unobserved" in told and "% of values missing: masked, not filled" in told

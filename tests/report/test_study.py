@@ -187,18 +187,6 @@ def test_a_win_a_loss_and_a_draw_in_words(content: dict[str, Any]) -> None:
     assert verdict({**content, "overall": []})["text"].startswith("No verdict yet")
 
 
-@pytest.mark.parametrize(("high", "p", "said"), [(-2.4, 0.03, True), (0.5, 0.2, False), (-0.1, 0.06, False)])
-def test_a_draw_whose_interval_leaves_zero_out_says_why(
-    content: dict[str, Any], high: float, p: float, said: bool
-) -> None:
-    row = {**content["by_base"][0], "outcome": "level", "low": -18.9, "high": high, "difference": -10.3, "p": p,
-           "p_adjusted": 0.089, "resolution": 7.75, "unit": "%"}  # fmt: skip
-    text = claims({**content, "by_base": [row]}, "level")[0].text
-    assert "p 0.089 after correction); these seeds could have shown 7.75 %" in text
-    why = " alone: the interval, which leaves zero out, and its p 0.030 are not corrected"
-    assert text.endswith(f"7.75 %{why if said else ''}")
-
-
 def test_how_costs_were_measured_is_said_as_recorded(content: dict[str, Any]) -> None:
     plain = "float32, without TF32, eager, batches of 32, layout: images NCHW, all else channels last, on cpu"
     assert reading(content)[-1].endswith(f"where there are several: {plain}.")
@@ -384,19 +372,3 @@ def test_paper_shows_what_a_screen_folds_away(browser: str, content: dict[str, A
         shown(browser, tmp_path, address, f"--print-to-pdf={paper}")
         pages[name] = len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
     assert pages["all"] > pages["without"]
-
-
-def test_the_interval_of_a_share_ends_where_shares_do(content: dict[str, Any]) -> None:
-    def changed(values: dict[str, float], between: tuple[float, float], higher: bool) -> dict[str, Any]:
-        row = {**content["rows"][0], "values": values, "interval": between}
-        return {**content, "rows": [row], "higher_is_better": higher}
-
-    wide = changed({"0": 0.04, "1": 0.96, "2": 0.9}, (-0.7, 1.9), True)
-    assert summary(wide, wide["rows"][0]["base"])[1][0][4] == "0.0000 to 1.0000"
-    inside = changed({"0": 0.6, "1": 0.7, "2": 0.8}, (0.45, 0.95), True)
-    assert summary(inside, inside["rows"][0]["base"])[1][0][4] == "0.4500 to 0.9500"
-    # What is no share keeps Student's own: an error, and a score beyond one.
-    for values, higher in (({"0": 0.04, "1": 0.96}, False), ({"0": 0.04, "1": 1.5}, True)):
-        other = changed(values, (-0.7, 1.9), higher)
-        assert summary(other, other["rows"][0]["base"])[1][0][4] == "-0.7000 to 1.9000"
-    assert "ends at 0 and 1" in " ".join(reading(content))

@@ -37,7 +37,7 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
         TimeUpError: That time came; a model that is being measured is measured to the end.
     """
     found, count = [], len(study.bases) * len(study.variants)
-    described: dict[str, Any] = {}
+    described, summaries = dict[str, Any](), dict[str, list[str]]()
 
     def in_time() -> None:
         if time.monotonic() >= until:
@@ -52,6 +52,9 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
         data = load(typed(base).data)
         facts = data.facts
         _require_judges(base, data, in_time)
+        summaries[base.name] = data.summary() if hasattr(data, "summary") else []
+        for line in summaries[base.name]:
+            _say(line, console)
         described[base.name] = describe_data(data)
         for variant in study.variants:
             in_time()
@@ -61,7 +64,7 @@ def prepare(study: Study, device: torch.device, console: Console, until: float =
             found.append({"base": base.name, "variant": variant.name, **each})
             _print_cost(found[-1], f"{len(found)} of {count}", console)
     curves = _curves(study, found, device, console, in_time)
-    return {"models": found, "curves": curves, "data": _plain(described)}
+    return {"models": found, "curves": curves, "data": _plain(described), "summaries": summaries}
 
 
 def seconds_by_steps(base: Run, found: Mapping[str, Any], workers: int) -> float | None:

@@ -249,6 +249,12 @@ def _settings(content: Row) -> list[str]:
     return [words if alike else f"{words} ({', '.join(dict.fromkeys(bases))})" for words, bases in found.items()]
 
 
+def data_lines(content: Row) -> list[str]:
+    """What the data were found to be, such as rows, gaps and images; nothing where the records do not say it."""
+    return [f"{base}: {'; '.join(line.strip() for line in lines)}"
+            for base, lines in content.get("summaries", {}).items() if lines]  # fmt: skip
+
+
 def missing(content: Row) -> list[str]:
     """Results that are not there, with the reason."""
     return [
@@ -309,6 +315,7 @@ def page(content: Row) -> str:
         contrasts=contrast_rows(content),
         crossings=crossings(content),
         tested=_tested(content), fairness=fairness(content), reading=reading(content), missing=missing(content),
+        data=data_lines(content),
         cells=cell_rows(content), environments=environments(content),
         # Made by matplotlib, with every name escaped.
         pictures={section: [(title, Markup(svg)) for where, title, svg in shown if where == section]
@@ -337,7 +344,10 @@ def markdown(content: Row) -> str:
             "key of its record"]  # fmt: skip
     rows = [[str(c["number"]), c["base"], c["variant"], str(c["seed"]), number(c["test"]), number(c["val"]),
              number(c["seconds"], 1), c["differs"], c["key"]] for c in cell_rows(content)]  # fmt: skip
-    parts += ["## Every training", grid(head, rows), "## What was alike", _bullets(fairness(content))]
+    parts += ["## Every training", grid(head, rows)]
+    if data_lines(content):
+        parts += ["## The data", _bullets(data_lines(content))]
+    parts += ["## What was alike", _bullets(fairness(content))]
     commands = "\n".join(cell["command"] for cell in cell_rows(content))
     parts += ["## How to read this", _bullets(reading(content)), "## Hardware and versions",
               _bullets(environments(content)), "## Commands",
