@@ -32,7 +32,9 @@ def compare(
             "text; default: bundled data. `costs`: language, images, series."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few models, briefly trained: minutes on two cores.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few or small models, briefly trained: minutes on two cores.")
+    ] = False,
     store: Annotated[
         Path | None, typer.Option(help="The file of cells and records; an earlier one is gone on with.")
     ] = None,

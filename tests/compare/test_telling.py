@@ -106,4 +106,7 @@ def test_what_the_data_are_is_told_before_the_first_model(tmp_path: Path) -> Non
     open_study(store, make_study(path), torch.device("cpu"), Console(file=text, width=300))
     store.close()
     told = text.getvalue().partition("1 of 3")[0]
-    assert "2 rows inserted as unobserved" in told and "% of values missing: masked, not filled" in told
+    assert (
+        "1 gap, 2 rows inserted as unobserved; the longest is 2 rows from" in told
+        and "% of values missing: masked, not filled" in told
+    )
