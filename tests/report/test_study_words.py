@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from selectra.compare.results import write_results
-from selectra.report.study import markdown, page, read_study, reading, summary
+from selectra.report.study import data_lines, markdown, page, read_study, reading, summary
 from selectra.report.study_claims import claims
 from tests.compare.studies import finished
 
@@ -51,6 +51,8 @@ def test_what_the_data_are_is_said(content: dict[str, Any]) -> None:
     assert any("300 rows" in line for line in lines)
     for text in (markdown(content), page(content)):
         assert "The data" in text and "waves: 300 rows, 2024-01-01 00:00" in text
+    (line,) = data_lines(content)
+    assert "; train 210 rows 2024-01-01" in line
     # Records of before they were kept.
     older = {name: value for name, value in content.items() if name != "summaries"}
     assert "The data" not in markdown(older) and "<h2>The data" not in page(older)

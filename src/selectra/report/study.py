@@ -251,7 +251,7 @@ def _settings(content: Row) -> list[str]:
 
 def data_lines(content: Row) -> list[str]:
     """What the data were found to be, such as rows, gaps and images; nothing where the records do not say it."""
-    return [f"{base}: {'; '.join(line.strip() for line in lines)}"
+    return [f"{base}: {'; '.join(' '.join(line.split()) for line in lines)}"
             for base, lines in content.get("summaries", {}).items() if lines]  # fmt: skip
 
 
