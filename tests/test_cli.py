@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_stop_prints_the_command_that_goes_on(call, csv, tmp_path, monkeypatch
     assert command == ["train", str(out / "run.json")]
     code, text, _ = call(*command)
     assert code == 0
-    assert "Done after 4 steps" in text
+    assert re.search(r"Done after 4 steps, \d+ s without evaluations", text)
 
 
 def test_closed_form_model_by_its_name(call, csv, tmp_path):
@@ -108,6 +109,32 @@ def test_show_builds_nothing_and_tells_origins(call):
     assert rows["model.d_conv"][-1] == "default"
     assert rows["optim.lr"] == ["0.002", "run"]
     assert call("show", "tsm2_smoke")[0] == 0
+
+
+def test_show_does_not_tell_a_default_for_what_the_data_say(call):
+    def shown(*words):
+        code, text, _ = call("show", *words)
+        assert code == 0
+        return {cells[0]: cells[1:] for line in text.splitlines() if len(cells := line.replace("│", " ").split()) > 2}
+
+    unread = ["read", "from", "the", "data", "data"]
+    rows = shown("vim_smoke")
+    assert [rows[f"model.{name}"] for name in ("n_classes", "in_channels", "img_size")] == [unread] * 3
+    assert rows["model.patch_size"][-1] in ("default", "size")
+    rows = shown("vim_smoke", "data.img_size=32", "model.n_classes=7")
+    assert rows["model.img_size"] == ["32", "data"] and rows["model.n_classes"] == ["7", "run"]
+    assert shown("mamba_lm_smoke", "data=recall")["model.vocab_size"] == unread
+
+
+@pytest.mark.parametrize("name", ["series_file", "images", "masks", "objects", "moving_shapes", "recall"])
+def test_what_data_say_is_known_by_their_kind(name):
+    from selectra.registry import datasets
+    from selectra.spec import Spec
+    from selectra.train.job import FACTS
+
+    args = {"seq_len": 24, "horizon": 6} if name == "series_file" else {}
+    facts = datasets.build(Spec(name, **args)).facts
+    assert all(facts.get(each) is not None for each in FACTS[datasets.entry(name).kind])
 
 
 @pytest.mark.parametrize("sort", ["models", "data", "tasks", "recipes", None])

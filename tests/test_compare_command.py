@@ -51,6 +51,33 @@ def test_own_data_in_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "holds another study" in text
 
 
+def test_a_table_that_lies_where_the_report_would_is_not_written_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_series(tmp_path)
+    mine, before = tmp_path / "series.csv", (tmp_path / "series.csv").read_bytes()
+    words = ["--models", "tsm2_smoke,dlinear", "--lookback", "16", "--horizon", "4", "--steps", "2", "--trials", "0"]
+    words += ["--device", "cpu", "--workers", "1"]
+    code, text = said(capsys, "compare", "forecasting", "series.csv", *words, "--store", "series.sqlite")
+    assert code == 2 and "'series.csv' is there, is no report of this kind" in text and "--store" in text
+    # Nothing was trained for it.
+    assert "measured" not in text and mine.read_bytes() == before
+    code, text = said(capsys, "compare", "forecasting", "series.csv", *words)
+    assert code == 0, text
+    for out in ("series.html", "notes.html"):
+        (tmp_path / "notes.md").write_text("# What I thought\n")
+        code, text = said(capsys, "report", "forecasting_series.sqlite", "--out", out)
+        assert code == 2 and "is no report of this kind" in text
+    (tmp_path / "own.json").write_text("[1, 2]")
+    code, text = said(capsys, "report", "forecasting_series.sqlite", "--export", "own.json")
+    assert code == 2 and "'own.json' is there" in text
+    assert mine.read_bytes() == before and (tmp_path / "own.json").read_text() == "[1, 2]"
+    assert (tmp_path / "notes.md").read_text() == "# What I thought\n"
+    # What an earlier report left is written anew.
+    code, text = said(capsys, "report", "forecasting_series.sqlite")
+    assert code == 0, text
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [
@@ -295,3 +322,15 @@ def test_a_report_of_what_is_not_there_or_damaged_is_refused(
     assert code == 2 and "'half.json' is damaged or of another version: it has no question" in text
     code, text = said(capsys, "report", "half.json", "--out", "absent/page.html")
     assert code == 2 and "the folder 'absent' does not exist" in text
+    Path("pictures").mkdir()
+    code, text = said(capsys, "report", "pictures")
+    assert code == 2 and "there are no records, NAME.json, in 'pictures'" in text and not Path("answer.md").exists()
+    # An answer of somebody's own is no page of ours.
+    Path("records").mkdir()
+    Path("records/other.json").write_text("{}")
+    Path("answer.md").write_text("# My answer\n")
+    code, text = said(capsys, "report", "records")
+    assert code == 2 and "'answer.md' is there, is no report of this kind" in text
+    assert Path("answer.md").read_text() == "# My answer\n"
+    code, text = said(capsys, "report", "records", "--out", "other.md")
+    assert code == 0 and Path("other.md").is_file()

@@ -60,6 +60,18 @@ def test_official_files_are_read_by_every_door(door, vim):
     assert all(torch.equal(a, b.permute(0, 3, 1, 2)) for a, b in zip(net(x), model.features(x), strict=True))
 
 
+def test_the_classifier_of_a_file_in_an_overlay_is_not_left_out(vim):
+    model, path = vim
+    loaded = make(pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert torch.equal(loaded.head.weight, model.head.weight) and torch.equal(loaded.head.bias, model.head.bias)
+    # Of other classes it starts anew, and a model without a classifier takes the file too.
+    others = make(pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=3)
+    assert others.head.weight.shape == (3, 16)
+    bare = make(pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(bare(x), model.forward_head(model.forward_features(x), pre_logits=True))
+
+
 @pytest.mark.parametrize("door", ["checkpoint_path", "pretrained", "pretrained_cfg_overlay"])
 def test_other_sizes_channels_and_classes(door, vim):
     model, path = vim

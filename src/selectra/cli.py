@@ -99,8 +99,8 @@ def train(
     fitted = train_job(run, out, console, resume=not anew, tensorboard=tensorboard)
     metrics = ", ".join(f"{key} {value:.4f}" for key, value in fitted.best.items())
     console.print(
-        f"Done after {fitted.steps} steps and {duration(fitted.seconds)} (ended by: {fitted.stopped_by}). "
-        f"Best on validation, at step {fitted.best_step}: {metrics}.",
+        f"Done after {fitted.steps} steps, {duration(fitted.seconds)} without evaluations "
+        f"(ended by: {fitted.stopped_by}). Best on validation, at step {fitted.best_step}: {metrics}.",
         highlight=False,
         soft_wrap=True,
     )
@@ -122,7 +122,7 @@ def evaluate(
         ),
     ] = False,
 ) -> None:
-    """Evaluate trained weights; the only command that opens the test split."""
+    """Evaluate trained weights, by default on the test part, which `train` never opens."""
     from selectra.train.job import evaluate_job  # noqa: PLC0415
 
     if page:

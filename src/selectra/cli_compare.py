@@ -32,7 +32,9 @@ def compare(
             "text; default: bundled data. `costs`: language, images, series."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few models, briefly trained: minutes on two cores.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few or small models, briefly trained: minutes on two cores.")
+    ] = False,
     store: Annotated[
         Path | None, typer.Option(help="The file of cells and records; an earlier one is gone on with.")
     ] = None,
@@ -116,8 +118,13 @@ def _study(study: "Study", store: Path | None, how: tuple[str, float | None, int
     """
     from selectra.compare.conduct import Wish, conduct, failures  # noqa: PLC0415
     from selectra.compare.crew import Crew  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
+    from selectra.report.study import BEGINS, refuse_others  # noqa: PLC0415
 
     path, console = store or Path(f"{study.name}.sqlite"), _console()
+    # Before the first training: what is written at the end lies beside the store, as the user's own table may.
+    refuse_others(path.with_suffix(""), study.question)
+    refuse_other(path.with_suffix(".json"), BEGINS)
     counts = conduct(study, Wish(path, *how), console)
     # Of processes that torchrun started the first one is the last to leave.
     if Crew.found().rank:
@@ -144,6 +151,7 @@ def _costs(
     from selectra.compare.curve_command import compare_costs  # noqa: PLC0415
     from selectra.compare.curves import Wish  # noqa: PLC0415
     from selectra.compare.questions import amount_of  # noqa: PLC0415
+    from selectra.report.costs import refuse_others  # noqa: PLC0415
 
     refused = [name for name, value in given.items() if value is not None and value is not False]
     if refused:
@@ -159,6 +167,7 @@ def _costs(
     path, console = store or Path("costs.json"), _console()
     if kinds:
         asked["kinds"] = kinds
+    refuse_others(path.with_suffix(""))
     compare_costs(Wish(**asked), path, device, time_limit, console)
     _report_json(path, None, console)
 
@@ -256,10 +265,15 @@ def _report_answer(folder: Path, out: Path | None, console: Console) -> None:
     import os  # noqa: PLC0415
 
     from selectra.compare.answer import collect  # noqa: PLC0415
-    from selectra.report.answer import write_answer  # noqa: PLC0415
+    from selectra.report.answer import TITLE, write_answer  # noqa: PLC0415
     from selectra.report.answer_plot import write_picture  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
 
+    if not any(folder.glob("*.json")):
+        raise DataError(f"there are no records, NAME.json, in '{folder}': `selectra compare` leaves them beside its "
+                        "stores.")  # fmt: skip
     content, out = collect(folder), out or Path("answer.md")
+    refuse_other(out, f"# {TITLE}\n")
     if content["points"]:
         write_picture(content["points"], out.with_suffix(".png"))
     write_answer(content, out, Path(os.path.relpath(folder, out.parent)).as_posix())
@@ -301,9 +315,12 @@ def _what_of(records: Path) -> object:
 
 
 def _report_tables(store: "Store", records: Path, out: Path | None, export: Path | None, console: Console) -> None:
-    from selectra.compare.export import write  # noqa: PLC0415
+    from selectra.compare.export import BEGINS, COLUMNS, write  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
 
     target = export or records.with_suffix(".json")
+    for path, begins in ((target, BEGINS), (target.with_suffix(".csv"), ",".join(COLUMNS[:4]))):
+        refuse_other(path, begins)
     write(store, target)
     store.close()
     _report_json(target, out, console)
@@ -312,9 +329,11 @@ def _report_tables(store: "Store", records: Path, out: Path | None, export: Path
 def _report_study(path: Path, out: Path | None, console: Console, export: Path | None = None) -> None:
     """Export a study's records and write its page, Markdown and CSV."""
     from selectra.compare.results import write_results  # noqa: PLC0415
-    from selectra.report.study import read_study, write_reports  # noqa: PLC0415
+    from selectra.report.read import refuse_other  # noqa: PLC0415
+    from selectra.report.study import BEGINS, read_study, write_reports  # noqa: PLC0415
 
     records = export or path.with_suffix(".json")
+    refuse_other(records, BEGINS)
     write_results(path, records)
     content = read_study(records)
     paths = write_reports(content, (out or path).with_suffix(""))

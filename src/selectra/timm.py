@@ -118,6 +118,10 @@ def create(entry: Entry, pretrained: bool | str | Path = False, **options: Any) 
         DataError: The file cannot be read, or is of another model.
     """
     path = None if isinstance(pretrained, bool) else Path(pretrained)
+    overlay = options.get("pretrained_cfg_overlay")
+    if overlay and "file" in overlay and "num_classes" not in overlay:
+        # Where these differ timm leaves the classifier out; whether the file's fits is seen by its shape.
+        options["pretrained_cfg_overlay"] = {**overlay, "num_classes": options.get("num_classes", 1000)}
     net = build_model_with_cfg(
         partial(build, entry),
         PREFIX + entry.name,

@@ -1,12 +1,15 @@
 """What models look at: directions left out, gradients and fields where they are known, and the picture."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor, nn
@@ -219,9 +222,33 @@ def test_the_picture_says_what_it_shows(make_run: Make, make_image: Make) -> Non
         assert wanted in words
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_an_image_of_many_bands_is_shown_by_the_mean_of_all(make_run: Make, tmp_path: Path, channels: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, channels), dtype=np.uint8)
+    np.save(tmp_path / "bands.npy", pixels)
+    found = explain(from_run(make_run(channels=channels)), tmp_path / "bands.npy")
+    mean = pixels if channels == 3 else pixels.mean(2, keepdims=True).repeat(3, 2)
+    np.testing.assert_allclose(found.image, mean / 255, atol=1e-5)
+    texts: Any = explanation_figure(found).findobj(Text)
+    said = "the mean of its 5 channels" in " ".join(text.get_text().replace("\n", " ") for text in texts)
+    assert said == (channels == 5)
+
+
+def test_figures_of_directions_stand_beside_their_bars(make_run: Make, make_image: Make) -> None:
+    found = explain(from_run(make_run()), make_image())
+    assert found.routes is not None
+    sure = replace(found, routes=replace(found.routes, full=1.0, left=(0.93,) * len(found.routes.left)))
+    figure: Any = explanation_figure(sure)
+    figure.savefig(BytesIO(), format="png")
+    ax = next(each for each in figure.findobj(Axes) if "left out everywhere" in each.get_title())
+    for bar, text in zip(ax.patches, ax.texts, strict=True):
+        drawn = text.get_window_extent()
+        assert drawn.x0 > bar.get_window_extent().x1 and drawn.x1 < ax.get_window_extent().x1
+
+
 def test_unknown_classes_and_other_files_are_refused(make_run: Make, make_image: Make, tmp_path: Path) -> None:
     trained, image = from_run(make_run()), make_image()
-    with pytest.raises(ConfigError, match=rf"there is no class 'shp'; there are {len(CLASSES)}. Did you mean 'ship'"):
+    with pytest.raises(ConfigError, match=rf"there are {len(CLASSES)}: {', '.join(CLASSES)}. Did you mean 'ship'"):
         explain(trained, image, "shp")
     found = explain(trained, image)
     with pytest.raises(ConfigError, match="is a PNG file; give a name that ends in"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from selectra.cli import main
 from selectra.compare import curve_kinds
 from selectra.compare.curve_command import compare_costs
 from selectra.compare.curves import Wish, crossings
@@ -168,6 +169,21 @@ def test_crossovers(ours: dict[int, float], theirs: dict[int, float], point: flo
     (found,) = [each for each in crossings(made) if each["quantity"] == "unit_us"]
     assert found["point"] == (None if point is None else pytest.approx(point))
     assert costs.said(made, found) == words
+    verdict = costs.verdict({"kinds": {"language": {**made, "crossings": [found]}}})
+    # Whoever reads the beginning alone is not told the contrary.
+    where = "nowhere is mamba faster than gpt: training step never, up to 400" if point is None else (
+        f"where is mamba faster than gpt: training step {words.removeprefix('below gpt ')}")  # fmt: skip
+    assert verdict == f"Q: {where}."
+
+
+def test_a_table_that_lies_where_the_page_s_would_is_seen_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.csv").write_text("date,value\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "costs", "series", "--store", str(tmp_path / "mine.json"), "--device", "cpu"])
+    assert ended.value.code == 2 and "is there, is no report of this kind" in capsys.readouterr().err
+    assert (tmp_path / "mine.csv").read_text() == "date,value\n" and not (tmp_path / "mine.json").exists()
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

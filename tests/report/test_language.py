@@ -69,8 +69,8 @@ def test_the_cache_is_held_to_its_arithmetic(tmp_path: Path) -> None:
 def test_accuracies_by_length_say_how_long_was_trained(tmp_path: Path) -> None:
     rows = [
         {
-            "variant": variant, "base": base, "mean": mean, "interval": [mean, mean], "values": {"0": mean, "1": mean},
-            "cost": {"parameters": 4100}, "missing": missing,
+            "variant": variant, "base": base, "mean": mean, "interval": mean and [mean, mean],
+            "values": {"0": mean, "1": mean} if mean else {}, "cost": {"parameters": 4100}, "missing": missing,
         }
         for variant, base, mean, missing in (
             ("gpt", "8 pairs", 0.99, []), ("gpt", "16 pairs", 0.5, [2]), ("mamba", "8 pairs", 0.25, []),
@@ -80,7 +80,8 @@ def test_accuracies_by_length_say_how_long_was_trained(tmp_path: Path) -> None:
     bases = [{"train": {"batch_size": 64}, "optim": {"lr": 0.004}}] * 2
     study: dict[str, Any] = {"bases": bases, "tuning": None}
     cells = [{"steps": 1500, "test": {}}, {"steps": 9}]
-    record = {**MADE_BY, "verdict": {"text": "Lost."}, "rows": rows, "study": study, "cells": cells}
+    record = {**MADE_BY, "verdict": {"text": "Lost."}, "rows": rows, "study": study, "cells": cells,
+              "higher_is_better": True}  # fmt: skip
     put(tmp_path, "language_recall_a.json", record)
     text = page(tmp_path)
     assert "| gpt | 4,100 | 0.990 (0.990 to 0.990) | 0.500 (0.500 to 0.500) |" in text and "| 0.250 (" in text

@@ -23,6 +23,8 @@ TOP = 5
 SAMPLES, NOISE = 16, 0.15
 # Shares of all gradient whose pixels are counted.
 SHARES = (0.5, 0.95)
+# Classes that an error lists.
+MOST_NAMED = 20
 
 
 def explain(trained: Trained, path: Path, target: str | None = None, seed: int = 0) -> Explanation:
@@ -57,20 +59,22 @@ def explain(trained: Trained, path: Path, target: str | None = None, seed: int =
         class_map=class_map(model, x, chosen, generator).numpy(),
         field=_field(model, x, generator),
         routes=_routes(model, x, chosen),
+        channels=x.shape[1],
     )
 
 
 def _number(classes: Sequence[str], name: str) -> int:
     if name not in classes:
-        raise ConfigError(f"there is no class '{name}'; there are {len(classes)}.{nearest(name, classes)}")
+        known = f": {', '.join(classes)}" if len(classes) <= MOST_NAMED else ""
+        raise ConfigError(f"there is no class '{name}'; there are {len(classes)}{known}.{nearest(name, classes)}")
     return list(classes).index(name)
 
 
 def _shown(trained: Trained, x: Float[Tensor, "1 c h w"]) -> np.ndarray[Any, Any]:
-    """The image as the model gets it, (h, w, 3) from 0 to 1; of other than 3 channels their mean in grey."""
+    """The image as the model gets it, (h, w, 3) from 0 to 1; of other than 3 channels the mean of all, in grey."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (trained.mean, trained.std))
     pixels = (x[0] * std + mean).clamp(0, 1)
-    pixels = pixels if len(pixels) == 3 else pixels[:3].mean(0, keepdim=True).expand(3, -1, -1)
+    pixels = pixels if len(pixels) == 3 else pixels.mean(0, keepdim=True).expand(3, -1, -1)
     return pixels.permute(1, 2, 0).numpy()
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from selectra.compare.cells import Cell
 from selectra.compare.crew import Crew, dismiss
 from selectra.compare.image_worker import packs_images, work_on_images
-from selectra.compare.prepare import TimeUpError, prepare
+from selectra.compare.prepare import TimeUpError, prepare, seconds_by_steps
 from selectra.compare.store import Store
 from selectra.compare.study import Study, Variant, changes
 from selectra.compare.tune import best_settings, finished_trials, next_settings, optuna, pruner, settings_of
@@ -328,15 +328,27 @@ class Progress:
             found = f"failed: {record['reason']}"
         elif "test" in record:
             found = f"{self.study.metric} {record['test'][self.study.metric]:.4f}"
+        elif record.get("pruned"):
+            found = "pruned"
         else:
-            found = "pruned" if record.get("pruned") else f"validation {record['score']:.4f}"
+            # The score is what is made small, such as what the top-1 lacks of one: not what people read.
+            found = f"validation {self.study.metric} {record['val'][self.study.metric]:.4f}"
         about = (
             "" if not n_left else ", the time left is not known yet" if left is None else f", about {duration(left)}"
         )
-        self.say(f"{len(self.seen)} done, {n_left} left{about}: {cell.name}: {found}")
+        self.say(f"{len(self.seen)} done, {n_left} left{about}: {self._named(cell)}: {found}")
+
+    def _named(self, cell: Cell) -> str:
+        """A cell as a line calls it."""
+        count = "" if self.study.tuning is None else f" of {self.study.tuning.count}"
+        which = f"seed {cell.label['seed']}" if cell.trial is None else f"trial {cell.trial + 1}{count}"
+        return f"{cell.label['base']}, {cell.label['variant']}, {which}"
 
     def left(self) -> tuple[int, float | None]:
-        """Cells that are left, those among them that wait for trials, and seconds by the mean of their variant's."""
+        """Cells that are left, those among them that wait for trials, and seconds by the mean of their variant's.
+
+        Before a variant's first training it is what its steps were measured to take.
+        """
         spent: dict[str, list[float]] = defaultdict(list)
         counted: dict[tuple[str, str], int] = defaultdict(int)
         for cell, state, record in self.store.cells():
@@ -345,14 +357,16 @@ class Progress:
             if state == "done" and record:
                 spent[cell.label["variant"]].append(record["seconds"])
         usual = statistics.fmean(each for found in spent.values() for each in found) if spent else None
-        n_left, seconds = 0, 0.0
+        n_left, seconds, known = 0, 0.0, usual is not None
         for (base, variant), each in self.known.items():
             trials = self.study.tuning.count if self.study.tuning and each["by_gradient"] else 0
             n_open = max(0, trials + (self.study.seeds if each["by_gradient"] else 1) - counted[base, variant])
             n_left += n_open
             mine = spent.get(variant)
-            seconds += n_open * (statistics.fmean(mine) if mine else usual or 0.0)
-        return n_left, None if usual is None else seconds / max(1, self.wish.workers)
+            guess = seconds_by_steps(self.study.base(base), each, self.wish.workers)
+            known = known or guess is not None
+            seconds += n_open * (statistics.fmean(mine) if mine else guess or usual or 0.0)
+        return n_left, seconds / max(1, self.wish.workers) if known else None
 
     def watch(self, helpers: Sequence[Any], until: float) -> None:
         """Say what the helpers finish, until they end or the time is over."""

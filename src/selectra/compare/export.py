@@ -37,6 +37,9 @@ COLUMNS = (
     "table", "data", "lookback", "horizon", "model", "size", "seed", "order", "lr", "test_mse", "test_mae", "val_mse",
     "best_step", "steps", "seconds", "packed", "parameters", "device",
 )  # fmt: skip
+WHAT = "selectra compare forecasting"
+# How the records begin as a file.
+BEGINS = f'{{\n "what": "{WHAT}"'
 Row = dict[str, Any]
 Place = tuple[str, int, int]
 
@@ -57,7 +60,7 @@ def export(store: Store) -> dict[str, Any]:
         row["orders"] = spreads.get((*_place(row), row["model"]))
         row["published"] = _nearest(published, row)
     return {
-        "what": "selectra compare forecasting",
+        "what": WHAT,
         "budget": store.recall(BUDGET),
         "budgets": budgets(tried),
         "rates": {"tried": list(RATES), "chosen": [[*key, rate] for key, rate in sorted(rates.items())]},

@@ -1,6 +1,7 @@
 """What is found out before a study's first training: sizes that meet the budget, and what models cost."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from selectra.errors import ConfigError, DataError
 from selectra.registry import models, tasks
 from selectra.spec import Run, Spec, nearest
 from selectra.train.job import check, typed
+from selectra.train.optim import all_warmup
 from selectra.train.precision import Precision
 from selectra.train.same_data import describe_data
 
@@ -54,7 +56,13 @@ def prepare(
             )
 
     _say(f"Before the first training {count} models are {'matched and ' if study.budget else ''}measured.", console)
+    for base in study.bases:
+        if base.train.steps is not None and (warning := all_warmup(base.optim, base.train.steps)):
+            _say(warning, console)
     read = _matched(study, device, in_time, side_by_side)
+    summaries = {base.name: data.summary() if hasattr(data, "summary") else [] for base, data, _ in read}
+    for line in (line for lines in summaries.values() for line in lines):
+        _say(line, console)
     sized = [each for _, _, models_ in read for each in models_]
     if study.budget is not None:
         _say(f"Matched: {'; '.join(each.told for each in sized)}.", console)
@@ -66,7 +74,7 @@ def prepare(
         _print_cost(found[-1], f"{len(found)} of {count}", console)
     described = {base.name: describe_data(data) for base, data, _ in read}
     curves = _curves(study, found, device, console, in_time)
-    return {"models": found, "curves": curves, "data": _plain(described)}
+    return {"models": found, "curves": curves, "data": _plain(described), "summaries": summaries}
 
 
 def _matched(
@@ -89,6 +97,21 @@ def _matched(
                 require_room(f"'{variant.name}'", sized[-1].parameters, device, side_by_side)
         found.append((base, data, sized))
     return found
+
+
+def seconds_by_steps(base: Run, found: Mapping[str, Any], workers: int) -> float | None:
+    """What a training takes by the time of its steps alone; None on a GPU, where several are trained at once.
+
+    Args:
+        found: What `prepare` found out about the model on this base.
+        workers: Processes side by side, each with its share of the cores.
+    """
+    cost, train = found["cost"], base.train
+    if not found["by_gradient"] or cost["device"] != "cpu" or train.steps is None:
+        return None
+    threads = max(1, (os.cpu_count() or 1) // max(1, workers))
+    slower = max(1.0, cost["threads"] / threads)
+    return train.steps * train.batch_size / cost["batch"] * cost["step_ms"] / 1e3 * slower
 
 
 def _require_judges(base: Run, data: Any, in_time: Callable[[], None]) -> None:

@@ -53,6 +53,16 @@ IMAGE_MODELS: Mapping[str, Spec] = MappingProxyType(
         "resnet": Spec("resnet_18", stem="small", dims=(48, 96, 168, 336)),
     }
 )  # fmt: skip
+# The same kinds of a quarter of a million parameters, for minutes on two cores.
+QUICK_IMAGE_MODELS: Mapping[str, Spec] = MappingProxyType(
+    {
+        "vim": Spec("vim_tiny", patch_size=4, depth=5, d_model=72),
+        "vit": Spec("vit_tiny", patch_size=4, depth=5, d_model=64, n_heads=2),
+        "vmamba": Spec("vmamba_tiny", patch_size=2, dims=(24, 48, 88), depths=(1, 1, 2)),
+        "convnext": Spec("convnext_tiny", patch_size=2, dims=(24, 48, 96, 96), depths=(1, 1, 1, 1)),
+        "resnet": Spec("resnet_18", stem="small", dims=(8, 16, 38, 76)),
+    }
+)  # fmt: skip
 RATES = (2e-4, 1e-3, 5e-3)
 RANGE = (1e-4, 1e-2)
 DECLARED = {"optim.lr": "models want different learning rates, so each gets the best of the same trials"}
@@ -204,7 +214,7 @@ def _changed(study: Study, asked: Asked) -> Study:
     words = [f"train.{name}={value}" for name, value in (("steps", asked.steps), ("batch_size", asked.batch_size))
              if value is not None]  # fmt: skip
     if words:
-        changes["bases"] = tuple(_paced(override(base, words)) for base in study.bases)
+        changes["bases"] = tuple(_paced(base, override(base, words)) for base in study.bases)
     if asked.seeds is not None:
         changes["seeds"] = asked.seeds
     budget = asked.budget or study.budget
@@ -246,12 +256,16 @@ def _ranges(study: Study) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _paced(run: Run) -> Run:
-    """The same number of evaluations, whatever the number of steps."""
-    steps = run.train.steps
-    if steps is None or run.train.eval_every is None or run.train.eval_every <= steps // 4:
+def _paced(before: Run, run: Run) -> Run:
+    """At least four evaluations, and of fewer steps no larger a share that only warms up, whatever number is asked."""
+    steps, words = run.train.steps, []
+    if steps is None:
         return run
-    return override(run, [f"train.eval_every={max(1, steps // 8)}"])
+    if run.train.eval_every is not None and run.train.eval_every > steps // 4:
+        words.append(f"train.eval_every={max(1, steps // 8)}")
+    if before.train.steps is not None and steps < before.train.steps:
+        words.append(f"optim.warmup_steps={run.optim.warmup_steps * steps // before.train.steps}")
+    return override(run, words)
 
 
 def forecasting_study(asked: Asked) -> Study:
@@ -284,7 +298,7 @@ def vision_study(asked: Asked) -> Study:
         raise ConfigError("`compare vision` needs the data set 'images', which this Selectra does not have; "
                           "a study in a file of Python can name its own data.")  # fmt: skip
     name = Path(asked.file).name if asked.file else "drawn shapes"
-    steps = 200 if asked.quick else 2000
+    steps, usual = (200, QUICK_IMAGE_MODELS) if asked.quick else (2000, IMAGE_MODELS)
     views = {"crop": 4, "flip": 0.5, **({"img_size": asked.img_size} if asked.img_size else {})}
     base = Run(
         name=name,
@@ -292,9 +306,9 @@ def vision_study(asked: Asked) -> Study:
         data=Spec("images", **({"path": asked.file} if asked.file else {}), **views),
         task=Spec("classification"),
         optim=Optim(lr=RATES[1], weight_decay=0.05, warmup_steps=steps // 20),
-        train=Train(steps=steps, batch_size=64, eval_every=max(1, steps // 8)),
+        train=Train(steps=steps, batch_size=32 if asked.quick else 64, eval_every=steps // (4 if asked.quick else 8)),
     )
-    known = {name: spec for name, spec in IMAGE_MODELS.items() if spec.name in models.names("image")}
+    known = {name: spec for name, spec in usual.items() if spec.name in models.names("image")}
     study = _study(f"vision_{_short(name)}", f"Should I use Mamba to classify {name}?", base,
                    _chosen(asked.models, known), asked)  # fmt: skip
     return study.model_copy(update={"metric": "top1", "higher_is_better": True, "lengths": ()})

@@ -52,6 +52,8 @@ def results(store: Store) -> Row:
         "metric": study.metric, "higher_is_better": study.higher_is_better, "seeds": study.seeds,
         "error_rate": ERROR_RATE, "confidence": CONFIDENCE, "counts": store.counts(),
         "kinds": {each.name: each.kind for each in study.variants},
+        # A file of before they were kept has none.
+        "summaries": store.recall(PREPARED).get("summaries", {}),
         "rows": rows, "overall": [], "by_base": [], "costs": [], "curves": {"rows": lengths},
         "environments": environments, "cells": [cell for cell in cells if "trial" not in cell],
         "trials": [cell for cell in cells if "trial" in cell],

@@ -209,12 +209,16 @@ class SeriesData:
             longest = max(table.gaps, key=lambda gap: gap[1])
             total = sum(count for _, count in table.gaps)
             lines.append(
-                f"{len(table.gaps)} gaps, {total} rows inserted as unobserved; the longest is {longest[1]} rows "
-                f"from {short(longest[0])}"
+                f"{_counted(len(table.gaps), 'gap')}, {_counted(total, 'row')} inserted as unobserved; the longest is "
+                f"{_counted(longest[1], 'row')} from {short(longest[0])}"
             )
         lines.append(f"split {self.split}: {SPLITS[self.split]}")
         lines += ["  " + line for line in describe(self.split, self.borders, self.ds, self.seq_len, self.horizon)]
         return lines + [f"note: {note}" for note in table.notes]
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _shortened(names: tuple[str, ...], limit: int = 8) -> str:

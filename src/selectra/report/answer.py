@@ -9,6 +9,7 @@ from selectra.report.forecasting import grid
 from selectra.report.read import whole
 
 Row = dict[str, Any]
+TITLE = "Should I use Mamba?"
 HEADINGS = {"wins": "Where Mamba wins", "loses": "Where Mamba loses", "level": "Where no difference is shown"}
 MODES = {"forward": "forward pass", "step": "training step", "decode": "generated token"}
 PICTURE = (
@@ -27,7 +28,7 @@ def page(content: Row, records: str) -> str:
         records: The folder of records as the page's links see it.
     """
     parts = [
-        "# Should I use Mamba?",
+        f"# {TITLE}",
         f"**{content['verdict']}**",
         "This page is made by `selectra report results --out docs/answer.md` from the records beside each claim, and "
         "from nothing else. For your own data ask `selectra compare forecasting my.csv` or `selectra compare vision "

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from selectra.errors import DataError
 from selectra.report.cost_plots import figure, pictures
 from selectra.report.forecasting import grid
-from selectra.report.read import whole
+from selectra.report.read import refuse_other, whole
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra costs", 1
@@ -46,8 +46,22 @@ def read_costs(path: Path) -> Row:
     return content
 
 
+def refuse_others(stem: Path) -> None:
+    """Refuse to write the table over a file that is none of ours.
+
+    Raises:
+        DataError: STEM.csv is there and no report.
+    """
+    refuse_other(stem.with_name(f"{stem.name}.csv"), ",".join(COLUMNS[:4]))
+
+
 def write_reports(content: Row, stem: Path) -> list[Path]:
-    """Write STEM.html, STEM.md, STEM.csv and STEM.png, each whole or not at all; their paths."""
+    """Write STEM.html, STEM.md, STEM.csv and STEM.png, each whole or not at all; their paths.
+
+    Raises:
+        DataError: STEM.csv is there and no report.
+    """
+    refuse_others(stem)
     picture = io.BytesIO()
     figure(content).savefig(picture, format="png", dpi=120)
     texts = {
@@ -108,8 +122,9 @@ def verdict(content: Row) -> str:
         subject, rival = kind["subjects"][0], rivals_of(kind)[0]
         mine = {each["mode"]: each for each in kind["crossings"]
                 if (each["subject"], each["rival"], each["quantity"]) == (subject, rival, "unit_us")}  # fmt: skip
-        found = ", ".join(f"{MODES[mode]} {_where(kind, each)}" for mode, each in mine.items())
-        parts.append(f"{kind['question']}: {subject} is faster than {rival}: {found}.")
+        found = "; ".join(f"{MODES[mode]} {_where(kind, each)}" for mode, each in mine.items())
+        ever = any(each["point"] is not None for each in mine.values())
+        parts.append(f"{kind['question']}: {'where' if ever else 'nowhere'} is {subject} faster than {rival}: {found}.")
     return " ".join(parts) or "Nothing is measured yet."
 
 

@@ -73,7 +73,7 @@ class Explanation:
     Args:
         model: Its name.
         file: The image's name.
-        image: As the model gets it, (h, w, 3) from 0 to 1.
+        image: As the model gets it, (h, w, 3) from 0 to 1; of other than 3 channels the mean of all.
         classes: The likeliest, likeliest first.
         probabilities: Theirs.
         target: The class that is explained.
@@ -81,6 +81,7 @@ class Explanation:
         class_map: How far each pixel moves its score (h, w).
         field: Of the feature in the middle.
         routes: None for a model that scans in one direction or not at all.
+        channels: How many of the image the model gets.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Explanation:
     class_map: Pixels
     field: Field
     routes: Routes | None
+    channels: int = 3
 
 
 def save_explanation(found: Explanation, out: Path) -> None:
@@ -121,7 +123,8 @@ def explanation_figure(found: Explanation) -> Figure:
     halves: Any = figure.subfigures(2, 1, height_ratios=(1, 1.05)) if routes else (figure, None)
     upper, lower = halves
     axes: Any = upper.subplots(1, 4, gridspec_kw={"width_ratios": (1, 1, 1, 0.85)})
-    _picture(axes[0], found.image, "The image, as the model gets it")
+    mean = "" if found.channels in (1, 3) else f"here the mean of its {found.channels} channels, in grey"
+    _picture(axes[0], found.image, "The image, as the model gets it", mean)
     _class_map(axes[1], found)
     _field(axes[2], found, upper)
     _classes(axes[3], found)
@@ -231,8 +234,9 @@ def _without(ax: Axes, found: Explanation, routes: Routes) -> None:
     ax.barh(places, [routes.full, *routes.left], color=["#666666", *COLORS[: len(routes.names)]])
     ax.set_yticks(places, labels=["all directions", *(f"without {name}" for name in routes.names)], fontsize=9)
     for place, value in zip(places, (routes.full, *routes.left), strict=True):
-        ax.text(min(value + 0.02, 0.85), float(place), f"{value:.1%}", va="center", fontsize=9)
-    ax.set_xlim(0, 1.05)
+        ax.text(value + 0.02, float(place), f"{value:.1%}", va="center", fontsize=9)
+    # Room for a figure beside a full bar.
+    ax.set_xlim(0, 1.25)
     ax.set_xticks([0, 0.5, 1], labels=["0", "50 %", "100 %"], fontsize=8)
     ax.invert_yaxis()
     target = shortened(found.target, MOST_LETTERS, tail=False)

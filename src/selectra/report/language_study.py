@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from selectra.report.markdown import Row, grid
+from selectra.report.study_claims import interval
 
 PARTS = {"val": "the half that chose the weights", "test": "the half that did not",
          "held_out": "both halves", "last": "both halves, last weights"}  # fmt: skip
@@ -24,7 +25,7 @@ def losses(record: Row) -> Iterator[str]:
         lines.append(
             [
                 row["variant"], f"{row['cost']['parameters']:,}", _steps(cells), _rates(row, record),
-                f"{row['val']:.4f}", f"{row['mean']:.4f}", _interval(row, 4), str(len(row["values"])),
+                f"{row['val']:.4f}", f"{row['mean']:.4f}", _interval(record, row, 4), str(len(row["values"])),
                 f"{speed['step_ms']:.2f}", f"{speed['tokens_per_s']:,.0f}", f"{speed['peak_gib']:.2f}",
             ]
         )  # fmt: skip
@@ -43,7 +44,7 @@ def scores(record: Row) -> Iterator[str]:
     for variant in dict.fromkeys(row["variant"] for row in record["rows"]):
         found = [rows[variant, base] for base in bases]
         cells = [f"{row['cost']['parameters']:,}" for row in found[:1]]
-        lines.append([variant, *cells, *(_share(row) for row in found)])
+        lines.append([variant, *cells, *(_share(record, row) for row in found)])
     yield "Mean accuracy of answers on examples never seen, with its 95 % interval over seeds where there are two:"
     yield grid(["model", "parameters", *bases], lines)
     yield " ".join(_budget(record))
@@ -89,15 +90,15 @@ def _rates(row: Row, record: Row) -> str:
     return f"{rate:g} of {row['trials']}"
 
 
-def _interval(row: Row, digits: int) -> str:
-    low, high = row["interval"] or (None, None)
-    return "-" if low is None else f"{low:.{digits}f} to {high:.{digits}f}"
+def _interval(record: Row, row: Row, digits: int) -> str:
+    found = interval(record, row)
+    return "-" if found is None else f"{found[0]:.{digits}f} to {found[1]:.{digits}f}"
 
 
-def _share(row: Row) -> str:
+def _share(record: Row, row: Row) -> str:
     if row["mean"] is None:
         return "-"
-    spread = f" ({_interval(row, 3)})" if len(row["values"]) > 1 else " (1 seed)"
+    spread = f" ({_interval(record, row, 3)})" if len(row["values"]) > 1 else " (1 seed)"
     return f"{row['mean']:.3f}{spread}"
 
 

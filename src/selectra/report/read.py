@@ -78,6 +78,27 @@ def split_unit(name: str) -> tuple[str, str]:
     return (name[: found.start()], found.group(1)) if found else (name, "")
 
 
+def refuse_other(path: Path, begins: str) -> None:
+    """Refuse to write a report over a file that is none: a table of a user's may lie where the report's would.
+
+    Args:
+        begins: How a file that an earlier call wrote begins.
+
+    Raises:
+        DataError: There is a file, it is not empty, and it begins in another way.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            found = file.read(len(begins))
+    except FileNotFoundError:
+        return
+    if found and found != begins:
+        raise DataError(
+            f"'{path}' is there, is no report of this kind, and would be written over: move it, or name another place "
+            "(`selectra compare`: --store, beside which the reports lie; `selectra report`: --out)."
+        )
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `path` at the end, so that nobody sees half a file."""

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from selectra.errors import DataError
 from selectra.report.forecasting import grid
-from selectra.report.read import whole
+from selectra.report.read import refuse_other, whole
 from selectra.report.study_claims import (
     COSTS,
     bases_of,
@@ -23,6 +23,7 @@ from selectra.report.study_claims import (
     claims,
     comparisons,
     cost_place,
+    interval,
     resolution,
     signed,
 )
@@ -30,6 +31,8 @@ from selectra.report.study_plots import pictures
 
 Row = dict[str, Any]
 WHAT, FORMAT = "selectra study", 1
+# How its records begin as a file.
+BEGINS = f'{{\n "what": "{WHAT}"'
 NEEDED = (
     "name", "question", "study", "subject", "subject_title", "metric", "higher_is_better", "seeds", "error_rate",
     "counts", "kinds", "rows", "overall", "by_base", "costs", "curves", "environments", "cells", "trials", "verdict",
@@ -64,8 +67,23 @@ def read_study(path: Path) -> Row:
     return content
 
 
+def refuse_others(stem: Path, question: str) -> None:
+    """Refuse to write a study's reports over files that are none, such as the table that the study is about.
+
+    Raises:
+        DataError: STEM.md or STEM.csv is there and no study's.
+    """
+    for suffix, begins in ((".md", f"# {question}\n"), (".csv", ",".join(COLUMNS[:4]))):
+        refuse_other(stem.with_name(stem.name + suffix), begins)
+
+
 def write_reports(content: Row, stem: Path) -> list[Path]:
-    """Write STEM.html, STEM.md and STEM.csv, each whole or not at all; their paths."""
+    """Write STEM.html, STEM.md and STEM.csv, each whole or not at all; their paths.
+
+    Raises:
+        DataError: One of the last two is there and no report.
+    """
+    refuse_others(stem, content["question"])
     texts = {".html": page(content), ".md": markdown(content), ".csv": table(content)}
     found = []
     for suffix, text in texts.items():
@@ -88,7 +106,7 @@ def summary(content: Row, base: str) -> tuple[list[str], list[list[str]]]:
                                else row["mean"] or 0))  # fmt: skip
     head = ["model", "kind", content["metric"], "± seeds", "95 % of the mean", "parameters", "FLOPs a sample",
             "forward, ms", "step, ms", "activations, MiB", "samples a second", "training, s"]  # fmt: skip
-    return head, [_summary_row(row) for row in rows]
+    return head, [_summary_row(content, row) for row in rows]
 
 
 def _placed(content: Row, base: str) -> tuple[str, list[str], list[list[str]], list[str]]:
@@ -97,11 +115,11 @@ def _placed(content: Row, base: str) -> tuple[str, list[str], list[list[str]], l
     return base, head, rows, [cost_place(content, base, row[0]) for row in rows]
 
 
-def _summary_row(row: Row) -> list[str]:
-    cost, interval = row["cost"], row["interval"]
+def _summary_row(content: Row, row: Row) -> list[str]:
+    cost, found = row["cost"], interval(content, row)
     return [
         row["variant"], row["kind"] or "-", number(row["mean"]), "no chance" if row["sure"] else number(row["spread"]),
-        "-" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}", f"{cost['parameters']:,}",
+        "-" if found is None else f"{found[0]:.4f} to {found[1]:.4f}", f"{cost['parameters']:,}",
         f"{cost['flops']:,}", _wavering(cost["forward_ms"], cost["forward_iqr_ms"]),
         _wavering(cost["step_ms"], cost["step_iqr_ms"]) if cost["step_ms"] else "-",
         brief(cost["activations_mb"]), f"{cost['throughput']:,.0f}", number(row["seconds"], 1),
@@ -197,7 +215,7 @@ def reading(content: Row) -> list[str]:
         f"leaves out zero: in at most {rate} of studies any difference of a group is called real that is none.",
         "Intervals (95 %) are Student's below eight pairs, of which a bootstrap would say little more than their "
         'range, and a paired bootstrap\'s (BCa) from eight on. "Could have shown" is the smallest difference that so '
-        "many seeds of this spread can tell from chance, alone.",
+        "many seeds of this spread can tell from chance, alone. The interval of the mean of a share ends at 0 and 1.",
         f"Chance is that between seeds, on one test part ({_tested(content) or 'not read yet'}). Whether other data of "
         "the kind would say the same is not tested; the fewer examples, the less does it say. Where all seeds differ "
         "by the same, a score that counts examples is judged as if it were uncertain by one of them.",
@@ -229,6 +247,12 @@ def _settings(content: Row) -> list[str]:
         found.setdefault(words, []).append(row["base"])
     alike = len(found) == 1
     return [words if alike else f"{words} ({', '.join(dict.fromkeys(bases))})" for words, bases in found.items()]
+
+
+def data_lines(content: Row) -> list[str]:
+    """What the data were found to be, such as rows, gaps and images; nothing where the records do not say it."""
+    return [f"{base}: {'; '.join(' '.join(line.split()) for line in lines)}"
+            for base, lines in content.get("summaries", {}).items() if lines]  # fmt: skip
 
 
 def missing(content: Row) -> list[str]:
@@ -291,6 +315,7 @@ def page(content: Row) -> str:
         contrasts=contrast_rows(content),
         crossings=crossings(content),
         tested=_tested(content), fairness=fairness(content), reading=reading(content), missing=missing(content),
+        data=data_lines(content),
         cells=cell_rows(content), environments=environments(content),
         # Made by matplotlib, with every name escaped.
         pictures={section: [(title, Markup(svg)) for where, title, svg in shown if where == section]
@@ -319,7 +344,10 @@ def markdown(content: Row) -> str:
             "key of its record"]  # fmt: skip
     rows = [[str(c["number"]), c["base"], c["variant"], str(c["seed"]), number(c["test"]), number(c["val"]),
              number(c["seconds"], 1), c["differs"], c["key"]] for c in cell_rows(content)]  # fmt: skip
-    parts += ["## Every training", grid(head, rows), "## What was alike", _bullets(fairness(content))]
+    parts += ["## Every training", grid(head, rows)]
+    if data_lines(content):
+        parts += ["## The data", _bullets(data_lines(content))]
+    parts += ["## What was alike", _bullets(fairness(content))]
     commands = "\n".join(cell["command"] for cell in cell_rows(content))
     parts += ["## How to read this", _bullets(reading(content)), "## Hardware and versions",
               _bullets(environments(content)), "## Commands",

@@ -44,6 +44,16 @@ def trainings(content: Row, variant: str, base: str | None) -> tuple[tuple[int, 
                  if cell["variant"] == variant and base in (None, cell["base"]))  # fmt: skip
 
 
+def interval(content: Row, row: Row) -> tuple[float, float] | None:
+    """The interval of a model's mean over seeds; that of a share ends at 0 and 1, which Student's does not know."""
+    if row["interval"] is None:
+        return None
+    low, high = row["interval"]
+    values = [value for each in content["rows"] for value in each["values"].values()]
+    share = content["higher_is_better"] and 0 <= min(values) <= max(values) <= 1
+    return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+
+
 def cost_place(content: Row, base: str, variant: str) -> str:
     """The name, in the page, of the row that tells what a model costs on a base."""
     names = list(dict.fromkeys(row["variant"] for row in content["rows"]))
@@ -64,11 +74,19 @@ def claims(content: Row, outcome: str) -> list[Claim]:
                 f"{row['rival_mean']:.4f}, {signed(row, 'difference')} (95 % interval {signed(row, 'low')} to "
                 f"{signed(row, 'high')}; better with {wins} of {row['pairs']} seeds; "
                 f"p {chance(row['p_adjusted'])} after correction)"
-                + (f"; these seeds could have shown {resolution(row)}" if outcome == "level" else "")
+                + (_undecided(row, content["error_rate"]) if outcome == "level" else "")
             )
             found.append(Claim(text, tuple((name, trainings(content, name, row.get("base")))
                                            for name in (subject, row["rival"]))))  # fmt: skip
     return found + ([] if outcome == "level" else cost_claims(content, outcome))
+
+
+def _undecided(row: Row, error_rate: float) -> str:
+    """What the seeds could have shown, and why a difference is none although its own interval leaves zero out."""
+    found = f"; these seeds could have shown {resolution(row)}"
+    if row["p"] < error_rate and not row["low"] <= 0 <= row["high"]:
+        found += f" alone: the interval, which leaves zero out, and its p {chance(row['p'])} are not corrected"
+    return found
 
 
 def comparisons(content: Row) -> list[Row]:

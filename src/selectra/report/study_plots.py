@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from selectra.report.study_claims import interval
 from selectra.report.svg import COLORS, LINE, MARKERS, TEXT, Picture
 
 WIDTH = 5.4
@@ -50,8 +51,8 @@ def trainings(content: Row, rows: Sequence[Row], name: str) -> str:
     picture, styles = Picture(name, WIDTH, 0.9 + 0.34 * len(ordered)), looks(content)
     for place, row in enumerate(ordered):
         color, marker = styles[row["variant"]]
-        if row["interval"]:
-            picture.ax.plot(row["interval"], [place, place], color=color, linewidth=4, alpha=0.35,
+        if between := interval(content, row):
+            picture.ax.plot(between, [place, place], color=color, linewidth=4, alpha=0.35,
                             solid_capstyle="butt")  # fmt: skip
         for seed, value in row["values"].items():
             words = f"{row['variant']}, {'no seed matters' if row['sure'] else 'seed ' + seed}: {value:.4f}"

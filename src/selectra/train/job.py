@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ __all__ = ["Built", "_data", "_models", "build", "check", "evaluate_job", "train
 # Folder of a trained language model, in the Hugging Face layout.
 PRETRAINED = "pretrained"
 Tables = dict[str, dict[str, Resolved]]
+OF_IMAGES = ("n_classes", "in_channels", "img_size")
+# What all data of a kind say once they are read: a model's own default for it is never used.
+FACTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "series": ("seq_len", "horizon", "n_series"), "language": ("vocab_size", "seq_len"),
+        "video": (*OF_IMAGES, "n_frames"), **dict.fromkeys(("image", "segmentation", "detection"), OF_IMAGES),
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,8 @@ def facts_in(spec: Spec) -> dict[str, Any]:
 def check(run: Run) -> Tables:
     """Resolve everything that can be resolved without reading the data; builds nothing.
 
+    What only the data will say has the origin "missing".
+
     Raises:
         ConfigError: A name, an argument or a value does not fit, or the task cannot train this kind of model.
     """
@@ -76,7 +87,9 @@ def check(run: Run) -> Tables:
     tables = {"data": datasets.resolve(run.data, partial=True), "task": tasks.resolve(run.task, partial=True)}
     if run.parallel.kind == "length" and kind != "language":
         raise ConfigError(f"parallel.kind=length splits sequences of language models; the task is for {kind}.")
-    return {"model": models.resolve(run.model, facts, partial=True), **tables}
+    model = models.resolve(run.model, facts, partial=True)
+    unread = [name for name in FACTS.get(kind, ()) if name in model and model[name].origin in ("default", "size")]
+    return {"model": model | {name: Resolved(None, "missing") for name in unread}, **tables}
 
 
 def build(run: Run) -> Built:
