@@ -74,6 +74,15 @@ def test_the_last_stage_makes_up_the_rest_where_stages_grow_in_large_steps() -> 
         match(spec, FACTS["image"], params=100)
 
 
+def test_a_multiple_of_the_width_makes_up_the_rest_where_heads_allow_few_widths() -> None:
+    found = match(Spec("vit_tiny", patch_size=4, depth=5, n_heads=2), FACTS["image"], params=100_000)
+    assert found.over == "d_model * mlp_ratio" and abs(found.got / 100_000 - 1) < 0.005
+    width, ratio = found.spec.args["d_model"], found.spec.args["mlp_ratio"]
+    assert width % 2 == 0 and int(width * ratio) == found.value
+    # As little out of proportion as does it.
+    assert 2 < ratio < 7
+
+
 def test_flops_and_depth_are_met() -> None:
     facts = FACTS["series"]
     found = match(Spec("gru", depth=1), facts, flops=2_000_000)

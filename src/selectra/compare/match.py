@@ -2,12 +2,12 @@
 
 A width is one whole number. Everything that belongs to it grows with it in the proportion of the registered size: the
 widths of all stages, and the inner width of feed-forward networks. Where heads or blocks allow few widths, that inner
-width alone then makes up the rest; where stages grow in steps too large for a budget, the last stage's width does. Of a
-detector or a segmenter it is its backbone that is turned.
+width alone then makes up the rest, or the multiple of the width that it is; where stages grow in steps too large for a
+budget, the last stage's width does. Of a detector or a segmenter it is its backbone that is turned.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -17,15 +17,12 @@ import torch
 
 from selectra.compare.measure import Cost, count_parameters, flops_unbuilt, measure
 from selectra.compare.room import fits, require_room
+from selectra.compare.turned import WIDTHS, Turned, first_of, turn
 from selectra.errors import ConfigError
-from selectra.registry import models
 from selectra.spec import Spec
 from selectra.train.precision import Precision
 
 TOLERANCE = 0.02
-# What is a width, or a depth: the first one that a model takes is turned, the others follow in proportion.
-WIDTHS = ("d_model", "dims", "n1", "n2", "d_ff", "channel_dims", "d_stem")
-DEPTHS = ("depth", "depths")
 LARGEST = 2**14
 # Widths on each side of the best that are looked at, since heads and blocks allow some widths alone.
 NEIGHBOURS = 48
@@ -107,7 +104,7 @@ def meet(
             f"a latency of {wanted:,.6g} ms is asked for; a budget is at most {LONGEST:,} ms of a forward pass of 32 "
             "samples, since many models are timed on the way to it. Take a smaller one, or a budget of FLOPs."
         )
-    turned = _turned(spec, facts, over, align)
+    turned = turn(spec, facts, over, align)
 
     def cost(tried: Spec) -> float:
         before_each()
@@ -125,7 +122,7 @@ def match_even(spec: Spec, facts: Mapping[str, Any], params: float, tolerance: f
     Raises:
         ConfigError: No width meets the budget; the message names the nearest ones.
     """
-    turned, cost = _turned(spec, facts, "width", 1), partial(_quantity, "params", facts=dict(facts), device="cpu")
+    turned, cost = turn(spec, facts, "width", 1), partial(_quantity, "params", facts=dict(facts), device="cpu")
     own = cost(spec)
     if abs(own / params - 1) <= tolerance:
         return spec, int(own)
@@ -150,12 +147,12 @@ def _evenness(spec: Spec) -> int:
 
 
 def _best(
-    turned: "_Turned", cost: Callable[[Spec], float], wanted: float, tolerance: float, quantity: Quantity
+    turned: Turned, cost: Callable[[Spec], float], wanted: float, tolerance: float, quantity: Quantity
 ) -> "_Tried":  # fmt: skip
     """The width, or the inner width, that comes nearest to a budget; refused where that is not near enough."""
     if quantity == "params":
         # Most of a search's time is for models that were made for the budget.
-        own, value = cost(turned.whole), _first(turned.values[turned.name])
+        own, value = cost(turned.whole), first_of(turned.values[turned.name])
         if abs(own / wanted - 1) <= tolerance / 4 and value % turned.align == 0:
             return _Tried(turned, value, own, {value: own})
 
@@ -167,12 +164,12 @@ def _best(
     tried = [_try(turned, cost, wanted, hopeless)]
     for follower in turned.followers(tried[0].seen) if tried[0].off(wanted) > tolerance else ():
         tried.append(_try(follower, cost, wanted))
-    # Stages out of proportion are the last resort, those nearest to it first.
+    # What leaves the proportion is the last resort, what is nearest to it first.
     nearest = sorted(tried[0].seen, key=lambda value: abs(tried[0].seen[value] - wanted))
-    for stage in turned.last_stages(nearest):
+    for remainder in turned.remainders(nearest):
         if min(each.off(wanted) for each in tried) <= tolerance:
             break
-        tried.append(_try(stage, cost, wanted))
+        tried.append(_try(remainder, cost, wanted))
     best = min(tried, key=lambda each: each.off(wanted))
     if best.got is None or best.off(wanted) > tolerance:
         name, unit, model = turned.label, UNITS[quantity], turned.whole.name
@@ -183,71 +180,11 @@ def _best(
     return best
 
 
-@dataclass(frozen=True)
-class _Turned:
-    """A spec as a function of its width or depth."""
-
-    spec: Spec
-    name: str
-    values: Mapping[str, Any]
-    align: int = 1
-    above: Spec | None = None
-    """The model of which `spec` is the backbone, if it is one."""
-    unset: tuple[str, ...] = ()
-    """Inner widths that follow the first one by themselves, as long as nobody sets them."""
-    last: bool = False
-    """Whether the last stage's width alone is turned."""
-
-    def __call__(self, value: int) -> Spec:
-        inner = self.inner(value)
-        return inner if self.above is None else self.above.replace(backbone=inner)
-
-    @property
-    def whole(self) -> Spec:
-        """The model as it is, with what it is the backbone of."""
-        return self.spec if self.above is None else self.above.replace(backbone=self.spec)
-
-    @property
-    def label(self) -> str:
-        """What is turned, as the command line says it."""
-        name = f"{self.name}[-1]" if self.last else self.name
-        return name if self.above is None else f"backbone.{name}"
-
-    def inner(self, value: int) -> Spec:
-        """The model itself, without what it is the backbone of."""
-        if value % self.align:
-            raise ConfigError(f"{self.name}={value} is no multiple of {self.align}.")
-        if self.last:
-            return self.spec.replace(**{self.name: (*self.values[self.name][:-1], value)})
-        ratio = value / _first(self.values[self.name])
-        return self.spec.replace(**{name: _scaled(each, ratio, self.align) for name, each in self.values.items()})
-
-    def followers(self, values: Iterable[int]) -> "list[_Turned]":
-        """With the width as it is at each of these values, each inner width to be turned alone."""
-        fixed = [(value, self.inner(value)) for value in values]
-        names = (*(*self.values,)[1:], *self.unset)
-        return [
-            _Turned(spec, name, {name: spec.args.get(name, value)}, self.align, self.above)
-            for name in names for value, spec in fixed
-        ]  # fmt: skip
-
-    def last_stages(self, values: Iterable[int]) -> "list[_Turned]":
-        """With the widths as they are at each of these values, the last stage's to be turned alone."""
-        stages = self.values[self.name]
-        if self.name in DEPTHS or not isinstance(stages, tuple) or len(stages) < 2:
-            return []
-        specs = [self.inner(value) for value in values]
-        return [
-            _Turned(spec, self.name, {self.name: spec.args[self.name]}, self.align, self.above, last=True)
-            for spec in specs
-        ]
-
-
 @dataclass
 class _Tried:
     """The value of a width that comes nearest to a budget, and what was seen on the way."""
 
-    turned: _Turned
+    turned: Turned
     value: int
     got: float | None
     seen: dict[int, float]
@@ -262,51 +199,6 @@ class _Tried:
         return math.inf if self.got is None else abs(self.got / wanted - 1)
 
 
-def has_size(spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"]) -> bool:
-    """Whether a model has a width (or depth) to turn, itself or in its backbone."""
-    return bool(_sizes(spec, facts, over)[2])
-
-
-def _turned(spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"], align: int) -> _Turned:
-    above, inner, values = _sizes(spec, facts, over)
-    if not values:
-        takes = ", ".join(name for name in models.resolve(spec, facts) if name not in facts) or "nothing"
-        raise ConfigError(
-            f"'{spec.name}' has no {over} to match a budget with: beside the data's facts it takes {takes}."
-        )
-    known = models.resolve(inner, partial=True)
-    unset = tuple(name for name in WIDTHS if over == "width" and name in known and known[name].value is None)
-    return _Turned(inner, next(iter(values)), values, align if over == "width" else 1, above, unset)
-
-
-def _sizes(
-    spec: Spec, facts: Mapping[str, Any], over: Literal["width", "depth"]
-) -> tuple[Spec | None, Spec, dict[str, Any]]:
-    """What can be turned, of which model, and what stands above that one where it is a backbone."""
-    names, above = WIDTHS if over == "width" else DEPTHS, None
-    resolved = models.resolve(spec, facts)
-    backbone = resolved["backbone"].value if "backbone" in resolved else None
-    if isinstance(backbone, Spec) and not any(name in resolved for name in names):
-        above, spec = spec, backbone
-        resolved = models.resolve(backbone, partial=True)
-    values = {name: resolved[name].value for name in names if name in resolved and _is_size(resolved[name].value)}
-    return above, spec, values
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, tuple) and all(isinstance(each, int) for each in value))
-
-
-def _first(value: Any) -> int:
-    return value[0] if isinstance(value, tuple) else value
-
-
-def _scaled(value: Any, ratio: float, align: int) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_scaled(each, ratio, align) for each in value)
-    return max(1, round(value * ratio / align)) * align
-
-
 def _quantity(quantity: Quantity, spec: Spec, *, facts: Mapping[str, Any], device: torch.device | str) -> float:
     if quantity == "params":
         return count_parameters(spec, facts)
@@ -318,7 +210,7 @@ def _quantity(quantity: Quantity, spec: Spec, *, facts: Mapping[str, Any], devic
     return measure(spec, facts, device=device, seconds=LATENCY_SECONDS).forward_ms
 
 
-def _safe(turned: _Turned, cost: Callable[[Spec], float]) -> Callable[[int], float | None]:
+def _safe(turned: Turned, cost: Callable[[Spec], float]) -> Callable[[int], float | None]:
     """The cost at a value, None where the model cannot have it; counted once."""
 
     @cache
@@ -332,7 +224,7 @@ def _safe(turned: _Turned, cost: Callable[[Spec], float]) -> Callable[[int], flo
 
 
 def _try(
-    turned: _Turned, cost: Callable[[Spec], float], wanted: float, hopeless: Callable[[int], bool] = lambda value: True
+    turned: Turned, cost: Callable[[Spec], float], wanted: float, hopeless: Callable[[int], bool] = lambda value: True
 ) -> _Tried:  # fmt: skip
     """The value nearest to the budget: doubled until above it, halved between, then its neighbours.
 

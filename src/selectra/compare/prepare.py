@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from selectra.compare.match import has_size, meet
+from selectra.compare.match import meet
 from selectra.compare.measure import build_model, measure
 from selectra.compare.room import require_room
 from selectra.compare.study import Study, Variant
+from selectra.compare.turned import has_size
 from selectra.compare.worker import load
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models, tasks
