@@ -19,6 +19,7 @@ from selectra.compare.turned import has_size
 from selectra.compare.worker import load
 from selectra.errors import ConfigError, DataError
 from selectra.registry import models, tasks
+from selectra.report.study_claims import brief
 from selectra.spec import Run, Spec, nearest
 from selectra.train.job import check, typed
 from selectra.train.optim import all_warmup
@@ -229,11 +230,11 @@ def _curves(
 
 def _print_cost(each: dict[str, Any], place: str, console: Console) -> None:
     cost, note = each["cost"], f" ({each['matched']})" if each["matched"] else ""
-    step = f", a training step {cost['step_ms']:.3g} ms" if cost["step_ms"] else ""
+    step = f", a training step {brief(cost['step_ms'])} ms" if cost["step_ms"] else ""
     _say(
         f"{place}: {each['base']}, {each['variant']}{note}: {cost['parameters']:,} parameters, "
-        f"{cost['flops'] / 1e6:.4g} MFLOPs a sample, a forward pass of {cost['batch']} {cost['forward_ms']:.3g} ms"
-        f"{step}, {cost['activations_mb']:.3g} MiB of activations, {cost['throughput']:,.0f} samples a second",
+        f"{cost['flops'] / 1e6:.4g} MFLOPs a sample, a forward pass of {cost['batch']} {brief(cost['forward_ms'])} ms"
+        f"{step}, {brief(cost['activations_mb'])} MiB of activations, {cost['throughput']:,.0f} samples a second",
         console,
     )  # fmt: skip
 
