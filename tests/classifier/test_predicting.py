@@ -197,6 +197,13 @@ def test_weights_of_other_channels_are_refused(name: str, channels: int, tmp_pat
         from_weights(name, tmp_path / "weights.pth")
 
 
+def test_a_file_of_another_model_is_named(tmp_path: Path) -> None:
+    model: Any = models.build(Spec("vit_smoke", n_classes=7), {})
+    torch.save(model.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(DataError, match=r"other\.pth"):
+        from_weights("vmamba_smoke", tmp_path / "other.pth")
+
+
 def test_weights_of_a_rectangle_say_what_can_be_done(tmp_path: Path) -> None:
     model: Any = models.build(Spec("vim_smoke", n_classes=7, img_size=(32, 96)), {})  # pyright: ignore[reportArgumentType]
     torch.save(model.state_dict(), tmp_path / "weights.pth")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # Importing the room fills the registry.
 import selectra.models  # noqa: F401
 from selectra.errors import ConfigError, DataError
-from selectra.pretrained import load_pretrained, read_state, stored_grid
+from selectra.pretrained import load_pretrained, read_state
 from selectra.registry import models
 from selectra.spec import Run, Spec
 from selectra.train.checkpoint import WEIGHTS, load_weights
@@ -104,7 +104,7 @@ def from_weights(name: str, weights: Path, classes: Path | None = None, img_size
         )
     size = _pair(img_size or IMAGENET_SIZE)
     model = models.build(spec, {"n_classes": count, "img_size": size[0]})
-    loaded = load_pretrained(model, state, stored_grid(weights))
+    loaded = load_pretrained(model, weights)
     if loaded.fresh:
         raise DataError(f"'{weights}' lacks {', '.join(loaded.fresh)} of '{name}', so its classes would be random.")
     if loaded.filters:
