@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from selectra.errors import ConfigError
-from selectra.spec import Optim, Parallel, Run, Section, Spec, Train, override, read_value
+from selectra.spec import Optim, Parallel, Run, Section, Spec, Train, override
+from selectra.values import read_value
 
 RUN = Run(model=Spec("m", depth=2), data=Spec("d"), task=Spec("t"), train=Train(epochs=3))
 

@@ -18,10 +18,11 @@ from selectra.choices import Benchmark, DataAction, Part, Sort, Split, Stamps
 from selectra.errors import BackendError, ConfigError, DataError, RankError
 from selectra.image_commands import explain, predict, refuse_page, write_cases
 from selectra.runs import find_run, folder_of, registries
-from selectra.spec import Spec, describe_problem, nearest
+from selectra.spec import Spec, nearest
 from selectra.text_commands import tokenize
 from selectra.train.stop import FAILED, StoppedError
 from selectra.usage import describe_usage, read_levels, read_lookback, with_options
+from selectra.values import describe_problem
 
 if TYPE_CHECKING:
     from selectra.registry import Registry, Resolved

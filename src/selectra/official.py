@@ -21,7 +21,8 @@ from selectra.layers.conv_stages import row_block_key
 from selectra.mixers.einfft import EinFFT
 from selectra.mixers.row_block import RowBlock
 from selectra.mixers.s6 import S6, State
-from selectra.spec import nearest, read_value, require_finite
+from selectra.spec import nearest
+from selectra.values import read_value, require_finite
 
 
 class Official(nn.Module):

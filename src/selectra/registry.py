@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 from selectra.errors import ConfigError
-from selectra.spec import Spec, nearest, read_value, require_finite, type_name
+from selectra.spec import Spec, nearest
+from selectra.values import read_value, require_finite, type_name
 
 T = TypeVar("T")
 Origin = Literal["default", "size", "data", "run", "missing"]

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any, get_type_hints
 
 from selectra.errors import ConfigError
-from selectra.spec import type_name
+from selectra.values import type_name
 
 
 def describe_usage(error: Any) -> str:

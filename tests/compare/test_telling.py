@@ -11,8 +11,9 @@ from rich.console import Console
 
 from selectra.compare.conduct import Progress, Wish, conduct, open_study
 from selectra.compare.prepare import seconds_by_steps
-from selectra.compare.questions import QUICK_IMAGE_MODELS, Asked, find_study
+from selectra.compare.questions import Asked, find_study
 from selectra.compare.store import Store
+from selectra.compare.usual_models import QUICK_IMAGE_MODELS
 from tests.compare.images_small import make_study as make_image_study
 from tests.compare.small import write_series
 from tests.compare.studies import make_study

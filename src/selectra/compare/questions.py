@@ -5,7 +5,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -16,53 +15,21 @@ from selectra import tasks as _tasks
 from selectra.compare.amounts import amount_of
 from selectra.compare.dense import Dense, ask_dense
 from selectra.compare.study import FEWEST_SEEDS, Budget, Study, Tuning, Variant
+from selectra.compare.usual_models import (
+    FORECASTERS,
+    IMAGE_MODELS,
+    QUICK_FORECASTERS,
+    QUICK_IMAGE_MODELS,
+    kind_of,
+)
 from selectra.errors import ConfigError, DataError
 from selectra.registry import datasets, models, studies
-from selectra.spec import Optim, Run, Spec, Train, describe_problem, nearest, override
+from selectra.spec import Optim, Run, Spec, Train, nearest, override
+from selectra.values import describe_problem
 
 __all__ = ["Asked", "_data", "_models", "_tasks", "amount_of", "dense_study", "find_study", "forecasting_study",
            "language_study", "vision_study"]  # fmt: skip
 
-KINDS: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(("tsm2", "timemachine", "s_mamba", "simba_series"), "mamba"),
-        **dict.fromkeys(("vim", "vim2", "vmamba", "simba", "rsmamba", "videomamba"), "mamba"),
-        **dict.fromkeys(("mamba_lm", "jamba"), "mamba"),
-        **dict.fromkeys(("patchtst", "itransformer", "vit", "deit", "swin", "gpt"), "attention"),
-        **dict.fromkeys(("convnext", "resnet", "hyena", "modern_tcn"), "convolution"),
-        **dict.fromkeys(("tsmixer", "mlp_mixer"), "mlp"),
-        **dict.fromkeys(("dlinear", "nlinear", "rlinear", "linear"), "linear"),
-        **dict.fromkeys(("gru", "rwkv", "retnet"), "recurrent"),
-        "naive": "naive", "seasonal_naive": "naive", "mambavision": "hybrid",
-    }
-)  # fmt: skip
-FORECASTERS = ("tsm2", "s_mamba", "simba_series", "patchtst", "itransformer", "modern_tcn", "gru", "tsmixer",
-               "dlinear", "linear", "seasonal_naive")  # fmt: skip
-# One of each kind, small enough for minutes on two cores; sizes that are registered, or stated here.
-QUICK_FORECASTERS: Mapping[str, Spec] = MappingProxyType(
-    {
-        "tsm2": Spec("tsm2"), "patchtst": Spec("patchtst_etth1"), "gru": Spec("gru", d_model=32, depth=1),
-        "dlinear": Spec("dlinear"), "linear": Spec("linear"),
-    }
-)  # fmt: skip
-IMAGE_MODELS: Mapping[str, Spec] = MappingProxyType(
-    {
-        "vim": Spec("vim_tiny", patch_size=4, depth=10), "vit": Spec("vit_tiny", patch_size=4, depth=10),
-        "vmamba": Spec("vmamba_tiny", patch_size=2, dims=(64, 128, 256), depths=(2, 2, 2)),
-        "convnext": Spec("convnext_tiny", patch_size=2, dims=(64, 128, 256, 256), depths=(2, 2, 2, 1)),
-        "resnet": Spec("resnet_18", stem="small", dims=(48, 96, 168, 336)),
-    }
-)  # fmt: skip
-# The same kinds of a quarter of a million parameters, for minutes on two cores.
-QUICK_IMAGE_MODELS: Mapping[str, Spec] = MappingProxyType(
-    {
-        "vim": Spec("vim_tiny", patch_size=4, depth=5, d_model=72),
-        "vit": Spec("vit_tiny", patch_size=4, depth=5, d_model=64, n_heads=2),
-        "vmamba": Spec("vmamba_tiny", patch_size=2, dims=(24, 48, 88), depths=(1, 1, 2)),
-        "convnext": Spec("convnext_tiny", patch_size=2, dims=(24, 48, 96, 96), depths=(1, 1, 1, 1)),
-        "resnet": Spec("resnet_18", stem="small", dims=(8, 16, 38, 76)),
-    }
-)  # fmt: skip
 RATES = (2e-4, 1e-3, 5e-3)
 RANGE = (1e-4, 1e-2)
 DECLARED = {"optim.lr": "models want different learning rates, so each gets the best of the same trials"}
@@ -321,7 +288,7 @@ def dense_study(kind: Dense, asked: Asked) -> Study:
         ConfigError: A backbone is unknown, or no model of images.
     """
     found = ask_dense(kind, asked.file, asked.models, asked.quick, asked.img_size)
-    kinds = {name: _kind(spec) for name, spec in found.backbones.items()}
+    kinds = {name: kind_of(spec) for name, spec in found.backbones.items()}
     study = _study(f"{kind}_{_short(found.base.name)}", f"Should I use Mamba to {found.title}?", found.base,
                    found.models, asked, kinds)  # fmt: skip
     return study.model_copy(update={"metric": found.metric, "higher_is_better": True, "lengths": ()})
@@ -362,7 +329,7 @@ def _study(
     Args:
         kinds: The sorts of the models, where these do not say it themselves.
     """
-    kinds = kinds or {each: _kind(spec) for each, spec in chosen.items()}
+    kinds = kinds or {each: kind_of(spec) for each, spec in chosen.items()}
     if len(chosen) < 2:
         raise ConfigError(f"{list(chosen)} is one model, and a comparison is of two or more; name another.")
     variants = tuple(Variant(name=each, model=spec, kind=kinds[each]) for each, spec in chosen.items())
@@ -388,12 +355,6 @@ def _chosen(names: Sequence[str], usual: Mapping[str, Spec | None]) -> dict[str,
 def _example(task: Spec) -> str:
     """A Mamba model for a task."""
     return {"forecasting": "tsm2", "language": "mamba_lm"}.get(task.name, "vmamba")
-
-
-def _kind(spec: Spec) -> str:
-    """The sort of a registered model; sizes follow the name of the family."""
-    matches = [family for family in KINDS if spec.name == family or spec.name.startswith(f"{family}_")]
-    return KINDS[max(matches, key=len)] if matches else ""
 
 
 def _short(name: str) -> str:

@@ -18,8 +18,9 @@ from selectra.forecaster.intervals import Calibration, IntervalScores
 from selectra.layers.covariates import WithCovariates
 from selectra.layers.quantiles import WithQuantiles
 from selectra.registry import models, tasks
-from selectra.spec import Run, Spec, read_value
+from selectra.spec import Run, Spec
 from selectra.tasks.forecasting import Forecasting, middle, predict
+from selectra.values import read_value
 
 
 class Answered(nn.Module):

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from selectra.errors import ConfigError
-from selectra.spec import Optim, Run, Spec, Train, describe_problem
+from selectra.spec import Optim, Run, Spec, Train
+from selectra.values import describe_problem
 
 # What train_args may hold, in the words of this border, and where it goes.
 OPTIM = {"learning_rate": "lr", "weight_decay": "weight_decay", "warmup_steps": "warmup_steps", "clip": "clip"}
