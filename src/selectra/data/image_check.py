@@ -1,8 +1,8 @@
 """Which images on disk a training would stop at: told by their headers, checksums and ends, before it begins.
 
-To decode every image would take as long as a pass of the training. A header takes some thirty microseconds, more with
-the checksums that PNG files hold; a JPEG that was cut off lacks its end. What looks wrong is decoded to be sure. Damage
-in the middle of a JPEG shows when a training reaches it.
+To decode every image would take as long as a pass of the training. A header takes a small part of that, more with the
+checksums that PNG files hold; a JPEG that was cut off lacks its end. What looks wrong is decoded to be sure. Damage in
+the middle of a JPEG shows when a training reaches it.
 """
 
 from __future__ import annotations

@@ -95,10 +95,7 @@ class Objects:
         if drawn and classes:
             raise ConfigError(f"classes={classes}: the drawn set has its own, {self.listing.classes}; leave it out.")
         self.masks, self.faulty = masks, faulty
-        # Where annotations do not say an image's size, its masks are checked when it is read.
-        for entry in self.listing.entries if masks else ():
-            if entry.size is not None:
-                check_masks(entry, entry.size)
+        self._check_masks()
         taken = self._taken(only)
         same: dict[str, Rows] = dict.fromkeys(("train", "val", "test"), taken)
         self.rows = same if overfit else self._split(taken, val, test, split_seed)
@@ -120,6 +117,12 @@ class Objects:
         self.in_memory = keep == "memory" or (
             keep == "auto" and each * first.numel() * len(self.listing.entries) <= MOST_HELD
         )
+
+    def _check_masks(self) -> None:
+        """Look at the masks; where annotations do not say an image's size, they are checked when it is read."""
+        for entry in self.listing.entries if self.masks else ():
+            if entry.size is not None:
+                check_masks(entry, entry.size)
 
     def _require_objects(self) -> None:
         """Refuse a training part without an object that counts."""
